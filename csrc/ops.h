@@ -1,0 +1,56 @@
+// The arguments of the three ops, and their declaration in each instruction set's namespace.
+#pragma once
+#include "numeric.h"
+
+namespace slicefine {
+
+// One slice of a weight matrix W (out, in): rows x cols, R x K elements. A null index means every row or column, in order.
+struct Slice {
+  void* weight;                     // W, element type `dtype`
+  int64_t stride_row, stride_col;   // of W, in elements
+  const int64_t *rows, *cols;       // [R], [K] or null
+  int64_t R, K;
+  DType dtype;
+  int64_t first_row;                // rows of the slices before this one in the same call
+};
+
+// AdamW's tensors for one slice: contiguous [R, K], double where W is double, else float. `grad` is unused by the fused op.
+struct Moments {
+  void *master, *exp_avg, *exp_avg_sq;
+  const void* grad;
+  double step;
+};
+
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize, stochastic;        // stochastic: round to bfloat16 at random, from `seed`
+  uint64_t seed;
+};
+
+// dY (n, out) and X (n, k), last dimension contiguous, both of type `dtype`; `workspace` holds workspace_size() values.
+struct GradInputs {
+  const void *grad_output, *input;
+  int64_t stride_grad_output, stride_input;  // of the rows, in elements
+  int64_t n;
+  const int64_t* rows;                       // which columns of dY, or null for all
+  int64_t R, K;
+  DType dtype;
+  void* workspace;
+};
+
+#define SLICEFINE_DECLARE_OPS(isa)                                                                                   \
+  namespace isa {                                                                                                    \
+  int64_t slice_grad_workspace(int64_t n, int64_t thin); /* in values of the accumulation type */                    \
+  void slice_grad(const GradInputs& in, void* out, int threads);                                                     \
+  void slice_adamw(const Slice* slices, const Moments* moments, int64_t count, const AdamWOptions& options, int threads); \
+  void slice_grad_adamw(const GradInputs& in, const Slice& slice, const Moments& moments, const AdamWOptions& options, \
+                        int threads);                                                                                \
+  }
+
+SLICEFINE_DECLARE_OPS(generic)
+#ifdef SLICEFINE_X86
+SLICEFINE_DECLARE_OPS(avx2)
+SLICEFINE_DECLARE_OPS(avx512)
+#endif
+
+}  // namespace slicefine

@@ -1,0 +1,7 @@
+"""slicefine's Triton kernels: tensors in, tensors out. One file per op; launch configurations in `configs`."""
+
+from slicefine_kernels.slice_adamw import slice_adamw
+from slicefine_kernels.slice_grad import slice_grad
+from slicefine_kernels.slice_grad_adamw import slice_grad_adamw
+
+__all__ = ["slice_adamw", "slice_grad", "slice_grad_adamw"]

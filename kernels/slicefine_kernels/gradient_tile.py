@@ -1,0 +1,64 @@
+"""One tile of a slice's gradient, G = dY[:, rows]^T X: the part that `slice_grad` and `slice_grad_adamw` share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gradient_tile(
+    dy_ptr,
+    x_ptr,
+    rows_ptr,
+    stride_dyt,
+    stride_dyr,
+    stride_xt,
+    stride_xk,
+    R,
+    K,
+    t_begin,
+    t_end,
+    offs_r,
+    offs_k,
+    HAS_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Sum over tokens [t_begin, t_end) -> [BLOCK_R, BLOCK_K], float32; zero outside R and K."""
+    mask_r = offs_r < R
+    mask_k = offs_k < K
+    if HAS_ROWS:
+        features = tl.load(rows_ptr + offs_r, mask=mask_r, other=0)
+    else:
+        features = offs_r.to(tl.int64)
+    # int64: n * out passes 2^31 for long batches
+    dy_columns = dy_ptr + features * stride_dyr
+    x_columns = x_ptr + offs_k.to(tl.int64) * stride_xk
+    acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for t in range(t_begin, t_end, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < t_end
+        offs_t = offs_t.to(tl.int64)
+        # [BLOCK_R, BLOCK_T]
+        dy = tl.load(dy_columns[:, None] + offs_t[None, :] * stride_dyt, mask=mask_r[:, None] & mask_t[None, :], other=0.0)
+        # [BLOCK_T, BLOCK_K]
+        x = tl.load(x_columns[None, :] + offs_t[:, None] * stride_xt, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
+        if UPCAST:
+            dy = dy.to(tl.float32)
+            x = x.to(tl.float32)
+        # [BLOCK_R, BLOCK_T] @ [BLOCK_T, BLOCK_K] -> [BLOCK_R, BLOCK_K]
+        acc = tl.dot(dy, x, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
+    """How `tl.dot` multiplies: TF32 for float32 operands only where torch allows it."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as integers.
+    upcast = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
+    return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast}

@@ -1,0 +1,134 @@
+"""slice_adamw: AdamW on the masters of many slices and write-through to their weights, one launch per weight dtype.
+
+A table in device memory holds, for each slice, the addresses of its tensors; each program takes one block of one slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16_stochastic
+from slicefine_kernels.configs import adamw_config
+
+# columns of the table, one row per slice; an index address of 0 stands for all rows or columns
+_FIELDS = tl.constexpr(13)
+
+
+@triton.jit
+def _slice_adamw_kernel(
+    table_ptr,
+    blocks_ptr,
+    lr,
+    beta1,
+    beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    weight_decay,
+    sign,
+    seed,
+    STOCHASTIC: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    slice_id = tl.load(blocks_ptr + pid * 2)
+    block = tl.load(blocks_ptr + pid * 2 + 1)
+    entry = table_ptr + slice_id * _FIELDS
+    p_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
+    g_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
+    m_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    v_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    w_ptr = tl.load(entry + 4).to(tl.pointer_type(WEIGHT_DTYPE))
+    rows_address = tl.load(entry + 5)
+    cols_address = tl.load(entry + 6)
+    step = tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)))
+    R = tl.load(entry + 8)
+    K = tl.load(entry + 9)
+    stride_wr = tl.load(entry + 10)
+    stride_wc = tl.load(entry + 11)
+    position = tl.load(entry + 12)
+
+    # AdamW
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < R * K
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0) * sign
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0)
+    m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+    correction1 = one_minus_power(log_beta1, step)
+    correction2 = one_minus_power(log_beta2, step)
+    p, m, v = adamw_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2)
+    tl.store(p_ptr + offs, p, mask=mask)
+    tl.store(m_ptr + offs, m, mask=mask)
+    tl.store(v_ptr + offs, v, mask=mask)
+
+    # write-through
+    row = offs // K
+    col = offs % K
+    if rows_address != 0:
+        row = tl.load(rows_address.to(tl.pointer_type(tl.int64)) + row, mask=mask, other=0)
+    if cols_address != 0:
+        col = tl.load(cols_address.to(tl.pointer_type(tl.int64)) + col, mask=mask, other=0)
+    if STOCHASTIC:
+        word = philox_word(seed, offs.to(tl.uint32), position.to(tl.uint32))
+        value = round_bf16_stochastic(p, word)
+    else:
+        value = p.to(WEIGHT_DTYPE)
+    tl.store(w_ptr + row * stride_wr + col * stride_wc, value, mask=mask)
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def slice_adamw(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """masters, grads, exp_avgs, exp_avg_sqs: (R, K) float32 each; weights: (out, in); steps: () float32 on the device."""
+    config = adamw_config()
+    grads = [g.to(torch.float32).contiguous() for g in grads]
+    for dtype in dict.fromkeys(w.dtype for w in weights):
+        table, blocks = [], []
+        for i, weight in enumerate(weights):
+            if weight.dtype != dtype:
+                continue
+            for name, t in (("master", masters[i]), ("exp_avg", exp_avgs[i]), ("exp_avg_sq", exp_avg_sqs[i])):
+                if not t.is_contiguous():
+                    raise ValueError(f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous")
+            blocks += [(len(table), b) for b in range(triton.cdiv(masters[i].numel(), config.BLOCK))]
+            table.append([
+                masters[i].data_ptr(), grads[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), weight.data_ptr(),
+                _address(rows[i]), _address(cols[i]), steps[i].data_ptr(),
+                *masters[i].shape, weight.stride(0), weight.stride(1), i,
+            ])  # fmt: skip
+        device = weights[0].device
+        _slice_adamw_kernel[(len(blocks),)](
+            torch.tensor(table, dtype=torch.int64, device=device), torch.tensor(blocks, dtype=torch.int64, device=device),
+            lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
+            STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
+            BLOCK=config.BLOCK, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def _address(index: Tensor | None) -> int:
+    return 0 if index is None else index.data_ptr()

@@ -1,0 +1,130 @@
+"""The `cpu` backend: the one place that imports the compiled module, and that turns tensors into addresses for it.
+
+The module knows nothing of torch, so a build serves every torch release. If it is missing, the reason is kept in
+``unavailable`` and the package works without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slicefine.reference import accumulation_dtype
+
+unavailable: str | None = None
+try:
+    from slicefine import _C  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError as error:
+    _C = None
+    unavailable = (
+        f"the compiled module slicefine._C does not import ({error}); "
+        "install a C++17 compiler and reinstall slicefine (pip install --force-reinstall --no-deps .)"
+    )
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/numeric.h, DType
+
+
+def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    """See `slicefine.reference.slice_grad`."""
+    height = grad_output.shape[1] if rows is None else rows.numel()
+    out = grad_output.new_empty((height, input.shape[1]), dtype=accumulation_dtype(grad_output.dtype))
+    arguments, keep = _grad_inputs(grad_output, input, rows)
+    _C.slice_grad(arguments, out.data_ptr(), torch.get_num_threads())
+    del keep
+    return out
+
+
+def slice_adamw(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.reference.slice_adamw`."""
+    grads = [g.to(p.dtype).contiguous() for g, p in zip(grads, masters, strict=True)]
+    slices = [_slice(*args) for args in zip(weights, masters, rows, cols, strict=True)]
+    states = [_moments(*args) for args in zip(masters, exp_avgs, exp_avg_sqs, steps, grads, strict=True)]
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    _C.slice_adamw(slices, states, options, torch.get_num_threads())
+
+
+def slice_grad_adamw(
+    grad_output: Tensor,
+    input: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.reference.slice_grad_adamw`; the gradient stays in registers."""
+    if accumulation_dtype(grad_output.dtype) != master.dtype:
+        raise TypeError(
+            f"slice_grad_adamw: grad_output is {grad_output.dtype}, which accumulates in "
+            f"{accumulation_dtype(grad_output.dtype)}, but the master is {master.dtype}; expected them to agree"
+        )
+    arguments, keep = _grad_inputs(grad_output, input, rows)
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    state = _moments(master, exp_avg, exp_avg_sq, step, None)
+    _C.slice_grad_adamw(arguments, _slice(weight, master, rows, cols), state, options, torch.get_num_threads())
+    del keep
+
+
+def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
+    """The kernel's view of the operands, and the tensors that must outlive the call."""
+    grad_output, input = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (grad_output, input))
+    height = grad_output.shape[1] if rows is None else rows.numel()
+    thin = input.shape[1] if rows is None else height
+    size = _C.slice_grad_workspace(input.shape[0], thin)
+    workspace = grad_output.new_empty(size, dtype=accumulation_dtype(grad_output.dtype))
+    arguments = (
+        grad_output.data_ptr(), grad_output.stride(0), input.data_ptr(), input.stride(0), input.shape[0],
+        _index(rows), height, input.shape[1], _DTYPES[grad_output.dtype], workspace.data_ptr(),
+    )  # fmt: skip
+    return arguments, (grad_output, input, workspace)
+
+
+def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple:
+    return (
+        weight.data_ptr(), weight.stride(0), weight.stride(1), _index(rows), _index(cols),
+        master.shape[0], master.shape[1], _DTYPES[weight.dtype],
+    )  # fmt: skip
+
+
+def _moments(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad: Tensor | None) -> tuple:
+    for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected contiguous")
+    return (
+        master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), 0 if grad is None else grad.data_ptr(), float(step),
+    )  # fmt: skip
+
+
+def _index(index: Tensor | None) -> int:
+    if index is None:
+        return 0
+    if not index.is_contiguous():
+        raise ValueError(f"an index has strides {index.stride()}; expected a contiguous int64 tensor")
+    return index.data_ptr()

@@ -1,0 +1,235 @@
+"""The three ops: schemas, fakes, and the choice of a backend.
+
+`torch.ops.slicefine.slice_grad`, `.slice_adamw` and `.slice_grad_adamw` are what the rest of the package calls. PyTorch's
+dispatcher finds the device; on it the first backend runs that is available and takes the dtype:
+
+    cpu:    cpu, reference          cuda:   triton, reference          any other device: reference
+
+``SLICEFINE_BACKEND=name`` or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
+a CUDA graph on a thread of its own); what is forced and cannot run raises an error, it never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_log = logging.getLogger("slicefine")
+_ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the code of a backend is, and what it takes.
+
+    load: () -> (module with the three ops, None), or (None, why it is missing).
+    """
+
+    name: str
+    devices: Callable[[], tuple[str, ...]]  # empty: every device
+    dtypes: tuple[torch.dtype, ...]
+    load: Callable[[], tuple[ModuleType | None, str | None]]
+
+    def refusal(self, device: str, dtypes: set[torch.dtype]) -> str | None:
+        """Why this backend cannot run there, or None if it can."""
+        module, reason = self.load()
+        if module is None:
+            return reason
+        devices = self.devices()
+        if devices and device not in devices:
+            return f"it runs on {' and '.join(devices)}, not on {device}"
+        if odd := sorted(str(d) for d in dtypes if d not in self.dtypes):
+            return f"it takes {', '.join(map(str, self.dtypes))}, not {', '.join(odd)}"
+        return None
+
+
+def _load_reference() -> tuple[ModuleType | None, str | None]:
+    return importlib.import_module("slicefine.reference"), None
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    native = importlib.import_module("slicefine._native")
+    return (native, None) if native.unavailable is None else (None, native.unavailable)
+
+
+@functools.cache
+def _load_triton() -> tuple[ModuleType | None, str | None]:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return None, f"triton does not import ({error}); it comes with torch's CUDA and ROCm wheels on Linux, or: pip install triton"
+    return importlib.import_module("slicefine_kernels"), None
+
+
+def _triton_devices() -> tuple[str, ...]:
+    # Triton's interpreter runs the kernels on CPU tensors; it is chosen when Triton is imported.
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", lambda: (), _ALL_DTYPES, _load_reference),
+        Backend("cpu", lambda: ("cpu",), _ALL_DTYPES, _load_native),
+        Backend("triton", _triton_devices, (torch.float32, torch.bfloat16, torch.float16), _load_triton),
+    )
+}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force every op onto one backend (None: choose freely again) until the block ends."""
+    global _forced
+    if name is not None:
+        _known(name, "use_backend")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _known(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: no backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _forced_name() -> str | None:
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("SLICEFINE_BACKEND")
+    return _known(name, "SLICEFINE_BACKEND") if name else None
+
+
+@functools.cache
+def _tell_once(device: str, name: str, skipped: tuple[tuple[str, str], ...]) -> None:
+    why = "; ".join(f"{other}: {reason}" for other, reason in skipped)
+    _log.info("slicefine runs on backend %r for device %r%s", name, device, f" ({why})" if why else "")
+
+
+def select(device: str, dtypes: set[torch.dtype]) -> ModuleType:
+    """The module whose ops run for tensors of these dtypes on this device."""
+    forced = _forced_name()
+    candidates = (forced,) if forced else _PREFERENCE.get(device, ("reference",))
+    skipped = []
+    for name in candidates:
+        reason = BACKENDS[name].refusal(device, dtypes)
+        if reason is None:
+            _tell_once(device, name, tuple(skipped))
+            module, _ = BACKENDS[name].load()
+            assert module is not None
+            return module
+        skipped.append((name, reason))
+    table = "\n".join(f"  {name}: {b.refusal(device, dtypes) or 'available'}" for name, b in BACKENDS.items())
+    raise RuntimeError(f"backend {forced!r} was asked for and cannot run here. What exists:\n{table}")
+
+
+_ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, int? seed=None"
+_library = torch.library.Library("slicefine", "DEF")
+_library.define("slice_grad(Tensor grad_output, Tensor input, Tensor? rows=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "slice_adamw(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] weights, "
+    f"Tensor?[] rows, Tensor?[] cols, Tensor[] steps, {_ADAMW}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "slice_grad_adamw(Tensor grad_output, Tensor input, Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    f"Tensor(d!) weight, Tensor? rows, Tensor? cols, Tensor step, {_ADAMW}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check_operands(op: str, grad_output: Tensor, input: Tensor) -> None:
+    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{op}: grad_output has shape {tuple(grad_output.shape)} and input {tuple(input.shape)}; "
+            "expected (n, out) and (n, K) with the same n"
+        )
+    if grad_output.dtype != input.dtype:
+        raise TypeError(f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype")
+
+
+def _check_slice(op: str, master: Tensor, states: tuple[Tensor, ...], weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
+    shape = (weight.shape[0] if rows is None else rows.numel(), weight.shape[1] if cols is None else cols.numel())
+    if any(t.shape != shape for t in (master, *states)):
+        raise ValueError(
+            f"{op}: the slice of weight {tuple(weight.shape)} has shape {shape}; got master {tuple(master.shape)} and "
+            f"gradient or moments {[tuple(t.shape) for t in states]}"
+        )
+    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if master.dtype != expected:
+        raise TypeError(f"{op}: the master is {master.dtype}; for a {weight.dtype} weight expected {expected}")
+
+
+def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    _check_operands("slice_grad", grad_output, input)
+    return select(grad_output.device.type, {grad_output.dtype}).slice_grad(grad_output, input, rows)
+
+
+def _slice_adamw(
+    masters: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], weights: list[Tensor],
+    rows: list[Tensor | None], cols: list[Tensor | None], steps: list[Tensor],
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
+) -> None:  # fmt: skip
+    for p, g, m, v, w, r, c in zip(masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, strict=True):
+        _check_slice("slice_adamw", p, (g, m, v), w, r, c)
+    if masters:
+        module = select(masters[0].device.type, {w.dtype for w in weights})
+        module.slice_adamw(
+            masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, steps,
+            lr, beta1, beta2, eps, weight_decay, maximize, seed,
+        )  # fmt: skip
+        # autograd cannot see a kernel's writes; a graph that still needs an old weight must notice them
+        increment_version((*masters, *exp_avgs, *exp_avg_sqs, *weights))
+
+
+def _slice_grad_adamw(
+    grad_output: Tensor, input: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor,
+    rows: Tensor | None, cols: Tensor | None, step: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
+) -> None:  # fmt: skip
+    _check_operands("slice_grad_adamw", grad_output, input)
+    _check_slice("slice_grad_adamw", master, (exp_avg, exp_avg_sq), weight, rows, cols)
+    module = select(grad_output.device.type, {grad_output.dtype, weight.dtype})
+    module.slice_grad_adamw(
+        grad_output, input, master, exp_avg, exp_avg_sq, weight, rows, cols, step,
+        lr, beta1, beta2, eps, weight_decay, maximize, seed,
+    )  # fmt: skip
+    increment_version((master, exp_avg, exp_avg_sq, weight))
+
+
+def _fake_slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    return grad_output.new_empty((grad_output.shape[1] if rows is None else rows.shape[0], input.shape[1]), dtype=dtype)
+
+
+def _fake_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+# CompositeExplicitAutograd is the catch-all of devices; the function asks the tensors where they are.
+for _name, _function, _fake in (
+    ("slice_grad", _slice_grad, _fake_slice_grad),
+    ("slice_adamw", _slice_adamw, _fake_nothing),
+    ("slice_grad_adamw", _slice_grad_adamw, _fake_nothing),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"slicefine::{_name}", _fake, lib=_library)
+
+slice_grad = torch.ops.slicefine.slice_grad
+slice_adamw = torch.ops.slicefine.slice_adamw
+slice_grad_adamw = torch.ops.slicefine.slice_grad_adamw
