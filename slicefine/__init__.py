@@ -1,0 +1,44 @@
+"""Fine-tune pretrained models by training a moving slice of each weight. The public names, imported when first used."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SliceConfig": "config",
+    "SliceLinear": "linear",
+    "SliceAdamW": "optim",
+    "slice_state_dict": "optim",
+    "load_slice_state_dict": "optim",
+    "SliceModel": "model",
+    "get_slice_model": "model",
+    "list_targets": "model",
+    "track_memory": "memory",
+    "use_backend": "ops",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from slicefine.config import SliceConfig as SliceConfig
+    from slicefine.linear import SliceLinear as SliceLinear
+    from slicefine.memory import track_memory as track_memory
+    from slicefine.model import SliceModel as SliceModel
+    from slicefine.model import get_slice_model as get_slice_model
+    from slicefine.model import list_targets as list_targets
+    from slicefine.ops import use_backend as use_backend
+    from slicefine.optim import SliceAdamW as SliceAdamW
+    from slicefine.optim import load_slice_state_dict as load_slice_state_dict
+    from slicefine.optim import slice_state_dict as slice_state_dict
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that `python -m slicefine env` can report a broken torch instead of failing on it.
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(f"slicefine.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'slicefine' has no attribute {name!r}; public names: {', '.join(_HOME)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,163 @@
+"""SliceConfig: everything that can be chosen about a fine-tune, validated, to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slicefine.slices import SLICE_TYPES, STATE_POLICIES, SWITCH_MODES
+
+BIAS_MODES = ("none", "all", "slice_only")
+TIED_MODES = ("skip", "share")
+
+
+@dataclass
+class SliceConfig:
+    """How the linear layers of a model become slices. Names follow PEFT's configs where the meaning is the same.
+
+    r: width of a slice, in features. rank_pattern: module name or regex -> another r.
+    slice_type: "column" (input features; leanest), "row" (output features), "block" (both), "row_column" (alternating).
+    r_out: height of a block, in output features; None means r.
+    switch_interval: optimizer steps between two moves; None never moves.
+    switch_mode: order of positions: "ascending", "descending", "random" (each position once a sweep), "fixed", or the
+        highest score first: "gradient" (Frobenius norm of the slice's gradient in the step before the move; that step keeps
+        the whole layer input), "magnitude" (Frobenius norm of the slice's weights).
+    start_position: index of the first position, 0 to ceil(features / r) - 1.
+    contiguous: a slice is a run of neighbouring features; False scatters it by a seeded permutation.
+    state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero, "keep" it for the new slice,
+        or "remember" it on the host and restore it when the slice comes back.
+    target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear" (every linear layer except
+        the output head). exclude_modules: the same, to leave out.
+    layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in PEFT.
+    modules_to_save: modules that train whole, such as a new classification head.
+    bias: "none", "all", or "slice_only" (the biases of the sliced layers) train too.
+    fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which stores (in, out). It is found out
+        per layer; a value that contradicts the model warns.
+    tied_weights: "skip" layers whose weight another module uses too (with a warning), or "share" one slice between them.
+    seed: of random orders and scattered features.
+
+    Raises ValueError for a value that is not one of those above, TypeError for one of the wrong type.
+    """
+
+    r: int = 16
+    slice_type: str = "column"
+    r_out: int | None = None
+    switch_interval: int | None = 100
+    switch_mode: str = "ascending"
+    start_position: int = 0
+    contiguous: bool = True
+    state_on_switch: str = "reset"
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    tied_weights: str = "skip"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("slice_type", self.slice_type, SLICE_TYPES)
+        _one_of("switch_mode", self.switch_mode, SWITCH_MODES)
+        _one_of("state_on_switch", self.state_on_switch, STATE_POLICIES)
+        _one_of("bias", self.bias, BIAS_MODES)
+        _one_of("tied_weights", self.tied_weights, TIED_MODES)
+        _positive("r", self.r)
+        if self.r_out is not None:
+            _positive("r_out", self.r_out)
+            if self.slice_type != "block":
+                raise ValueError(f"r_out is {self.r_out} with slice_type {self.slice_type!r}; only a block slice has a height of its own")
+        if self.switch_interval is not None:
+            _positive("switch_interval", self.switch_interval, "optimizer steps, or None for a slice that stays")
+        _whole("start_position", self.start_position)
+        _whole("seed", self.seed)
+        for name in ("contiguous", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        for pattern, r in self.rank_pattern.items():
+            _positive(f"rank_pattern[{pattern!r}]", r)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            self._check_names(name)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} cannot be used when target_modules is a regex ({self.target_modules!r}); give target_modules as a list")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; say which layer numbers to train")
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, (set, tuple)):
+            value = sorted(value)
+            setattr(self, name, value)
+        if value is None or (isinstance(value, str) and name != "modules_to_save"):
+            if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name} is {value!r}, which is not a regular expression: {error}") from error
+            return
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise TypeError(f"{name} is {value!r}; expected a list of module names")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SliceConfig:
+        """Unknown keys warn and are left out, so a file written by a newer version still loads."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        known = {}
+        for key, value in values.items():
+            if key in names:
+                known[key] = value
+                continue
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            warnings.warn(f"SliceConfig has no key {key!r}{hint} It is ignored.", stacklevel=2)
+        return cls(**known)
+
+    @classmethod
+    def from_json(cls, text: str) -> SliceConfig:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"a SliceConfig in JSON is an object, not {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SliceConfig:
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if value < 0:
+        raise ValueError(f"{name} is {value}; expected 0 or more")
+
+
+def _positive(name: str, value: Any, what: str = "features") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected an integer number of {what}")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected at least 1 ({what})")

@@ -1,0 +1,228 @@
+"""Swap slices into a model, look at what was swapped, and swap them out again."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import slicefine.optim  # noqa: F401  (registers the hook that moves slices after any optimizer's step)
+from slicefine.config import SliceConfig
+from slicefine.linear import SliceLinear
+from slicefine.slices import planned_coverage
+from slicefine.targets import Target, find_targets, matches_modules_to_save
+
+
+def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
+    """Turn the targets of ``config`` into slices, in place, and freeze the rest; returns the same object.
+
+    The model keeps its class, its state-dict keys and its methods, and gains those of `SliceModel`:
+    ``print_trainable_parameters()``, ``get_nb_trainable_parameters()``, ``coverage()``, ``planned_coverage(steps)`` and
+    ``merge_and_unload()``. Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
+    Raises ValueError naming every target that does not exist, with the nearest names, and every layer that cannot train.
+    """
+    if isinstance(model, SliceModel):
+        raise ValueError("the model has slices already; call model.merge_and_unload() first")
+    targets = find_targets(model, config)
+    saved = _modules_to_save(model, config)
+    layers = {t.name: SliceLinear.from_linear(t.module, config, t.name, t.r) for t in _unique(targets)}
+    if not layers:
+        raise ValueError("every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets))
+    for target in targets:
+        if target.skipped:
+            warnings.warn(f"{target.name} stays as it is: {target.skipped}", stacklevel=2)
+    if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
+        warnings.warn("fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2)
+
+    trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers}
+    for parent in list(model.modules()):  # every place that holds the module, however many
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacement:
+                parent._modules[name] = replacement[id(child)]
+    _share_tied(layers)
+    for module in saved:
+        module.requires_grad_(True)
+    _free_biases(model, config.bias)
+
+    model.__dict__["slice_config"] = config
+    model.__dict__["_trained_before_slices"] = trained_before
+    model.__class__ = _with_slices(type(model))
+    if getattr(model, "is_gradient_checkpointing", False):
+        _let_inputs_carry_gradients(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Match:
+    """One row of `list_targets`: a layer, its weight (out, in), its slice, and why it is skipped if it is."""
+
+    name: str
+    out_features: int
+    in_features: int
+    r: int
+    parameters: int
+    skipped: str | None
+
+
+def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
+    """Dry run of `get_slice_model`: what the config matches. Changes nothing; raises the same errors."""
+    matches = []
+    for target in find_targets(model, config):
+        parameters = 0
+        if target.skipped is None:
+            copy = SliceLinear.from_linear(target.module, config, target.name, target.r)
+            parameters, shape = copy.slice_weight.numel(), (copy.out_features, copy.in_features)
+        else:
+            weight: Any = getattr(target.module, "weight", None)
+            shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
+        matches.append(Match(target.name, *shape, target.r, parameters, target.skipped))
+    return matches
+
+
+class SliceModel:
+    """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard mixes in FSDPModule."""
+
+    slice_config: SliceConfig
+    _trained_before_slices: set[str]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters. The masters of slices are copies, so they count as trainable and not twice in all."""
+        parameters = list(self.parameters())  # type: ignore[attr-defined]
+        slices = {id(layer.slice_weight) for layer in slice_layers(self)}
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters if id(p) not in slices)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def coverage(self) -> dict[str, float]:
+        """Share of each sliced weight that has trained so far, by module name, in [0, 1]."""
+        return {name: layer.schedule.coverage() for name, layer in named_slice_layers(self)}
+
+    def planned_coverage(self, steps: int) -> str:
+        """What ``steps`` optimizer steps from the start will cover, in words, one line per shape of weight."""
+        config = self.slice_config
+        lines: dict[str, int] = {}
+        for layer in slice_layers(self):
+            positions, share = planned_coverage(layer.schedule, steps)
+            width = f"{layer.out_features:,d}-high" if config.slice_type == "row" else f"{layer.in_features:,d}-wide"
+            if config.slice_type in ("block", "row_column"):
+                width = f"{layer.out_features:,d} x {layer.in_features:,d}"
+            interval = "static" if config.switch_interval is None else f"interval {config.switch_interval:,d}"
+            plural = "position" if positions == 1 else "positions"
+            line = f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural}, {100 * share:.0f} % of each {width} weight"
+            lines[line] = lines.get(line, 0) + 1
+        return "\n".join(f"{line} ({count} layers)" for line, count in lines.items())
+
+    def merge_and_unload(self) -> nn.Module:
+        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model in its own class."""
+        assert isinstance(self, nn.Module)
+        plain: dict[int, nn.Module] = {}
+        for parent in list(self.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, SliceLinear):
+                    parent._modules[name] = plain.setdefault(id(child), _unload(child))
+        trained = self.__dict__.pop("_trained_before_slices")
+        del self.__dict__["slice_config"]
+        self.__class__ = type(self).__mro__[2]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in trained)
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's method; reentrant checkpoints need an input that carries a gradient, so the embeddings' outputs do."""
+        result = super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
+        _let_inputs_carry_gradients(self)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The mixed class cannot be found by name; rebuild it from the model's own.
+        return _rebuild, (type(self).__mro__[2],), nn.Module.__getstate__(self) if hasattr(nn.Module, "__getstate__") else self.__dict__
+
+
+def slice_layers(model: Any) -> Iterator[SliceLinear]:
+    return (module for module in model.modules() if isinstance(module, SliceLinear))
+
+
+def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear))
+
+
+@functools.cache
+def _with_slices(kind: type) -> type:
+    # Hugging Face writes the class name into a checkpoint's config, so it stays what it was.
+    return type(kind.__name__, (SliceModel, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def _rebuild(kind: type) -> Any:
+    mixed = _with_slices(kind)
+    return mixed.__new__(mixed)
+
+
+def _unique(targets: list[Target]) -> Iterator[Target]:
+    """Targets to convert; a module reachable under several names once."""
+    seen: set[int] = set()
+    for target in targets:
+        if target.skipped is None and id(target.module) not in seen:
+            seen.add(id(target.module))
+            yield target
+
+
+def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
+    found = {entry: [m for n, m in model.named_modules() if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)] for entry in config.modules_to_save or ()}
+    if missing := [entry for entry, modules in found.items() if not modules]:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have; its children are: {names}")
+    return [module for modules in found.values() for module in modules]
+
+
+def _share_tied(layers: dict[str, SliceLinear]) -> None:
+    """Layers with one weight get one slice and one schedule."""
+    first: dict[int, SliceLinear] = {}
+    for layer in layers.values():
+        owner = first.setdefault(id(layer.weight), layer)
+        if owner is not layer:
+            layer.slice_weight, layer.schedule = owner.slice_weight, owner.schedule
+
+
+def _free_biases(model: nn.Module, mode: str) -> None:
+    if mode == "all":
+        for name, parameter in model.named_parameters():
+            if name.rsplit(".", 1)[-1] == "bias":
+                parameter.requires_grad_(True)
+    elif mode == "slice_only":
+        for layer in slice_layers(model):
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+
+
+def _unload(layer: SliceLinear) -> nn.Module:
+    layer.synchronise()
+    if layer.fan_in_fan_out:
+        from slicefine.integrations.transformers import conv1d
+
+        plain = conv1d(layer.out_features, layer.in_features)
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    ours = {"spec", "schedule", "state_on_switch", "scores", "_updater", "_awaiting_weight", "_versions", "axis", "fan_in_fan_out"}
+    kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
+    if layer.fan_in_fan_out:
+        kept = {key: value for key, value in kept.items() if key not in ("in_features", "out_features")}
+    kept["_parameters"] = {name: p for name, p in layer._parameters.items() if name != "slice_weight"}
+    kept["_buffers"] = {name: b for name, b in layer._buffers.items() if not name.startswith("slice_")}
+    kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
+    plain.__dict__.update(kept)
+    return plain
+
+
+def _let_inputs_carry_gradients(model: Any) -> None:
+    enable = getattr(model, "enable_input_require_grads", None)
+    if callable(enable):
+        enable()

@@ -1,0 +1,348 @@
+"""SliceAdamW, and what every optimizer step does to slices: write through, count, move.
+
+Moves happen inside ``optimizer.step()`` of any `torch.optim.Optimizer` that holds slice parameters: a hook that PyTorch
+calls after each step (`finish_step`) brings the weights up to date and moves the slices whose interval is over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map
+
+from slicefine import ops
+from slicefine.linear import SliceLinear, layers_of
+
+
+def slice_parameters(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[SliceLinear]]]:
+    """The slice parameters of an optimizer, each with the layers that use it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if layers := layers_of(parameter):
+                yield parameter, layers
+
+
+def finish_step(optimizer: Optimizer) -> None:
+    """Write every changed slice through to its weight, count the step, and move the slices that are due."""
+    for parameter, layers in slice_parameters(optimizer):
+        trained = parameter in optimizer._trained_slices if isinstance(optimizer, SliceAdamW) else layers[0].slice_changed
+        for layer in layers:
+            layer.synchronise()
+        first = layers[0]
+        if first.schedule.step(trained):
+            _move(optimizer, parameter, layers)
+        for other in layers[1:]:  # a tied weight: one slice, one schedule
+            other.schedule = first.schedule
+    if isinstance(optimizer, SliceAdamW):
+        optimizer._trained_slices.clear()
+
+
+def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
+    first = layers[0]
+    schedule, policy = first.schedule, first.state_on_switch
+    if schedule.mode == "gradient" and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RuntimeError(
+            "switch_mode='gradient' under torch.distributed: each process would choose by its own gradients and the slices would "
+            "drift apart. Use 'ascending', 'random' or 'magnitude'."
+        )
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    if policy == "remember" and state:
+        kept = tree_map(lambda t: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else t, dict(state))
+        schedule.remembered.setdefault(schedule.axis, {})[schedule.position[schedule.axis]] = kept
+    first.move()
+    for other in layers[1:]:
+        other.schedule = schedule
+        other._place()
+    if policy == "keep" and first.spec.slice_type != "row_column":
+        return  # moments of a row slice mean nothing for a column slice, so alternating axes start afresh
+    optimizer.state.pop(parameter, None)
+    remembered = schedule.remembered.get(schedule.axis, {}).pop(schedule.position[schedule.axis], None)
+    if remembered is not None:
+        optimizer.state[parameter] = {key: _beside(value, state.get(key), parameter) for key, value in remembered.items()}
+
+
+def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
+    """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(current.device if isinstance(current, Tensor) else parameter.device)
+
+
+def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not isinstance(optimizer, SliceAdamW):  # which calls finish_step itself
+        finish_step(optimizer)
+
+
+register_optimizer_step_post_hook(_after_any_step)
+
+
+class SliceAdamW(Optimizer):
+    """AdamW for slices and for everything that trains beside them (new heads, biases), moves included.
+
+    params: parameters or groups, as for torch.optim.AdamW; those without a gradient are left alone.
+    lr, betas, eps, weight_decay, maximize: as for torch.optim.AdamW; decay acts on the active slice only.
+    bf16_stochastic_round: write to bfloat16 weights rounded stochastically (Philox, reproducible from ``seed``).
+    optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must follow every backward:
+        it moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped, unscaled or logged
+        then; whatever would need them raises an error.
+    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32; ``state_dict`` adds schedule and master.
+    Raises ValueError without a single slice among the parameters.
+    Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        bf16_stochastic_round: bool = False,
+        optimizer_in_bwd: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not 0.0 <= float(lr):
+            raise ValueError(f"lr is {lr}; expected 0 or more")
+        if not all(0.0 < beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}; expected two numbers between 0 and 1, exclusive")
+        if not eps >= 0.0 or not weight_decay >= 0.0:
+            raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; expected 0 or more")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        self._trained_slices: set[Tensor] = set()
+        super().__init__(params, defaults)
+        self.bf16_stochastic_round, self.optimizer_in_bwd, self.seed = bf16_stochastic_round, optimizer_in_bwd, seed
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if not any(True for _ in slice_parameters(self)):
+            raise ValueError(
+                f"none of the {count} parameters given is a slice: make slices first (model = slicefine.get_slice_model(model, "
+                "config)), then build the optimizer from model.parameters()"
+            )
+        self._uses: dict[Tensor, int] = {}
+        self._deferred: dict[Tensor, Tensor] = {}
+        if optimizer_in_bwd:
+            self._install()
+
+    # -- the default path: gradients first, then one update of all slices ---------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of everything that has a gradient, then write-through and moves. closure: as in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.optimizer_in_bwd:
+            self._flush_deferred()
+        for group in self.param_groups:
+            slices, others = [], []
+            for parameter in group["params"]:
+                if parameter.grad is None or isinstance(parameter.grad, _AppliedGradient):
+                    continue
+                (slices if layers_of(parameter) else others).append(parameter)
+            self._update_slices(group, slices, [p.grad for p in slices])
+            self._update_others(group, others)
+        finish_step(self)
+        self._uses.clear()
+        return loss
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return state
+
+    def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
+        # A new seed for every update and layer, within the 63 bits that a schema's int holds.
+        seed = self.seed * 0x9E3779B97F4A7C15 + layer.schedule.steps * 0xBF58476D1CE4E5B9 + layer.spec.seed * 0x94D049BB133111EB
+        seed &= 0x7FFFFFFFFFFFFFFF
+        return (
+            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["maximize"],
+            seed if self.bf16_stochastic_round else None,
+        )  # fmt: skip
+
+    def _update_slices(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Any]) -> None:
+        """One launch per device for all slices of a group."""
+        gradient_of = dict(zip(parameters, grads, strict=True))
+        for device in dict.fromkeys(p.device for p in parameters):
+            chosen = [p for p in parameters if p.device == device]
+            layers = [layers_of(p)[0] for p in chosen]
+            states = [self._state(p) for p in chosen]
+            for state in states:
+                state["step"] += 1
+            ops.slice_adamw(
+                [layer.active(p.detach()) for layer, p in zip(layers, chosen, strict=True)],
+                [layer.active(gradient_of[p]) for layer, p in zip(layers, chosen, strict=True)],
+                [layer.active(state["exp_avg"]) for layer, state in zip(layers, states, strict=True)],
+                [layer.active(state["exp_avg_sq"]) for layer, state in zip(layers, states, strict=True)],
+                [layer.weight_matrix.detach() for layer in layers],
+                [layer.rows for layer in layers],
+                [layer.cols for layer in layers],
+                [state["step"] for state in states],
+                *self._hyperparameters(group, layers[0]),
+            )
+        for parameter in parameters:
+            self._mark_trained(parameter)
+
+    def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = []
+        for p in parameters:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense embedding (sparse=False)")
+            states.append(self.state[p])
+            if not states[-1]:
+                states[-1].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if parameters:
+            beta1, beta2 = group["betas"]
+            adamw(
+                parameters, [p.grad for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]), weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=group["maximize"],
+            )  # fmt: skip
+
+    def _mark_trained(self, parameter: Tensor) -> None:
+        self._trained_slices.add(parameter)
+        for layer in layers_of(parameter):
+            layer.mark_synchronised()
+
+    # -- optimizer_in_bwd: the update happens where the gradient is --------------------------------------------------
+
+    def _install(self) -> None:
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for _, layers in slice_parameters(self):
+            for layer in layers:
+                layer._updater = weakref.ref(self)
+
+    def before_forward(self, layer: SliceLinear) -> None:
+        """Count the uses of a weight since the last step: one may be updated at once, several must wait for each other."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing recomputes inside backward; this use has been counted
+        parameter = layer.slice_weight
+        if parameter in self._trained_slices:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "optimizer_in_bwd=True has already updated this layer since the last step(): a second forward with gradients "
+                    "would accumulate, which it cannot. Call optimizer.step() after every backward, or use "
+                    "SliceAdamW(..., optimizer_in_bwd=False) for gradient accumulation."
+                )
+            return
+        self._uses[parameter] = self._uses.get(parameter, 0) + 1
+
+    @torch.no_grad()
+    def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None:
+        """Called in backward, after the input gradient of this use has been computed from the weight."""
+        parameter = layer.slice_weight
+        if parameter in self._trained_slices:
+            raise RuntimeError(
+                "optimizer_in_bwd=True: a second gradient arrived for a layer that has been updated since the last step() "
+                "(backward called twice, or one layer in several reentrant checkpoints). Use optimizer_in_bwd=False, or "
+                "checkpoint with use_reentrant=False."
+            )
+        if self._uses.get(parameter, 0) != 1:
+            grad = ops.slice_grad(grad_output, input, layer.rows)
+            self._deferred[parameter] = self._deferred[parameter] + grad if parameter in self._deferred else grad
+        else:
+            state, group = self._state(parameter), self._group_of[parameter]
+            state["step"] += 1
+            ops.slice_grad_adamw(
+                grad_output, input, layer.active(parameter.detach()), layer.active(state["exp_avg"]),
+                layer.active(state["exp_avg_sq"]), layer.weight_matrix.detach(), layer.rows, layer.cols, state["step"],
+                *self._hyperparameters(group, layer),
+            )  # fmt: skip
+            self._mark_trained(parameter)
+        parameter.grad = _AppliedGradient(parameter)
+
+    def _flush_deferred(self) -> None:
+        """Update the slices of weights that were used several times, now that every use has had its turn."""
+        for group in self.param_groups:
+            waiting = [p for p in group["params"] if p in self._deferred]
+            flat = []
+            for p in waiting:
+                grad = self._deferred.pop(p)
+                flat.append(grad if grad.shape == p.shape else torch.nn.functional.pad(grad.flatten(), (0, p.numel() - grad.numel())))
+            self._update_slices(group, waiting, flat)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, and per slice its schedule and master: tensors and numbers only."""
+        packed = super().state_dict()
+        packed["state"] = {index: dict(state) for index, state in packed["state"].items()}
+        for index, parameter in self._indexed(packed):
+            if layers := layers_of(parameter):
+                packed["state"].setdefault(index, {})["slice"] = layers[0].slice_state()
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`; the model's weights may be loaded before or after."""
+        packed = {**state_dict, "state": {index: dict(state) for index, state in state_dict["state"].items()}}
+        slices = {index: state.pop("slice") for index, state in packed["state"].items() if "slice" in state}
+        packed["state"] = {index: state for index, state in packed["state"].items() if state}
+        super().load_state_dict(packed)
+        for index, parameter in self._indexed(state_dict):
+            layers = layers_of(parameter)
+            if not layers:
+                continue
+            if index not in slices:
+                raise ValueError(
+                    f"the optimizer state has no slice for parameter {index} (shape {tuple(parameter.shape)}): it was saved by another "
+                    "optimizer or for another model. Load a state that SliceAdamW saved, or start afresh."
+                )
+            for layer in layers:
+                layer.load_slice_state(slices[index])
+                layer.schedule = layers[0].schedule
+            if "step" in self.state.get(parameter, {}):  # torch leaves it where it was saved; the kernels read it on the device
+                self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device)
+
+    def _indexed(self, packed: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
+        for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
+            yield from zip(saved["params"], group["params"], strict=True)
+
+
+class _AppliedGradient(Tensor):
+    """Stands in ``slice_weight.grad`` for a gradient that has been applied already: it has a shape and no values.
+
+    Clipping, unscaling and logging read gradients; reading this one raises instead of quietly seeing nothing.
+    """
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> _AppliedGradient:
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"<gradient of shape {tuple(self.shape)}, applied in backward>"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.zero_.default):  # zero_grad(set_to_none=False)
+            return args[0]
+        raise RuntimeError(
+            f"{func} needs the values of a gradient that optimizer_in_bwd=True has already applied: it cannot clip, unscale, "
+            "accumulate or log gradients. Use SliceAdamW(..., optimizer_in_bwd=False), the default."
+        )
+
+
+def slice_state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """Schedules and masters of all slices of a model, by module name: what to save beside the state of an optimizer other
+    than SliceAdamW. Tensors and numbers only."""
+    return {name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLinear)}
+
+
+def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Counterpart of `slice_state_dict`. Raises ValueError if the layers are not the same."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SliceLinear)}
+    if layers.keys() != state.keys():
+        missing, extra = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
+        raise ValueError(f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model: {extra[:5]}")
+    for name, layer in layers.items():
+        layer.load_slice_state(state[name])
