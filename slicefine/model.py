@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
     model.__dict__["slice_config"] = config
     model.__dict__["_trained_before_slices"] = trained_before
     model.__class__ = _with_slices(type(model))
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         _let_inputs_carry_gradients(model)
     return model
 
@@ -119,7 +119,7 @@ class SliceModel:
             plural = "position" if positions == 1 else "positions"
             line = f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural}, {100 * share:.0f} % of each {width} weight"
             lines[line] = lines.get(line, 0) + 1
-        return "\n".join(f"{line} ({count} layers)" for line, count in lines.items())
+        return "\n".join(f"{line} ({count} layer{'s' * (count > 1)})" for line, count in lines.items())
 
     def merge_and_unload(self) -> nn.Module:
         """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model in its own class."""
@@ -136,15 +136,9 @@ class SliceModel:
             parameter.requires_grad_(name in trained)
         return self
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's method; reentrant checkpoints need an input that carries a gradient, so the embeddings' outputs do."""
-        result = super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
-        _let_inputs_carry_gradients(self)
-        return result
-
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The mixed class cannot be found by name; rebuild it from the model's own.
-        return _rebuild, (type(self).__mro__[2],), nn.Module.__getstate__(self) if hasattr(nn.Module, "__getstate__") else self.__dict__
+        return _rebuild, (type(self).__mro__[2],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
 def slice_layers(model: Any) -> Iterator[SliceLinear]:
@@ -158,7 +152,24 @@ def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
 @functools.cache
 def _with_slices(kind: type) -> type:
     # Hugging Face writes the class name into a checkpoint's config, so it stays what it was.
-    return type(kind.__name__, (SliceModel, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    # transformers' new name, which its old one calls; overriding both would send them in circles
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if name := next((n for n in names if hasattr(kind, n)), None):
+        body[name] = _then_let_inputs_carry_gradients(getattr(kind, name))
+    return type(kind.__name__, (SliceModel, kind), body)
+
+
+def _then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[..., Any]:
+    """Reentrant checkpoints need an input that carries a gradient, and behind frozen embeddings there is none."""
+
+    @functools.wraps(enable)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = enable(self, *args, **kwargs)
+        _let_inputs_carry_gradients(self)
+        return result
+
+    return wrapper
 
 
 def _rebuild(kind: type) -> Any:

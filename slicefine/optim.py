@@ -31,9 +31,13 @@ def slice_parameters(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[SliceL
 def finish_step(optimizer: Optimizer) -> None:
     """Write every changed slice through to its weight, count the step, and move the slices that are due."""
     for parameter, layers in slice_parameters(optimizer):
-        trained = parameter in optimizer._trained_slices if isinstance(optimizer, SliceAdamW) else layers[0].slice_changed
-        for layer in layers:
-            layer.synchronise()
+        if isinstance(optimizer, SliceAdamW):
+            trained = parameter in optimizer._trained_slices
+        else:
+            # Not by version counter: torch's fused optimizers write to parameters without counting it.
+            trained = parameter.grad is not None
+            for layer in layers if trained else ():
+                layer.write_through()
         first = layers[0]
         if first.schedule.step(trained):
             _move(optimizer, parameter, layers)

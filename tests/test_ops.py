@@ -1,0 +1,249 @@
+"""Every backend of every op against float64, on hostile shapes; schemas, fakes and the choice of a backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slicefine import _native, ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HYPERPARAMETERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+relaxed = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def assert_as_good_as_torch(result, exact, plain, factor=2.0):
+    """The error against float64 is at most ``factor`` times that of plain PyTorch in the same precision."""
+    error, allowed = (result.double() - exact).abs(), (plain.double() - exact).abs()
+    bound = factor * allowed.max().item() + 1e-6 * exact.abs().max().item() if exact.numel() else 0.0
+    if exact.numel() and error.max().item() > bound:
+        worst = divmod(int(error.argmax()), error.shape[-1])
+        raise AssertionError(f"error {error.max():.3e} (RMS {error.square().mean().sqrt():.3e}) at {worst}, allowed {bound:.3e}")
+
+
+@st.composite
+def gradients(draw):
+    """(grad_output, input, rows) with odd sizes, strides and offsets; buffers are surrounded by NaN."""
+    n, out, width = (draw(st.sampled_from([0, 1, 2, 31, 63, 65])), draw(st.sampled_from([1, 5, 16, 33, 129])), draw(st.sampled_from([1, 3, 16, 17, 40])))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def matrix(columns):
+        pad, offset, transposed = draw(st.sampled_from([0, 1, 7])), draw(st.sampled_from([0, 1, 3])), draw(st.booleans())
+        shape = (columns, n) if transposed else (n, columns)
+        buffer = torch.full((shape[0], shape[1] + pad + offset), float("nan"), dtype=dtype)
+        view = buffer[:, offset : offset + shape[1]]
+        view.copy_(torch.randn(shape, generator=generator))
+        return view.t() if transposed else view
+
+    rows = None
+    if draw(st.booleans()):
+        rows = torch.randperm(out, generator=generator)[: draw(st.integers(1, out))]
+        if draw(st.booleans()):
+            rows = torch.arange(out)[-len(rows) :]  # at the border
+    return matrix(out), matrix(width), rows
+
+
+@relaxed
+@given(gradients())
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_grad(name, operands):
+    grad_output, input, rows = operands
+    exact = reference.slice_grad(grad_output.double(), input.double(), rows)
+    chosen = grad_output if rows is None else grad_output[:, rows]
+    with ops.use_backend(name):
+        result = ops.slice_grad(grad_output, input, rows)
+    assert result.dtype == torch.float32 and result.shape == exact.shape
+    assert_as_good_as_torch(result, exact, chosen.float().t() @ input.float())
+
+
+@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+@pytest.mark.parametrize("isa", _native._C.isas() if _native._C else [])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_every_instruction_set(isa, dtype):
+    before = _native._C.current_isa()
+    _native._C.select_isa(isa)
+    try:
+        grad_output, input = torch.randn(130, 77).to(dtype), torch.randn(130, 19).to(dtype)
+        exact = grad_output.double().t() @ input.double()
+        result = _native.slice_grad(grad_output, input)
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5 if dtype != torch.float64 else 1e-12, atol=1e-4 if dtype != torch.float64 else 1e-12)
+        check_adamw(_native, dtype, [(None, torch.arange(3, 8))], seed=None)
+    finally:
+        _native._C.select_isa(before)
+
+
+def test_an_unknown_instruction_set_is_named():
+    with pytest.raises(ValueError, match="'sse9' is not one of"):
+        _native._C.select_isa("sse9")
+
+
+def make_slices(dtype, features, shape=(21, 33)):
+    """Tensors of slice_adamw for several slices, weights inside NaN-filled buffers, every second one stored transposed."""
+    masters, moments, squares, weights, grads = [], [], [], [], []
+    generator = torch.Generator().manual_seed(1)
+    precise = reference.accumulation_dtype(dtype)
+    for i, (rows, cols) in enumerate(features):
+        buffer = torch.full((shape[0] + 2, shape[1] + 3), float("nan"), dtype=dtype)
+        weight = buffer[1:-1, 1:-2]
+        if i % 2:
+            weight = torch.full((shape[1] + 3, shape[0] + 2), float("nan"), dtype=dtype)[1:-2, 1:-1].t()
+        weight.copy_(torch.randn(shape, generator=generator))
+        R, K = len(rows) if rows is not None else shape[0], len(cols) if cols is not None else shape[1]
+        random = lambda R=R, K=K: torch.randn(R, K, generator=generator, dtype=torch.float64).to(precise)
+        masters.append(random())
+        grads.append(random())
+        moments.append(0.1 * random())
+        squares.append(0.1 * random().square())
+        weights.append(weight)
+    return masters, grads, moments, squares, weights
+
+
+def check_adamw(module, dtype, features, seed, maximize=False):
+    masters, grads, moments, squares, weights = make_slices(dtype, features)
+    before = [w.clone() for w in weights]
+    exact = [[t.double() for t in group] for group in (masters, grads, moments, squares)]
+    scratch = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
+    rows, cols = [r for r, _ in features], [c for _, c in features]
+    steps = [torch.tensor(float(1 + 7 * i)) for i in range(len(features))]
+    arguments = (*HYPERPARAMETERS.values(), maximize)
+    reference.slice_adamw(*exact, scratch, rows, cols, steps, *arguments, None)
+    module.slice_adamw(masters, grads, moments, squares, weights, rows, cols, steps, *arguments, seed)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-7}
+    for i, weight in enumerate(weights):
+        for mine, theirs in zip((masters, moments, squares), (exact[0], exact[2], exact[3]), strict=True):
+            torch.testing.assert_close(mine[i].double(), theirs[i], **tolerance)
+        written = reference.read_slice(weight, rows[i], cols[i])
+        if seed is not None and dtype == torch.bfloat16:
+            assert torch.equal(written, reference.round_to(masters[i], dtype, seed, i))
+        elif dtype == torch.bfloat16 and module.__name__ == "slicefine_kernels":
+            # Triton's interpreter truncates where a GPU rounds to nearest
+            truncated = (masters[i].view(torch.int32) & -65536).view(torch.float32).to(dtype)
+            assert torch.equal(written, truncated) or torch.equal(written, masters[i].to(dtype))
+        else:
+            assert torch.equal(written, masters[i].to(dtype))
+        outside = torch.ones(weight.shape, dtype=torch.bool)
+        reference.write_slice(outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool))
+        assert torch.equal(weight[outside], before[i][outside])
+        base = weight._base
+        assert base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()  # the sentinels are untouched
+
+
+FEATURES = [
+    (None, torch.arange(0, 5)), (None, torch.arange(28, 33)), (torch.arange(16, 21), None), (torch.tensor([0, 20]), torch.tensor([32, 1, 7])),
+    (None, torch.tensor([4])), (torch.tensor([3]), None), (None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [None, 2**40 + 12345])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_adamw(name, dtype, seed):
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error")
+    module, reason = ops.BACKENDS[name].load()
+    assert module is not None, reason
+    features = [f if f[0] is None else (f[0].contiguous(), f[1]) for f in FEATURES]
+    for maximize in (False, True):
+        check_adamw(module, dtype, [(r, c) for r, c in features], seed, maximize)
+
+
+@pytest.mark.parametrize("slice_type", ["column", "row", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_grad_adamw_is_the_two_others_in_one(name, dtype, slice_type):
+    rows = None if slice_type == "column" else torch.tensor([2, 3, 20])
+    cols = None if slice_type == "row" else torch.arange(9, 25)
+    (master,), _, (moment,), (square,), (weight,) = make_slices(dtype, [(rows, cols)])
+    grad_output, input = torch.randn(70, 21).to(dtype), torch.randn(70, 33).to(dtype)
+    input = input if cols is None else input[:, cols]
+    together, apart = ([t.clone() for t in (master, moment, square)] for _ in range(2))
+    fused_weight, weight = weight.clone(), weight.clone()
+    step = torch.tensor(3.0)
+    arguments = (*HYPERPARAMETERS.values(), False, 99)
+    with ops.use_backend(name):
+        ops.slice_grad_adamw(grad_output, input, *together, fused_weight, rows, cols, step, *arguments)
+        grad = ops.slice_grad(grad_output, input, rows)
+        ops.slice_adamw([apart[0]], [grad], [apart[1]], [apart[2]], [weight], [rows], [cols], [step], *arguments)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused_weight, weight, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+
+
+def test_stochastic_rounding_is_unbiased_and_only_picks_neighbours():
+    value = torch.full((40_000,), 1.0 + 0.3 * 2**-7)  # 30 % of the way to the next bfloat16
+    rounded = reference.round_to(value, torch.bfloat16, seed=5).float()
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
+    assert abs((rounded > 1).float().mean().item() - 0.3) < 0.01  # four standard errors
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    assert torch.equal(reference.round_to(special, torch.bfloat16, seed=5)[1:], special[1:].to(torch.bfloat16))
+
+
+def test_philox_matches_the_published_vector():
+    # Random123's known-answer test for philox4x32-10 with zero key and counter
+    assert hex(int(reference.philox(0, torch.tensor([0]), 0))) == "0x6627e8d5"
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 3])])
+def test_opcheck(rows):
+    grad_output, input = torch.randn(6, 5), torch.randn(6, 4)
+    torch.library.opcheck(torch.ops.slicefine.slice_grad, (grad_output, input, rows))
+    R = 5 if rows is None else 2
+    tensors = lambda: [torch.rand(R, 4) for _ in range(3)]
+    weight, cols, step = torch.randn(5, 9), torch.arange(4), torch.tensor(1.0)
+    torch.library.opcheck(torch.ops.slicefine.slice_grad_adamw, (grad_output, input, *tensors(), weight, rows, cols, step, *HYPERPARAMETERS.values()))
+    p, m, v = tensors()
+    lists = ([p], [torch.rand(R, 4)], [m], [v], [weight], [rows], [cols], [step])
+    torch.library.opcheck(torch.ops.slicefine.slice_adamw, (*lists, *HYPERPARAMETERS.values()))
+
+
+def test_a_write_is_seen_by_autograd():
+    weight = torch.randn(3, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = torch.nn.functional.linear(x, weight)
+    state = [torch.zeros(3, 2) for _ in range(3)]
+    ops.slice_adamw([state[0]], [torch.ones(3, 2)], [state[1]], [state[2]], [weight], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_errors_name_what_was_given_and_expected():
+    with pytest.raises(ValueError, match=r"grad_output has shape \(3, 4\) and input \(2, 5\)"):
+        ops.slice_grad(torch.randn(3, 4), torch.randn(2, 5))
+    with pytest.raises(TypeError, match="expected one dtype"):
+        ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5).half())
+    bad = [torch.zeros(2, 2)]
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\); got master \(2, 2\)"):
+        ops.slice_adamw(bad, bad, bad, bad, [torch.randn(3, 4)], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+    half = [torch.zeros(3, 2).half()]
+    with pytest.raises(TypeError, match=r"the master is torch\.float16"):
+        ops.slice_adamw(half, half, half, half, [torch.randn(3, 4)], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+
+
+def test_an_unknown_backend_lists_those_that_exist(monkeypatch):
+    with pytest.raises(ValueError, match="no backend 'cuda13'; expected one of reference, cpu, triton"), ops.use_backend("cuda13"):
+        pass
+    monkeypatch.setenv("SLICEFINE_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SLICEFINE_BACKEND: no backend 'fast'"):
+        ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
+
+
+def test_a_forced_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(_native, "unavailable", "it was not built")
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"):
+        ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
+    assert ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5)).shape == (4, 5)  # chosen freely, the reference runs
+
+
+def test_a_dtype_that_a_backend_lacks():
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"triton: it takes .*, not torch\.float64"):
+        ops.slice_grad(torch.randn(3, 4).double(), torch.randn(3, 5).double())
+
+
+def test_the_environment_variable_chooses(monkeypatch):
+    monkeypatch.setenv("SLICEFINE_BACKEND", "reference")
+    assert ops.select("cpu", {torch.float32}) is reference
+    monkeypatch.delenv("SLICEFINE_BACKEND")
+    assert ops.select("cpu", {torch.float32}) is _native
