@@ -1,0 +1,23 @@
+"""The typer application: one function per verb, each in its file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from slicefine.cli import env as env_verb
+from slicefine.cli.train import train
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fine-tune pretrained models by training a moving slice of each weight.",
+)  # fmt: skip
+app.command()(train)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
+    """Say which backends exist here and why the others do not."""
+    sys.exit(env_verb.main(["--json"] if as_json else []))

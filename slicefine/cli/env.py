@@ -1,0 +1,107 @@
+"""`slicefine env`: which backends exist here, and why the others do not. Standard library only, also in a broken install."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PACKAGES = ("slicefine", "torch", "triton", "safetensors", "transformers", "accelerate", "peft", "typer")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def attempt(check: Callable[[], str]) -> str:
+    """What a check says, or the error that stopped it."""
+    try:
+        return check()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"broken: {type(error).__name__}: {error}"
+
+
+def _accelerator() -> str:
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return f"none (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'ROCm ' + built if built else 'the CPU only'}, no device found)"
+    return ", ".join(f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_capability(i)})" for i in range(torch.cuda.device_count()))
+
+
+def _native() -> str:
+    native: Any = importlib.import_module("slicefine._native")
+    if native.unavailable:
+        return f"missing: {native.unavailable}"
+    return f"available ({native._C.current_isa()}; this CPU also runs {', '.join(native._C.isas()[1:]) or 'nothing else'})"
+
+
+def _triton() -> str:
+    ops: Any = importlib.import_module("slicefine.ops")
+    torch: Any = importlib.import_module("torch")
+    _, reason = ops.BACKENDS["triton"].load()
+    if reason:
+        return f"missing: {reason}"
+    if torch.cuda.is_available():
+        return "available"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "available through its interpreter (TRITON_INTERPRET=1), for tests"
+    return "installed, but there is no GPU for it"
+
+
+def _chosen() -> str:
+    ops: Any = importlib.import_module("slicefine.ops")
+    torch: Any = importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = ops.select(device, {torch.float32})
+    name = next(n for n, b in ops.BACKENDS.items() if b.load()[0] is module)
+    return f"{name} on {device}" + (" (forced)" if ops._forced_name() else "")
+
+
+def report() -> dict[str, Any]:
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "torch imports": attempt(lambda: importlib.import_module("torch").__version__),
+        "accelerator": attempt(_accelerator),
+        "compiler": shutil.which(os.environ.get("CXX", "c++")) or "none (needed only to build the cpu backend)",
+        "backends": {
+            "reference": attempt(lambda: importlib.import_module("slicefine.reference") and "available"),
+            "cpu": attempt(_native),
+            "triton": attempt(_triton),
+            "cuda": "missing: precompiled CUDA kernels are not part of this version",
+        },
+        "SLICEFINE_BACKEND": os.environ.get("SLICEFINE_BACKEND", "not set"),
+        "in use": attempt(_chosen),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--json"]):
+        print("usage: slicefine env [--json]", file=sys.stderr)
+        return 2
+    found = report()
+    if arguments == ["--json"]:
+        print(json.dumps(found, indent=2))
+        return 0
+    for key, value in found.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, entry in value.items():
+                print(f"  {name:<14}{entry}")
+        else:
+            print(f"{key + ':':<20}{value}")
+    print("\nMore: slicefine --help" if version("typer") != "not installed" else "\nThe other commands need: pip install 'slicefine[cli,hf]'")
+    return 0
