@@ -32,6 +32,8 @@ class Updater(Protocol):
 
     def before_forward(self, layer: SliceLinear) -> None: ...
 
+    def before_backward(self, layer: SliceLinear) -> None: ...
+
     def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None: ...
 
 
@@ -204,6 +206,11 @@ class SliceLinear(nn.Linear):
         self._awaiting_weight = False
         self.mark_synchronised()
 
+    @property
+    def updater(self) -> Updater | None:
+        """The optimizer that updates this slice during backward, if one does."""
+        return self._updater() if self._updater is not None else None
+
     def move(self) -> None:
         """Go to the next position of the schedule: the old slice stays as it is, the new one becomes active."""
         self.synchronise()
@@ -226,7 +233,7 @@ class SliceLinear(nn.Linear):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
-        updater = self._updater() if self._updater is not None else None
+        updater = self.updater
         if updater is not None:
             if compiling:
                 raise RuntimeError("optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it")
@@ -396,6 +403,9 @@ class _SliceLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
+        updater = ctx.layer.updater if ctx.layer is not None else None
+        if updater is not None:
+            updater.before_backward(ctx.layer)
         weight, kept, rows, cols = ctx.saved_tensors
         needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
         grad_input = grad_bias = grad_slice = None
@@ -418,9 +428,8 @@ def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None,
         layer.scores[axis] = layer.scores.get(axis, 0) + found
         if cols is not None:
             kept = kept.index_select(1, cols)
-    updater = layer._updater() if layer is not None and layer._updater is not None else None
-    if updater is not None:
-        updater.update_in_backward(layer, grad_output, kept)
+    if layer is not None and layer.updater is not None:
+        layer.updater.update_in_backward(layer, grad_output, kept)
         return None
     grad = ops.slice_grad(grad_output, kept, rows)
     if grad.shape == ctx.slice_shape:

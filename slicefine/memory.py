@@ -43,6 +43,10 @@ class _StorageTracker(TorchDispatchMode):
             self.peak = max(self.peak, self.current)
             weakref.finalize(storage, self._freed, key)
 
+    def follow_all(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:  # a loop of its own: its variable must not keep the last tensor alive
+            self.follow(tensor)
+
     def _freed(self, key: int) -> None:
         self.current -= self.live.pop(key, 0)
 
@@ -71,8 +75,7 @@ def track_memory(held: Iterable[Tensor] = (), device: torch.device | str = "cpu"
         report.peak_bytes = torch.cuda.max_memory_allocated(device)
         return
     tracker = _StorageTracker()
-    for tensor in held:
-        tracker.follow(tensor)
+    tracker.follow_all(held)
     report.bytes_before = tracker.current
     with tracker:
         yield report

@@ -242,16 +242,19 @@ class SliceAdamW(Optimizer):
             return
         self._uses[parameter] = self._uses.get(parameter, 0) + 1
 
-    @torch.no_grad()
-    def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None:
-        """Called in backward, after the input gradient of this use has been computed from the weight."""
-        parameter = layer.slice_weight
-        if parameter in self._trained_slices:
+    def before_backward(self, layer: SliceLinear) -> None:
+        """Called before the weight is read: it must not have been updated since the forward pass."""
+        if layer.slice_weight in self._trained_slices:
             raise RuntimeError(
                 "optimizer_in_bwd=True: a second gradient arrived for a layer that has been updated since the last step() "
                 "(backward called twice, or one layer in several reentrant checkpoints). Use optimizer_in_bwd=False, or "
                 "checkpoint with use_reentrant=False."
             )
+
+    @torch.no_grad()
+    def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None:
+        """Called in backward, after the input gradient of this use has been computed from the weight."""
+        parameter = layer.slice_weight
         if self._uses.get(parameter, 0) != 1:
             grad = ops.slice_grad(grad_output, input, layer.rows)
             self._deferred[parameter] = self._deferred[parameter] + grad if parameter in self._deferred else grad
