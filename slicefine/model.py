@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 import slicefine.optim  # noqa: F401  (registers the hook that moves slices after any optimizer's step)
 from slicefine.config import SliceConfig
 from slicefine.linear import SliceLinear
-from slicefine.slices import planned_coverage
+from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.targets import Target, find_targets, matches_modules_to_save
 
 
@@ -29,7 +30,12 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
-    layers = {t.name: SliceLinear.from_linear(t.module, config, t.name, t.r) for t in _unique(targets)}
+    trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    try:
+        layers = {t.name: SliceLinear.from_linear(t.module, config, t.name, t.r) for t in _unique(targets)}
+    except (ValueError, TypeError):
+        _set_trainable(model, trained_before)
+        raise
     if not layers:
         raise ValueError("every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets))
     for target in targets:
@@ -38,9 +44,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
     if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
         warnings.warn("fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2)
 
-    trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    _set_trainable(model, set())
     replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers}
     for parent in list(model.modules()):  # every place that holds the module, however many
         for name, child in list(parent._modules.items()):
@@ -76,12 +80,14 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
     matches = []
     for target in find_targets(model, config):
         parameters = 0
+        weight: Any = getattr(target.module, "weight", None)
+        shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
+        if not isinstance(target.module, nn.Linear):
+            shape = shape[::-1]  # Conv1D
         if target.skipped is None:
-            copy = SliceLinear.from_linear(target.module, config, target.name, target.r)
-            parameters, shape = copy.slice_weight.numel(), (copy.out_features, copy.in_features)
-        else:
-            weight: Any = getattr(target.module, "weight", None)
-            shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
+            spec = SliceSpec(*shape, config.slice_type, target.r, config.r_out or target.r)
+            SliceSchedule(spec, start_position=config.start_position)
+            parameters = math.prod(spec.parameter_shape)
         matches.append(Match(target.name, *shape, target.r, parameters, target.skipped))
     return matches
 
@@ -132,8 +138,7 @@ class SliceModel:
         trained = self.__dict__.pop("_trained_before_slices")
         del self.__dict__["slice_config"]
         self.__class__ = type(self).__mro__[2]
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name in trained)
+        _set_trainable(self, trained)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -192,6 +197,11 @@ def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
         names = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have; its children are: {names}")
     return [module for modules in found.values() for module in modules]
+
+
+def _set_trainable(model: nn.Module, names: set[str]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in names)
 
 
 def _share_tied(layers: dict[str, SliceLinear]) -> None:

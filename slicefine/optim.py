@@ -120,19 +120,26 @@ class SliceAdamW(Optimizer):
         if not eps >= 0.0 or not weight_decay >= 0.0:
             raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; expected 0 or more")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self._trained_slices: set[Tensor] = set()
-        super().__init__(params, defaults)
         self.bf16_stochastic_round, self.optimizer_in_bwd, self.seed = bf16_stochastic_round, optimizer_in_bwd, seed
+        self._trained_slices: set[Tensor] = set()  # since the last step
+        self._uses: dict[Tensor, int] = {}  # forward passes since the last step, for optimizer_in_bwd
+        self._deferred: dict[Tensor, Tensor] = {}  # gradients of slices used more than once
+        self._group_index: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
         if not any(True for _ in slice_parameters(self)):
             raise ValueError(
                 f"none of the {count} parameters given is a slice: make slices first (model = slicefine.get_slice_model(model, "
                 "config)), then build the optimizer from model.parameters()"
             )
-        self._uses: dict[Tensor, int] = {}
-        self._deferred: dict[Tensor, Tensor] = {}
-        if optimizer_in_bwd:
-            self._install()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        for parameter in self.param_groups[index]["params"]:
+            self._group_index[parameter] = index
+            for layer in layers_of(parameter) if self.optimizer_in_bwd else ():
+                layer._updater = weakref.ref(self)
 
     # -- the default path: gradients first, then one update of all slices ---------------------------------------------
 
@@ -221,12 +228,6 @@ class SliceAdamW(Optimizer):
 
     # -- optimizer_in_bwd: the update happens where the gradient is --------------------------------------------------
 
-    def _install(self) -> None:
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for _, layers in slice_parameters(self):
-            for layer in layers:
-                layer._updater = weakref.ref(self)
-
     def before_forward(self, layer: SliceLinear) -> None:
         """Count the uses of a weight since the last step: one may be updated at once, several must wait for each other."""
         if torch._C._current_graph_task_id() != -1:
@@ -259,7 +260,7 @@ class SliceAdamW(Optimizer):
             grad = ops.slice_grad(grad_output, input, layer.rows)
             self._deferred[parameter] = self._deferred[parameter] + grad if parameter in self._deferred else grad
         else:
-            state, group = self._state(parameter), self._group_of[parameter]
+            state, group = self._state(parameter), self.param_groups[self._group_index[parameter]]
             state["step"] += 1
             ops.slice_grad_adamw(
                 grad_output, input, layer.active(parameter.detach()), layer.active(state["exp_avg"]),

