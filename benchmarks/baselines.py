@@ -31,7 +31,9 @@ class MaskedGradient:
             parameter.requires_grad_(any(name.startswith(prefix) for prefix in also))
         for weight in self.weights.values():
             weight.requires_grad_(True)
-        self.others = [p for n, p in model.named_parameters() if p.requires_grad and not any(p is w for w in self.weights.values())]
+        self.others = [
+            p for n, p in model.named_parameters() if p.requires_grad and not any(p is w for w in self.weights.values())
+        ]
         self._set_masks()
 
     def parameters(self) -> Iterator[nn.Parameter]:

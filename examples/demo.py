@@ -29,7 +29,9 @@ from examples.sentiment import SentenceClassifier, Task, Trainee, accuracy, data
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import named_slice_layers
 
-CONFIG = SliceConfig(r=16, slice_type="column", switch_interval=100, target_modules="all-linear", modules_to_save=["classifier"])
+CONFIG = SliceConfig(
+    r=16, slice_type="column", switch_interval=100, target_modules="all-linear", modules_to_save=["classifier"]
+)
 LR = 2e-3
 PAIRED_STEPS = 60
 
@@ -131,8 +133,15 @@ def draw(path: Path, pair: dict[str, Any], losses: list[float], covered: dict[st
         middle.axvline(move, color="0.85", lw=0.8, zorder=0)
     middle.set(title="slicefine, bfloat16, mean of 20 steps", xlabel="step (lines: the slice moves)", ylabel="loss")
     width = 384
-    image = np.array([np.interp(np.linspace(0, len(row) - 1, width), np.arange(len(row)), np.array(row, float)) for row in covered.values()])
-    right.imshow(image, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", extent=(0, 100, len(image), 0))
+    image = np.array(
+        [
+            np.interp(np.linspace(0, len(row) - 1, width), np.arange(len(row)), np.array(row, float))
+            for row in covered.values()
+        ]
+    )
+    right.imshow(
+        image, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", extent=(0, 100, len(image), 0)
+    )
     right.set(title="input features that have trained", xlabel="% of the layer's input", ylabel="layer")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -148,7 +157,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         score = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
         memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else "-"
         duration = f"{row['ms_per_step']:.0f} ms" if row["ms_per_step"] else "-"
-        lines.append(f"{names[row['method']]:<38}{score:>9}{row['trainable']:>13,d}{memory:>14}{duration:>12}{row['steps']:>7}")
+        lines.append(
+            f"{names[row['method']]:<38}{score:>9}{row['trainable']:>13,d}{memory:>14}{duration:>12}{row['steps']:>7}"
+        )
     return "\n".join(lines)
 
 
@@ -160,7 +171,10 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, seed, start = data_folder(), options.seed, time.perf_counter()
     task = Task(movie_reviews.load(folder))
-    print(f"{len(task.train):,d} sentences to train on, {len(task.test):,d} to test on; one thread per job, two jobs", flush=True)
+    print(
+        f"{len(task.train):,d} sentences to train on, {len(task.test):,d} to test on; one thread per job, two jobs",
+        flush=True,
+    )
 
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         side: Future[tuple[float, dict[str, Any]]] = pool.submit(_side_jobs, seed)
@@ -171,7 +185,15 @@ def main() -> None:
         frozen, pair = side.result()
 
     rows = [
-        {"method": "frozen", "accuracy": frozen, "trainable": 385, "peak_bytes": 0, "ms_per_step": 0.0, "steps": 0, "seed": seed},
+        {
+            "method": "frozen",
+            "accuracy": frozen,
+            "trainable": 385,
+            "peak_bytes": 0,
+            "ms_per_step": 0.0,
+            "steps": 0,
+            "seed": seed,
+        },
         {**pair["ours"], "accuracy": score, "steps": len(ours.losses)},
         pair["masked"],
     ]
@@ -189,7 +211,9 @@ def main() -> None:
     draw(folder / "report.png", pair, ours.losses, coverage_map(ours.model))
     low, middle, high = pair["time_ratio"]
     print(f"\n{table(rows)}\n")
-    print(f"Largest difference of the losses of slicefine and masked gradient over {PAIRED_STEPS} steps: {pair['difference']:.2e}")
+    print(
+        f"Largest difference of the losses of slicefine and masked gradient over {PAIRED_STEPS} steps: {pair['difference']:.2e}"
+    )
     print(f"Time per step, slicefine / masked: {middle:.2f} ({low:.2f} to {high:.2f}, 20th to 80th percentile)")
     print(
         "Memory and time of slicefine and masked gradient: float32, step by step in turns. The accuracy is that of the whole run in\n"

@@ -35,7 +35,20 @@ def download(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob("vader*entiment-3.3.2.tar.gz"))
     if not found:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), SDIST]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--dest",
+            str(folder),
+            SDIST,
+        ]
         subprocess.run(command, check=True)
         found = sorted(folder.glob("vader*entiment-3.3.2.tar.gz"))
     return found[0]
@@ -52,7 +65,9 @@ def load(folder: Path) -> Split:
             assert file is not None
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
-    rows = [(float(rating), text) for _, rating, text in ((r[0], r[1], r[2]) for r in rows) if abs(float(rating)) >= 0.5]
+    rows = [
+        (float(rating), text) for _, rating, text in ((r[0], r[1], r[2]) for r in rows) if abs(float(rating)) >= 0.5
+    ]
     order = np.random.RandomState(0).permutation(len(rows))
     chosen = [rows[i] for i in order[: TEST + TRAIN]]
     texts, labels = [text for _, text in chosen], [int(rating > 0) for rating, _ in chosen]

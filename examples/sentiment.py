@@ -123,7 +123,12 @@ def frozen_accuracy(task: Task, bf16: bool) -> float:
                 out[chosen] = model.features(batch).float()
         return out.numpy()
 
-    probe = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), cv=3, max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False))
+    probe = make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(
+            Cs=np.logspace(-4, 0, 5), cv=3, max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False
+        ),
+    )
     probe.fit(features(task.train), task.train_labels.numpy())
     return float((probe.predict(features(task.test)) == task.test_labels.numpy()).mean())
 

@@ -14,7 +14,9 @@ def main() -> None:
     try:
         from slicefine.cli.app import app
     except ImportError as error:
-        sys.exit(f"slicefine: {error}. The command line needs its extras: pip install 'slicefine[cli,hf]' (slicefine env shows what is there)")
+        sys.exit(
+            f"slicefine: {error}. The command line needs its extras: pip install 'slicefine[cli,hf]' (slicefine env shows what is there)"
+        )
     app()
 
 

@@ -6,7 +6,9 @@ The module knows nothing of torch, so a build serves every torch release. If it 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from slicefine.reference import accumulation_dtype
 
 unavailable: str | None = None
 try:
-    from slicefine import _C  # pyright: ignore[reportAttributeAccessIssue]
+    _C: Any = importlib.import_module("slicefine._C")
 except ImportError as error:
     _C = None
     unavailable = (
@@ -116,7 +118,9 @@ def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | N
 def _moments(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad: Tensor | None) -> tuple:
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected contiguous")
+            raise ValueError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected contiguous"
+            )
     return (
         master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), 0 if grad is None else grad.data_ptr(), float(step),
     )  # fmt: skip

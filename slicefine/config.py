@@ -75,7 +75,9 @@ class SliceConfig:
         if self.r_out is not None:
             _positive("r_out", self.r_out)
             if self.slice_type != "block":
-                raise ValueError(f"r_out is {self.r_out} with slice_type {self.slice_type!r}; only a block slice has a height of its own")
+                raise ValueError(
+                    f"r_out is {self.r_out} with slice_type {self.slice_type!r}; only a block slice has a height of its own"
+                )
         if self.switch_interval is not None:
             _positive("switch_interval", self.switch_interval, "optimizer steps, or None for a slice that stays")
         _whole("start_position", self.start_position)
@@ -90,7 +92,9 @@ class SliceConfig:
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} cannot be used when target_modules is a regex ({self.target_modules!r}); give target_modules as a list")
+                    raise ValueError(
+                        f"{name} cannot be used when target_modules is a regex ({self.target_modules!r}); give target_modules as a list"
+                    )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform; say which layer numbers to train")
 

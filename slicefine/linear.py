@@ -42,7 +42,7 @@ _LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def layers_of(parameter: Tensor) -> list[SliceLinear]:
     """The layers whose active slice this parameter is; empty for any other parameter."""
-    return [layer for reference in _LAYERS.get(parameter, ()) if (layer := reference()) is not None]
+    return [layer for reference in _LAYERS.get(parameter) or () if (layer := reference()) is not None]
 
 
 class SliceLinear(nn.Linear):
@@ -83,6 +83,7 @@ class SliceLinear(nn.Linear):
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
         layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
+        assert isinstance(linear.weight, Tensor)
         shape = tuple(linear.weight.shape)
         layer.out_features, layer.in_features = shape[::-1] if layer.fan_in_fan_out else shape
         layer._become_slice(config, name, r)
@@ -98,9 +99,13 @@ class SliceLinear(nn.Linear):
                 "weights. Load the model unquantised, or leave this layer out (exclude_modules)."
             )
         if weight.dtype not in _WEIGHT_DTYPES:
-            raise TypeError(f"layer {name!r} has a {weight.dtype} weight; expected one of {', '.join(str(d) for d in _WEIGHT_DTYPES)}")
+            raise TypeError(
+                f"layer {name!r} has a {weight.dtype} weight; expected one of {', '.join(str(d) for d in _WEIGHT_DTYPES)}"
+            )
         if weight.is_meta:
-            raise ValueError(f"layer {name!r} has a weight on the meta device, without values; load the weights before making slices")
+            raise ValueError(
+                f"layer {name!r} has a weight on the meta device, without values; load the weights before making slices"
+            )
         seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
         self.spec = SliceSpec(
             self.out_features, self.in_features, config.slice_type, r or config.r, config.r_out or r or config.r,
@@ -113,7 +118,9 @@ class SliceLinear(nn.Linear):
             self.bias.requires_grad_(False)
         self.register_buffer("slice_rows", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False)
         self.register_buffer("slice_cols", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False)
-        self.slice_weight = nn.Parameter(torch.zeros(self.spec.parameter_shape, dtype=_master_dtype(weight.dtype), device=weight.device))
+        self.slice_weight = nn.Parameter(
+            torch.zeros(self.spec.parameter_shape, dtype=_master_dtype(weight.dtype), device=weight.device)
+        )
         self.scores: dict[str, Tensor] = {}
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
@@ -272,8 +279,12 @@ class SliceLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "slice_weight", None)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if prefix + "slice_weight" in missing_keys:
             missing_keys.remove(prefix + "slice_weight")
         self.read_back()
@@ -286,7 +297,11 @@ class SliceLinear(nn.Linear):
         self._parameters["slice_weight"] = master
         weight = self.weight
         # the same Parameter object: an optimizer may hold it
-        master.data = master.data.to(weight.device, _master_dtype(weight.dtype)) if not weight.is_meta else torch.empty_like(master.data, device="meta")
+        master.data = (
+            master.data.to(weight.device, _master_dtype(weight.dtype))
+            if not weight.is_meta
+            else torch.empty_like(master.data, device="meta")
+        )
         if master.grad is not None:
             master.grad = master.grad.to(master.device, master.dtype) if not weight.is_meta else None
         if not weight.is_meta:
@@ -312,7 +327,7 @@ class SliceLinear(nn.Linear):
     def _register(self) -> None:
         slice_weight = self._parameters.get("slice_weight")
         if slice_weight is not None and self not in layers_of(slice_weight):
-            _LAYERS[slice_weight] = [*_LAYERS.get(slice_weight, ()), weakref.ref(self)]
+            _LAYERS[slice_weight] = [*(_LAYERS.get(slice_weight) or ()), weakref.ref(self)]
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -345,7 +360,7 @@ class _SliceLinearFunction(torch.autograd.Function):
             cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         else:
             cast_weight = weight
-        needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
+        needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
         kept = None
         if needs_slice:
             scoring = layer is not None and layer.schedule.needs_gradient_scores

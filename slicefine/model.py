@@ -42,7 +42,9 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
         if target.skipped:
             warnings.warn(f"{target.name} stays as it is: {target.skipped}", stacklevel=2)
     if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
-        warnings.warn("fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2)
+        warnings.warn(
+            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2
+        )
 
     _set_trainable(model, set())
     replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers}
@@ -81,14 +83,14 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
     for target in find_targets(model, config):
         parameters = 0
         weight: Any = getattr(target.module, "weight", None)
-        shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
-        if not isinstance(target.module, nn.Linear):
-            shape = shape[::-1]  # Conv1D
+        out_features, in_features = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
+        if not isinstance(target.module, nn.Linear):  # Conv1D
+            out_features, in_features = in_features, out_features
         if target.skipped is None:
-            spec = SliceSpec(*shape, config.slice_type, target.r, config.r_out or target.r)
+            spec = SliceSpec(out_features, in_features, config.slice_type, target.r, config.r_out or target.r)
             SliceSchedule(spec, start_position=config.start_position)
             parameters = math.prod(spec.parameter_shape)
-        matches.append(Match(target.name, *shape, target.r, parameters, target.skipped))
+        matches.append(Match(target.name, out_features, in_features, target.r, parameters, target.skipped))
     return matches
 
 
@@ -102,11 +104,15 @@ class SliceModel:
         """(trainable, all) parameters. The masters of slices are copies, so they count as trainable and not twice in all."""
         parameters = list(self.parameters())  # type: ignore[attr-defined]
         slices = {id(layer.slice_weight) for layer in slice_layers(self)}
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters if id(p) not in slices)
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(
+            p.numel() for p in parameters if id(p) not in slices
+        )
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def coverage(self) -> dict[str, float]:
         """Share of each sliced weight that has trained so far, by module name, in [0, 1]."""
@@ -143,7 +149,11 @@ class SliceModel:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The mixed class cannot be found by name; rebuild it from the model's own.
-        return _rebuild, (type(self).__mro__[2],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return (
+            _rebuild,
+            (type(self).__mro__[2],),
+            self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
+        )
 
 
 def slice_layers(model: Any) -> Iterator[SliceLinear]:
@@ -178,7 +188,7 @@ def _then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[...
 
 
 def _rebuild(kind: type) -> Any:
-    mixed = _with_slices(kind)
+    mixed: Any = _with_slices(kind)
     return mixed.__new__(mixed)
 
 
@@ -192,10 +202,15 @@ def _unique(targets: list[Target]) -> Iterator[Target]:
 
 
 def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
-    found = {entry: [m for n, m in model.named_modules() if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)] for entry in config.modules_to_save or ()}
+    found = {
+        entry: [m for n, m in model.named_modules() if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)]
+        for entry in config.modules_to_save or ()
+    }
     if missing := [entry for entry, modules in found.items() if not modules]:
         names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have; its children are: {names}")
+        raise ValueError(
+            f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have; its children are: {names}"
+        )
     return [module for modules in found.values() for module in modules]
 
 
@@ -232,7 +247,17 @@ def _unload(layer: SliceLinear) -> nn.Module:
         plain = conv1d(layer.out_features, layer.in_features)
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    ours = {"spec", "schedule", "state_on_switch", "scores", "_updater", "_awaiting_weight", "_versions", "axis", "fan_in_fan_out"}
+    ours = {
+        "spec",
+        "schedule",
+        "state_on_switch",
+        "scores",
+        "_updater",
+        "_awaiting_weight",
+        "_versions",
+        "axis",
+        "fan_in_fan_out",
+    }
     kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
     if layer.fan_in_fan_out:
         kept = {key: value for key, value in kept.items() if key not in ("in_features", "out_features")}

@@ -68,7 +68,10 @@ def _load_triton() -> tuple[ModuleType | None, str | None]:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        return None, f"triton does not import ({error}); it comes with torch's CUDA and ROCm wheels on Linux, or: pip install triton"
+        return (
+            None,
+            f"triton does not import ({error}); it comes with torch's CUDA and ROCm wheels on Linux, or: pip install triton",
+        )
     return importlib.import_module("slicefine_kernels"), None
 
 
@@ -140,7 +143,9 @@ def select(device: str, dtypes: set[torch.dtype]) -> ModuleType:
 
 _ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, int? seed=None"
 _library = torch.library.Library("slicefine", "DEF")
-_library.define("slice_grad(Tensor grad_output, Tensor input, Tensor? rows=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "slice_grad(Tensor grad_output, Tensor input, Tensor? rows=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 _library.define(
     "slice_adamw(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] weights, "
     f"Tensor?[] rows, Tensor?[] cols, Tensor[] steps, {_ADAMW}) -> ()",
@@ -163,7 +168,9 @@ def _check_operands(op: str, grad_output: Tensor, input: Tensor) -> None:
         raise TypeError(f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype")
 
 
-def _check_slice(op: str, master: Tensor, states: tuple[Tensor, ...], weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
+def _check_slice(
+    op: str, master: Tensor, states: tuple[Tensor, ...], weight: Tensor, rows: Tensor | None, cols: Tensor | None
+) -> None:
     shape = (weight.shape[0] if rows is None else rows.numel(), weight.shape[1] if cols is None else cols.numel())
     if any(t.shape != shape for t in (master, *states)):
         raise ValueError(

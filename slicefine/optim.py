@@ -68,7 +68,9 @@ def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) ->
     optimizer.state.pop(parameter, None)
     remembered = schedule.remembered.get(schedule.axis, {}).pop(schedule.position[schedule.axis], None)
     if remembered is not None:
-        optimizer.state[parameter] = {key: _beside(value, state.get(key), parameter) for key, value in remembered.items()}
+        optimizer.state[parameter] = {
+            key: _beside(value, state.get(key), parameter) for key, value in remembered.items()
+        }
 
 
 def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
@@ -113,7 +115,7 @@ class SliceAdamW(Optimizer):
         optimizer_in_bwd: bool = False,
         seed: int = 0,
     ) -> None:
-        if not 0.0 <= float(lr):
+        if not float(lr) >= 0.0:
             raise ValueError(f"lr is {lr}; expected 0 or more")
         if not all(0.0 < beta < 1.0 for beta in betas):
             raise ValueError(f"betas are {betas}; expected two numbers between 0 and 1, exclusive")
@@ -174,7 +176,11 @@ class SliceAdamW(Optimizer):
 
     def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
         # A new seed for every update and layer, within the 63 bits that a schema's int holds.
-        seed = self.seed * 0x9E3779B97F4A7C15 + layer.schedule.steps * 0xBF58476D1CE4E5B9 + layer.spec.seed * 0x94D049BB133111EB
+        seed = (
+            self.seed * 0x9E3779B97F4A7C15
+            + layer.schedule.steps * 0xBF58476D1CE4E5B9
+            + layer.spec.seed * 0x94D049BB133111EB
+        )
         seed &= 0x7FFFFFFFFFFFFFFF
         return (
             float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["maximize"],
@@ -208,7 +214,9 @@ class SliceAdamW(Optimizer):
         states = []
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense embedding (sparse=False)")
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense embedding (sparse=False)"
+                )
             states.append(self.state[p])
             if not states[-1]:
                 states[-1].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -277,7 +285,11 @@ class SliceAdamW(Optimizer):
             flat = []
             for p in waiting:
                 grad = self._deferred.pop(p)
-                flat.append(grad if grad.shape == p.shape else torch.nn.functional.pad(grad.flatten(), (0, p.numel() - grad.numel())))
+                flat.append(
+                    grad
+                    if grad.shape == p.shape
+                    else torch.nn.functional.pad(grad.flatten(), (0, p.numel() - grad.numel()))
+                )
             self._update_slices(group, waiting, flat)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -309,7 +321,9 @@ class SliceAdamW(Optimizer):
             for layer in layers:
                 layer.load_slice_state(slices[index])
                 layer.schedule = layers[0].schedule
-            if "step" in self.state.get(parameter, {}):  # torch leaves it where it was saved; the kernels read it on the device
+            if "step" in self.state.get(
+                parameter, {}
+            ):  # torch leaves it where it was saved; the kernels read it on the device
                 self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device)
 
     def _indexed(self, packed: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
@@ -351,6 +365,8 @@ def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SliceLinear)}
     if layers.keys() != state.keys():
         missing, extra = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
-        raise ValueError(f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model: {extra[:5]}")
+        raise ValueError(
+            f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model: {extra[:5]}"
+        )
     for name, layer in layers.items():
         layer.load_slice_state(state[name])

@@ -48,7 +48,9 @@ def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: s
     for strip in range(strips):
         _, cols = spec.features(axis, strip)  # for a block the first row of the grid of positions
         assert cols is not None
-        energy = ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device))).double().square().sum(1).cpu()
+        energy = (
+            ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device))).double().square().sum(1).cpu()
+        )
         for p in range(strip, len(scores), strips):
             rows, _ = spec.features(axis, p)
             scores[p] = (energy if rows is None else energy[rows]).sum()

@@ -7,7 +7,7 @@ An *axis* is ``"column"`` (features of the input), ``"row"`` (features of the ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,11 +77,17 @@ class SliceSpec:
     def features(self, axis: str, position: int) -> tuple[Tensor | None, Tensor | None]:
         """The slice at a position: (rows, cols), int64, ascending; None stands for all rows or all columns."""
         if not 0 <= position < self.positions(axis):
-            raise ValueError(f"position is {position}; a {axis} slice of this weight has positions 0 to {self.positions(axis) - 1}")
+            raise ValueError(
+                f"position is {position}; a {axis} slice of this weight has positions 0 to {self.positions(axis) - 1}"
+            )
         row, col = position, position
         if axis == "block":
             row, col = divmod(position, -(-self.in_features // self.r))
-        rows = self._indices(row, self.r_out if axis == "block" else self.r, self.out_features) if axis != "column" else None
+        rows = (
+            self._indices(row, self.r_out if axis == "block" else self.r, self.out_features)
+            if axis != "column"
+            else None
+        )
         cols = self._indices(col, self.r, self.in_features) if axis != "row" else None
         return rows, cols
 
@@ -125,13 +131,17 @@ class SliceSchedule:
     position: dict[str, int] = field(default_factory=dict)
     visited: dict[str, Tensor] = field(default_factory=dict)  # bool per position: has trained there
     swept: dict[str, Tensor] = field(default_factory=dict)  # bool per position: seen in the current sweep
-    remembered: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # axis -> position -> optimizer state
+    remembered: dict[str, dict[int, dict[str, Any]]] = field(
+        default_factory=dict
+    )  # axis -> position -> optimizer state
 
     def __post_init__(self) -> None:
         if self.mode not in SWITCH_MODES:
             raise ValueError(f"switch_mode is {self.mode!r}; expected one of {', '.join(SWITCH_MODES)}")
         if self.interval is not None and self.interval < 1:
-            raise ValueError(f"switch_interval is {self.interval}; expected a number of optimizer steps >= 1, or None for a slice that stays")
+            raise ValueError(
+                f"switch_interval is {self.interval}; expected a number of optimizer steps >= 1, or None for a slice that stays"
+            )
         for axis in self.spec.axes:
             count = self.spec.positions(axis)
             if not 0 <= self.start_position < count:
@@ -218,9 +228,12 @@ class SliceSchedule:
         self.remembered = {axis: {int(p): s for p, s in states.items()} for axis, states in state["remembered"].items()}
 
 
-def covered_share(spec: SliceSpec, positions: dict[str, Iterable[int]]) -> float:
+def covered_share(spec: SliceSpec, positions: Mapping[str, Iterable[int]]) -> float:
     """Exact share of the entries of W in the union of the given slices; positions: axis -> positions."""
-    covered = {"rows": torch.zeros(spec.out_features, dtype=torch.bool), "cols": torch.zeros(spec.in_features, dtype=torch.bool)}
+    covered = {
+        "rows": torch.zeros(spec.out_features, dtype=torch.bool),
+        "cols": torch.zeros(spec.in_features, dtype=torch.bool),
+    }
     if spec.slice_type == "block":
         grid = torch.zeros(spec.out_features, spec.in_features, dtype=torch.bool)
         for position in positions.get("block", ()):

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,9 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
 
     Raises ValueError naming every entry that matches nothing, with the nearest module names.
     """
-    everything = config.target_modules is None or (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear")
+    everything = config.target_modules is None or (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    )
     names = dict(model.named_modules())
     if not everything:
         _check_entries(config, names)
@@ -65,12 +68,14 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """What "all-linear" leaves out: the output embedding of a language model, else a module called score or classifier."""
-    get = getattr(model, "get_output_embeddings", None)
+    get: Any = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None
     except NotImplementedError:
         head = None
-    return head if head is not None else next((m for n in _HEAD_NAMES if (m := getattr(model, n, None)) is not None), None)
+    if head is None:
+        head = next((m for n in _HEAD_NAMES if (m := getattr(model, n, None)) is not None), None)
+    return head
 
 
 def matches_modules_to_save(config: SliceConfig, name: str) -> bool:
@@ -84,7 +89,9 @@ def _named(entries: list[str] | str, name: str) -> bool:
 
 
 def _excluded(config: SliceConfig, name: str) -> bool:
-    return bool(config.exclude_modules and _named(config.exclude_modules, name)) or matches_modules_to_save(config, name)
+    return bool(config.exclude_modules and _named(config.exclude_modules, name)) or matches_modules_to_save(
+        config, name
+    )
 
 
 def _listed(config: SliceConfig, name: str) -> bool:
@@ -96,7 +103,9 @@ def _listed(config: SliceConfig, name: str) -> bool:
     if isinstance(entries, str) or name in entries or layers is None or layers == []:
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    regexes = (
+        [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    )
     found = next((m for regex in regexes if (m := re.match(regex, name))), None)
     return found is not None and int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
 
@@ -108,13 +117,17 @@ def _rank(config: SliceConfig, name: str) -> int:
     return config.r
 
 
-def _obstacle(module: nn.Module, name: str, users: dict[nn.Parameter, list[str]], config: SliceConfig, everything: bool) -> str | None:
+def _obstacle(
+    module: nn.Module, name: str, users: dict[nn.Parameter, list[str]], config: SliceConfig, everything: bool
+) -> str | None:
     """Why a named module cannot become a slice; raised unless the config named everything."""
     if isinstance(module, SliceLinear):
         raise ValueError(f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()")
     weight = getattr(module, "weight", None)
     if not is_linear(module):
-        return _refuse(everything, f"{name} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D become slices")
+        return _refuse(
+            everything, f"{name} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D become slices"
+        )
     if not isinstance(weight, nn.Parameter) or not weight.dtype.is_floating_point:
         return _refuse(
             False,
@@ -124,9 +137,14 @@ def _obstacle(module: nn.Module, name: str, users: dict[nn.Parameter, list[str]]
     if weight.is_meta:
         return _refuse(False, f"{name} has its weight on the meta device, without values; load the weights first")
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return _refuse(everything, f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it, so a slice would never train")
+        return _refuse(
+            everything,
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it, so a slice would never train",
+        )
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return _refuse(everything, f"{name} is a {type(module).__name__} with a forward of its own, which a slice would replace")
+        return _refuse(
+            everything, f"{name} is a {type(module).__name__} with a forward of its own, which a slice would replace"
+        )
     if "forward" in module.__dict__:
         return _refuse(
             False,
@@ -159,7 +177,9 @@ def _check_entries(config: SliceConfig, names: Iterable[str]) -> None:
     names = [name for name in names if name]
     targets = config.target_modules
     entries = [targets] if isinstance(targets, str) else targets or []
-    unmatched = [e for e in entries if not any(_named(targets if isinstance(targets, str) else [e], name) for name in names)]
+    unmatched = [
+        e for e in entries if not any(_named(targets if isinstance(targets, str) else [e], name) for name in names)
+    ]
     if not unmatched:
         return
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))

@@ -18,8 +18,16 @@ Features = tuple[Tensor | None, Tensor | None]
 def mask_of(weight: Tensor, features: Features) -> Tensor:
     rows, cols = features
     mask = torch.zeros(weight.shape, dtype=torch.bool)
-    row_mask = torch.ones(weight.shape[0], dtype=torch.bool) if rows is None else torch.zeros(weight.shape[0], dtype=torch.bool).index_fill(0, rows, True)
-    col_mask = torch.ones(weight.shape[1], dtype=torch.bool) if cols is None else torch.zeros(weight.shape[1], dtype=torch.bool).index_fill(0, cols, True)
+    row_mask = (
+        torch.ones(weight.shape[0], dtype=torch.bool)
+        if rows is None
+        else torch.zeros(weight.shape[0], dtype=torch.bool).index_fill(0, rows, True)
+    )
+    col_mask = (
+        torch.ones(weight.shape[1], dtype=torch.bool)
+        if cols is None
+        else torch.zeros(weight.shape[1], dtype=torch.bool).index_fill(0, cols, True)
+    )
     mask |= row_mask[:, None] & col_mask[None, :]
     return mask
 

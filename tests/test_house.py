@@ -56,7 +56,9 @@ def test_no_arrow_points_up():
             there = name.split(".")[1]
             if not any(there in floor for floor in FLOORS):
                 continue  # a public name of the package
-            allowed = floor_of(there) < floor_of(here) or there == here or (here in ("cli", "__main__") and there == "cli")
+            allowed = (
+                floor_of(there) < floor_of(here) or there == here or (here in ("cli", "__main__") and there == "cli")
+            )
             # swapping a Conv1D back needs transformers' own class, asked for by the model that holds one
             allowed |= (here, there) == ("model", "integrations")
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
@@ -64,7 +66,9 @@ def test_no_arrow_points_up():
 
 def test_the_core_needs_torch_and_nothing_else():
     for name in CORE:
-        outside = {i.split(".")[0] for i in imports_of(ROOT / "slicefine" / f"{name}.py")} - set(sys.stdlib_module_names)
+        outside = {i.split(".")[0] for i in imports_of(ROOT / "slicefine" / f"{name}.py")} - set(
+            sys.stdlib_module_names
+        )
         assert outside <= {"torch", "safetensors", "slicefine"}, f"slicefine/{name}.py imports {outside}"
 
 
@@ -76,7 +80,9 @@ def test_kernels_know_nothing_of_slicefine():
 
 def test_csrc_knows_nothing_of_torch():
     for path in (ROOT / "csrc").iterdir():
-        assert not any("torch/" in line or "ATen" in line for line in path.read_text().splitlines() if line.startswith("#include")), path
+        assert not any(
+            "torch/" in line or "ATen" in line for line in path.read_text().splitlines() if line.startswith("#include")
+        ), path
 
 
 def test_one_op_one_name_in_every_place():
@@ -111,7 +117,12 @@ def run_without(blocked: str, code: str) -> subprocess.CompletedProcess[str]:
                 return self.finder.find_spec(name, path, target)
         sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
         """
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 TRAIN = """
@@ -131,14 +142,27 @@ def test_it_trains_without(missing):
 
 
 def test_a_missing_compiled_module_says_why():
-    result = run_without("slicefine._C", TRAIN.replace("import torch, slicefine", "import torch, slicefine, os; os.environ['SLICEFINE_BACKEND'] = 'cpu'"))
+    result = run_without(
+        "slicefine._C",
+        TRAIN.replace(
+            "import torch, slicefine", "import torch, slicefine, os; os.environ['SLICEFINE_BACKEND'] = 'cpu'"
+        ),
+    )
     assert "install a C++17 compiler and reinstall slicefine" in result.stderr
 
 
 ENV = "import sys, runpy; sys.argv = ['slicefine', 'env']; runpy.run_module('slicefine', run_name='__main__')"
 
 
-@pytest.mark.parametrize(("missing", "said"), [("torch", "torch imports:      broken: ModuleNotFoundError"), ("slicefine._C", "missing: the compiled module"), ("triton", "missing: triton does not import"), ("typer", "in use:")])
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("torch", "torch imports:      broken: ModuleNotFoundError"),
+        ("slicefine._C", "missing: the compiled module"),
+        ("triton", "missing: triton does not import"),
+        ("typer", "in use:"),
+    ],
+)
 def test_env_reports_in_a_broken_install(missing, said):
     result = run_without(missing, ENV)
     assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
@@ -153,8 +177,13 @@ def test_the_largest_files_and_functions(capsys):
         if path.suffix == ".py":
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef):
-                    functions.append(((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.name}"))
+                    functions.append(
+                        ((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.name}")
+                    )
     with capsys.disabled():
         for title, rows in (("files", files), ("functions", functions)):
-            print(f"\nlargest {title}: " + ", ".join(f"{name} {size}" for size, name in sorted(rows, reverse=True)[:10]), end="")
+            print(
+                f"\nlargest {title}: " + ", ".join(f"{name} {size}" for size, name in sorted(rows, reverse=True)[:10]),
+                end="",
+            )
     assert max(files)[0] <= 500 and max(functions)[0] <= 90

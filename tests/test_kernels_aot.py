@@ -29,7 +29,13 @@ def test_no_configuration_spills(target):
     limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
     rows = [json.loads(line) for line in compiled(target).splitlines()]
     assert len(rows) == 45  # 3 dtypes x (7 shapes x 2 gradient kernels + slice_adamw)
-    print("\n" + "\n".join(f"{r['target']:<8}{r['op']:<18}{r['what']:<22}{r['registers']:>4} registers{r['shared']:>8} B shared" for r in rows))
+    print(
+        "\n"
+        + "\n".join(
+            f"{r['target']:<8}{r['op']:<18}{r['what']:<22}{r['registers']:>4} registers{r['shared']:>8} B shared"
+            for r in rows
+        )
+    )
     assert [r for r in rows if r["spilled"]] == []
     assert [r for r in rows if r["shared"] > 1024 * limits[target]] == []
 

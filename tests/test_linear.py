@@ -22,7 +22,9 @@ TYPES = ["column", "row", "block", "row_column"]
 
 def make(slice_type="column", dtype=torch.float32, r=3, interval=None, **kwargs) -> SliceLinear:
     torch.manual_seed(0)
-    return SliceLinear(11, 8, dtype=dtype, config=SliceConfig(r=r, slice_type=slice_type, switch_interval=interval, **kwargs))
+    return SliceLinear(
+        11, 8, dtype=dtype, config=SliceConfig(r=r, slice_type=slice_type, switch_interval=interval, **kwargs)
+    )
 
 
 def dense_grad(layer: SliceLinear, x: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
@@ -63,12 +65,21 @@ def test_gradients_for_any_batch_shape(slice_type, needs_input_grad, shape):
 
 
 @pytest.mark.parametrize("slice_type", TYPES)
-@pytest.mark.parametrize("view", [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x.expand(5, 6, 11) if x.shape[0] == 1 else x[:1].expand(5, 6, 11)])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x.expand(5, 6, 11) if x.shape[0] == 1 else x[:1].expand(5, 6, 11),
+    ],
+)
 def test_non_contiguous_inputs_and_gradients(slice_type, view):
     layer = make(slice_type)
     x = view(torch.randn(4, 6, 11))
     layer(x).sum().backward()  # the gradient of a sum is an expanded scalar
-    torch.testing.assert_close(layer.active(layer.slice_weight.grad), dense_grad(layer, x, torch.ones(*x.shape[:-1], 8)))
+    torch.testing.assert_close(
+        layer.active(layer.slice_weight.grad), dense_grad(layer, x, torch.ones(*x.shape[:-1], 8))
+    )
 
 
 @pytest.mark.parametrize("slice_type", ["column", "row", "block"])
@@ -105,7 +116,9 @@ def test_used_twice_in_one_forward(slice_type):
     layer(layer(x)).square().sum().backward()
     weight = layer.weight.detach().clone().requires_grad_(True)
     F.linear(F.linear(x, weight, layer.bias), weight, layer.bias).square().sum().backward()
-    torch.testing.assert_close(layer.active(layer.slice_weight.grad), read_slice(weight.grad, layer.rows, layer.cols), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        layer.active(layer.slice_weight.grad), read_slice(weight.grad, layer.rows, layer.cols), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -113,7 +126,10 @@ def test_used_twice_in_one_forward(slice_type):
 def test_activation_checkpointing(use_reentrant, in_bwd):
     def run(checkpointed):
         torch.manual_seed(0)
-        model = get_slice_model(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)), SliceConfig(r=2, switch_interval=2))
+        model = get_slice_model(
+            nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)),
+            SliceConfig(r=2, switch_interval=2),
+        )
         optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=in_bwd)
         x = torch.randn(7, 6, requires_grad=True)
         for _ in range(6):
@@ -131,13 +147,21 @@ def test_activation_checkpointing(use_reentrant, in_bwd):
 
 def test_reentrant_checkpointing_of_a_hugging_face_model_with_frozen_embeddings():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50
+    )
     model = transformers.BertModel(config, add_pooling_layer=False).train()
     get_slice_model(model, SliceConfig(r=4))
-    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    name = (
+        "activation_checkpointing_enable"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing_enable"
+    )
     getattr(model, name)({"use_reentrant": True})
     model(input_ids=torch.arange(8).view(2, 4)).last_hidden_state.square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "slice_weight" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "slice_weight" in n
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,7 +174,12 @@ def test_autocast(slice_type, dtype):
     assert y.dtype == dtype
     y.float().sum().backward()
     assert layer.slice_weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
-    torch.testing.assert_close(layer.active(layer.slice_weight.grad), dense_grad(layer, x.to(dtype).float(), torch.ones(40, 8)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        layer.active(layer.slice_weight.grad),
+        dense_grad(layer, x.to(dtype).float(), torch.ones(40, 8)),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def saved_bytes(run) -> int:
@@ -263,7 +292,9 @@ def test_an_unused_layer_is_left_alone():
 
 def test_moves_do_not_recompile():
     torch._dynamo.reset()
-    model = get_slice_model(nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 40)), SliceConfig(r=2, switch_interval=1))
+    model = get_slice_model(
+        nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 40)), SliceConfig(r=2, switch_interval=1)
+    )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     twin = copy.deepcopy(model)
     twin_optimizer = SliceAdamW(twin.parameters(), lr=1e-2)
@@ -306,7 +337,9 @@ def test_meta_weights_are_refused():
 
 
 def test_a_slice_wider_than_the_layer_is_refused():
-    with pytest.raises(ValueError, match=r"width 12 does not fit a weight of shape \(8, 11\): it has 11 input features"):
+    with pytest.raises(
+        ValueError, match=r"width 12 does not fit a weight of shape \(8, 11\): it has 11 input features"
+    ):
         SliceLinear(11, 8, config=SliceConfig(r=12))
     with pytest.raises(ValueError, match=r"it has 8 output features"):
         SliceLinear(11, 8, config=SliceConfig(r=9, slice_type="row"))

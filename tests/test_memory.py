@@ -39,7 +39,10 @@ class LargestAllocation(TorchDispatchMode):
 @pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_nothing_as_large_as_the_weight_is_allocated(name, slice_type, in_bwd, mode):
-    model = get_slice_model(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN)), SliceConfig(r=4, slice_type=slice_type, switch_interval=2, switch_mode=mode))
+    model = get_slice_model(
+        nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN)),
+        SliceConfig(r=4, slice_type=slice_type, switch_interval=2, switch_mode=mode),
+    )
     optimizer = SliceAdamW(model.parameters(), optimizer_in_bwd=in_bwd)
     x = torch.randn(TOKENS, IN, requires_grad=True)
     with ops.use_backend(name), LargestAllocation(model.parameters()) as seen:
@@ -111,7 +114,9 @@ def training_peak(model, parameters, x, in_bwd=None) -> int:
 def make_deep(width=256, depth=6):
     """LayerNorm keeps its input, ReLU its output: a linear layer's own input is kept by nobody but the layer itself."""
     torch.manual_seed(0)
-    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())])
+    return nn.Sequential(
+        *[layer for _ in range(depth) for layer in (nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())]
+    )
 
 
 def test_peaks_are_ordered_as_the_design_says():

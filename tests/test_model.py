@@ -47,7 +47,13 @@ def test_the_model_stays_what_it_was():
     assert torch.equal(model(x), before)
     assert model.alias is model.body[2] and isinstance(model.alias, SliceLinear)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {"body.0.slice_weight", "body.2.slice_weight", "twin.slice_weight", "classifier.weight", "classifier.bias"}
+    assert trainable == {
+        "body.0.slice_weight",
+        "body.2.slice_weight",
+        "twin.slice_weight",
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_trainable_parameters_are_counted_and_printed(capsys):
@@ -55,7 +61,10 @@ def test_trainable_parameters_are_counted_and_printed(capsys):
     total = sum(p.numel() for p in Net().parameters())
     assert model.get_nb_trainable_parameters() == (12 * 3 * 3 + 12 * 3 + 3, total)
     model.print_trainable_parameters()
-    assert capsys.readouterr().out == f"trainable params: 147 || all params: {total} || trainable%: {100 * 147 / total:.4f}\n"
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: 147 || all params: {total} || trainable%: {100 * 147 / total:.4f}\n"
+    )
 
 
 def test_merging_is_bit_equal_and_gives_plain_layers():
@@ -98,13 +107,19 @@ def test_coverage_while_training():
     assert set(model.coverage().values()) == {0.0}
     train(model, 5)  # positions 0, 1 and 2: 9 of 12 and 6 of 6 features
     assert model.coverage() == {"body.0": 1.0, "body.2": 0.75, "twin": 0.75}
-    assert model.planned_coverage(5) == "5 steps, interval 2, r 3: 2 positions, 100 % of each 6-wide weight (1 layer)\n5 steps, interval 2, r 3: 3 positions, 75 % of each 12-wide weight (2 layers)"
+    assert (
+        model.planned_coverage(5)
+        == "5 steps, interval 2, r 3: 2 positions, 100 % of each 6-wide weight (1 layer)\n5 steps, interval 2, r 3: 3 positions, 75 % of each 12-wide weight (2 layers)"
+    )
 
 
 def test_tied_weights_are_skipped_with_a_warning():
     with pytest.warns(UserWarning, match="its weight is tied to") as warned:
         model = get_slice_model(Net(tied=True), CONFIG)
-    assert [str(w.message) for w in warned] == ["body.2 stays as it is: its weight is tied to twin", "twin stays as it is: its weight is tied to body.2"]
+    assert [str(w.message) for w in warned] == [
+        "body.2 stays as it is: its weight is tied to twin",
+        "twin stays as it is: its weight is tied to body.2",
+    ]
     assert type(model.twin) is nn.Linear and type(model.body[2]) is nn.Linear and isinstance(model.body[0], SliceLinear)
 
 
@@ -116,7 +131,9 @@ def test_tied_weights_can_share_one_slice():
         twin = make(model)
         train(twin)
         assert twin.twin.weight is twin.body[2].weight
-        assert torch.equal(twin.twin.slice_cols, twin.body[2].slice_cols) and twin.twin.schedule is twin.body[2].schedule
+        assert (
+            torch.equal(twin.twin.slice_cols, twin.body[2].slice_cols) and twin.twin.schedule is twin.body[2].schedule
+        )
         assert torch.equal(twin.twin.slice_weight, twin.twin.weight[:, twin.twin.slice_cols])
 
 
@@ -124,14 +141,20 @@ def test_a_failing_config_changes_nothing():
     model = Net()
     with pytest.raises(ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"):
         get_slice_model(model, SliceConfig(r=7))
-    assert type(model) is Net and all(type(m) is not SliceLinear for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert (
+        type(model) is Net
+        and all(type(m) is not SliceLinear for m in model.modules())
+        and all(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_mistakes_are_named():
     model = get_slice_model(Net(), CONFIG)
     with pytest.raises(ValueError, match="has slices already; call model.merge_and_unload"):
         get_slice_model(model, CONFIG)
-    with pytest.raises(ValueError, match="modules_to_save names 'head', which the model does not have; its children are: body, alias"):
+    with pytest.raises(
+        ValueError, match="modules_to_save names 'head', which the model does not have; its children are: body, alias"
+    ):
         get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["head"]))
     with pytest.warns(UserWarning, match="fan_in_fan_out is True, but no target"):
         get_slice_model(Net(), SliceConfig(r=3, fan_in_fan_out=True))
@@ -146,7 +169,9 @@ def test_biases(bias):
 
 def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50, num_labels=2)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50, num_labels=2
+    )
     model = transformers.BertForSequenceClassification(config).eval()
     get_slice_model(model, SliceConfig(r=4, modules_to_save=["classifier"]))
     with torch.no_grad():

@@ -20,18 +20,28 @@ def assert_as_good_as_torch(result, exact, plain, factor=2.0):
     bound = factor * allowed.max().item() + 1e-6 * exact.abs().max().item() if exact.numel() else 0.0
     if exact.numel() and error.max().item() > bound:
         worst = divmod(int(error.argmax()), error.shape[-1])
-        raise AssertionError(f"error {error.max():.3e} (RMS {error.square().mean().sqrt():.3e}) at {worst}, allowed {bound:.3e}")
+        raise AssertionError(
+            f"error {error.max():.3e} (RMS {error.square().mean().sqrt():.3e}) at {worst}, allowed {bound:.3e}"
+        )
 
 
 @st.composite
 def gradients(draw):
     """(grad_output, input, rows) with odd sizes, strides and offsets; buffers are surrounded by NaN."""
-    n, out, width = (draw(st.sampled_from([0, 1, 2, 31, 63, 65])), draw(st.sampled_from([1, 5, 16, 33, 129])), draw(st.sampled_from([1, 3, 16, 17, 40])))
+    n, out, width = (
+        draw(st.sampled_from([0, 1, 2, 31, 63, 65])),
+        draw(st.sampled_from([1, 5, 16, 33, 129])),
+        draw(st.sampled_from([1, 3, 16, 17, 40])),
+    )
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
     def matrix(columns):
-        pad, offset, transposed = draw(st.sampled_from([0, 1, 7])), draw(st.sampled_from([0, 1, 3])), draw(st.booleans())
+        pad, offset, transposed = (
+            draw(st.sampled_from([0, 1, 7])),
+            draw(st.sampled_from([0, 1, 3])),
+            draw(st.booleans()),
+        )
         shape = (columns, n) if transposed else (n, columns)
         buffer = torch.full((shape[0], shape[1] + pad + offset), float("nan"), dtype=dtype)
         view = buffer[:, offset : offset + shape[1]]
@@ -69,7 +79,12 @@ def test_every_instruction_set(isa, dtype):
         grad_output, input = torch.randn(130, 77).to(dtype), torch.randn(130, 19).to(dtype)
         exact = grad_output.double().t() @ input.double()
         result = _native.slice_grad(grad_output, input)
-        torch.testing.assert_close(result.double(), exact, rtol=1e-5 if dtype != torch.float64 else 1e-12, atol=1e-4 if dtype != torch.float64 else 1e-12)
+        torch.testing.assert_close(
+            result.double(),
+            exact,
+            rtol=1e-5 if dtype != torch.float64 else 1e-12,
+            atol=1e-4 if dtype != torch.float64 else 1e-12,
+        )
         check_adamw(_native, dtype, [(None, torch.arange(3, 8))], seed=None)
     finally:
         _native._C.select_isa(before)
@@ -128,7 +143,9 @@ def check_adamw(module, dtype, features, seed, maximize=False):
         reference.write_slice(outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool))
         assert torch.equal(weight[outside], before[i][outside])
         base = weight._base
-        assert base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()  # the sentinels are untouched
+        assert (
+            base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()
+        )  # the sentinels are untouched
 
 
 FEATURES = [
@@ -193,7 +210,10 @@ def test_opcheck(rows):
     R = 5 if rows is None else 2
     tensors = lambda: [torch.rand(R, 4) for _ in range(3)]
     weight, cols, step = torch.randn(5, 9), torch.arange(4), torch.tensor(1.0)
-    torch.library.opcheck(torch.ops.slicefine.slice_grad_adamw, (grad_output, input, *tensors(), weight, rows, cols, step, *HYPERPARAMETERS.values()))
+    torch.library.opcheck(
+        torch.ops.slicefine.slice_grad_adamw,
+        (grad_output, input, *tensors(), weight, rows, cols, step, *HYPERPARAMETERS.values()),
+    )
     p, m, v = tensors()
     lists = ([p], [torch.rand(R, 4)], [m], [v], [weight], [rows], [cols], [step])
     torch.library.opcheck(torch.ops.slicefine.slice_adamw, (*lists, *HYPERPARAMETERS.values()))
@@ -204,7 +224,17 @@ def test_a_write_is_seen_by_autograd():
     x = torch.randn(2, 4, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
     state = [torch.zeros(3, 2) for _ in range(3)]
-    ops.slice_adamw([state[0]], [torch.ones(3, 2)], [state[1]], [state[2]], [weight], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+    ops.slice_adamw(
+        [state[0]],
+        [torch.ones(3, 2)],
+        [state[1]],
+        [state[2]],
+        [weight],
+        [None],
+        [torch.arange(2)],
+        [torch.tensor(1.0)],
+        *HYPERPARAMETERS.values(),
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -216,14 +246,37 @@ def test_errors_name_what_was_given_and_expected():
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5).half())
     bad = [torch.zeros(2, 2)]
     with pytest.raises(ValueError, match=r"has shape \(3, 2\); got master \(2, 2\)"):
-        ops.slice_adamw(bad, bad, bad, bad, [torch.randn(3, 4)], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+        ops.slice_adamw(
+            bad,
+            bad,
+            bad,
+            bad,
+            [torch.randn(3, 4)],
+            [None],
+            [torch.arange(2)],
+            [torch.tensor(1.0)],
+            *HYPERPARAMETERS.values(),
+        )
     half = [torch.zeros(3, 2).half()]
     with pytest.raises(TypeError, match=r"the master is torch\.float16"):
-        ops.slice_adamw(half, half, half, half, [torch.randn(3, 4)], [None], [torch.arange(2)], [torch.tensor(1.0)], *HYPERPARAMETERS.values())
+        ops.slice_adamw(
+            half,
+            half,
+            half,
+            half,
+            [torch.randn(3, 4)],
+            [None],
+            [torch.arange(2)],
+            [torch.tensor(1.0)],
+            *HYPERPARAMETERS.values(),
+        )
 
 
 def test_an_unknown_backend_lists_those_that_exist(monkeypatch):
-    with pytest.raises(ValueError, match="no backend 'cuda13'; expected one of reference, cpu, triton"), ops.use_backend("cuda13"):
+    with (
+        pytest.raises(ValueError, match="no backend 'cuda13'; expected one of reference, cpu, triton"),
+        ops.use_backend("cuda13"),
+    ):
         pass
     monkeypatch.setenv("SLICEFINE_BACKEND", "fast")
     with pytest.raises(ValueError, match="SLICEFINE_BACKEND: no backend 'fast'"):
@@ -232,7 +285,10 @@ def test_an_unknown_backend_lists_those_that_exist(monkeypatch):
 
 def test_a_forced_backend_never_falls_back(monkeypatch):
     monkeypatch.setattr(_native, "unavailable", "it was not built")
-    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"):
+    with (
+        ops.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"),
+    ):
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
     assert ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5)).shape == (4, 5)  # chosen freely, the reference runs
 

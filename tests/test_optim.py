@@ -159,10 +159,21 @@ def test_stochastic_rounding_is_reproducible_and_differs_from_nearest():
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 @pytest.mark.parametrize("policy", ["reset", "keep", "remember"])
-@pytest.mark.parametrize("slice_type,mode", [("column", "ascending"), ("row", "random"), ("block", "gradient"), ("row_column", "magnitude"), ("column", "random")])
+@pytest.mark.parametrize(
+    "slice_type,mode",
+    [
+        ("column", "ascending"),
+        ("row", "random"),
+        ("block", "gradient"),
+        ("row_column", "magnitude"),
+        ("column", "random"),
+    ],
+)
 def test_interrupted_equals_uninterrupted_bit_for_bit(slice_type, mode, policy, order):
     def fresh():
-        model = make(slice_type, torch.bfloat16, interval=2, switch_mode=mode, state_on_switch=policy, modules_to_save=["4"])
+        model = make(
+            slice_type, torch.bfloat16, interval=2, switch_mode=mode, state_on_switch=policy, modules_to_save=["4"]
+        )
         optimizer = SliceAdamW(model.parameters(), lr=1e-2, bf16_stochastic_round=True)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
 
@@ -246,7 +257,10 @@ def test_remembered_moments_come_back():
 @pytest.mark.parametrize("slice_type", TYPES)
 def test_in_bwd_equals_the_default_path(slice_type, backend):
     default, fused = make(slice_type), make(slice_type)
-    optimizers = [SliceAdamW(default.parameters(), lr=1e-2, weight_decay=0.1), SliceAdamW(fused.parameters(), lr=1e-2, weight_decay=0.1, optimizer_in_bwd=True)]
+    optimizers = [
+        SliceAdamW(default.parameters(), lr=1e-2, weight_decay=0.1),
+        SliceAdamW(fused.parameters(), lr=1e-2, weight_decay=0.1, optimizer_in_bwd=True),
+    ]
     for i in range(8):
         losses = [step(m, o, *batch(16, seed=i)) for m, o in zip((default, fused), optimizers, strict=True)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -271,7 +285,10 @@ def test_in_bwd_with_a_weight_used_several_times(checkpointing):
     from torch.utils.checkpoint import checkpoint
 
     models = [get_slice_model(Twice(), SliceConfig(r=3, switch_interval=2, tied_weights="share")) for _ in range(2)]
-    optimizers = [SliceAdamW(models[0].parameters(), lr=1e-2), SliceAdamW(models[1].parameters(), lr=1e-2, optimizer_in_bwd=True)]
+    optimizers = [
+        SliceAdamW(models[0].parameters(), lr=1e-2),
+        SliceAdamW(models[1].parameters(), lr=1e-2, optimizer_in_bwd=True),
+    ]
     for i in range(6):
         x, y = batch(16, torch.float64, i)
         x.requires_grad_(True)
@@ -288,7 +305,10 @@ def test_in_bwd_with_a_weight_used_several_times(checkpointing):
 
 def test_in_bwd_is_not_disturbed_by_an_evaluation_in_between():
     models = [make(), make()]
-    optimizers = [SliceAdamW(models[0].parameters(), lr=1e-2), SliceAdamW(models[1].parameters(), lr=1e-2, optimizer_in_bwd=True)]
+    optimizers = [
+        SliceAdamW(models[0].parameters(), lr=1e-2),
+        SliceAdamW(models[1].parameters(), lr=1e-2, optimizer_in_bwd=True),
+    ]
     for i in range(4):
         for model, optimizer in zip(models, optimizers, strict=True):
             with torch.no_grad():
@@ -336,7 +356,9 @@ def test_an_optimizer_without_slices_is_refused():
         SliceAdamW(nn.Linear(3, 3).parameters())
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -0.1}]
+)
 def test_bad_hyperparameters(bad):
     with pytest.raises(ValueError, match="expected"):
         SliceAdamW(make().parameters(), **bad)

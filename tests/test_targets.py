@@ -12,13 +12,23 @@ from slicefine.targets import find_targets
 
 def llama():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, vocab_size=40, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=40,
+        tie_word_embeddings=False,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def gpt2():
     transformers = pytest.importorskip("transformers")
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20)
+    )
 
 
 CASES = [
@@ -69,7 +79,11 @@ def test_conv1d_trains_and_comes_back(slice_type):
     keys = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     get_slice_model(model, SliceConfig(r=4, slice_type=slice_type, switch_interval=2))
     attention = model.transformer.h[0].attn.c_attn
-    assert isinstance(attention, SliceLinear) and attention.fan_in_fan_out and (attention.out_features, attention.in_features) == (48, 16)
+    assert (
+        isinstance(attention, SliceLinear)
+        and attention.fan_in_fan_out
+        and (attention.out_features, attention.in_features) == (48, 16)
+    )
     assert torch.equal(model(ids).logits, before) or torch.allclose(model(ids).logits, before, atol=1e-6)
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == keys
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
@@ -91,11 +105,17 @@ def test_every_unmatched_entry_is_named_with_its_nearest():
     with pytest.raises(ValueError) as error:
         find_targets(llama(), SliceConfig(target_modules=["q_prj", "v_proj", "zzz"]))
     message = str(error.value)
-    assert "'q_prj': nothing matches; nearest names: q_proj" in message and "'zzz': nothing matches" in message and "'v_proj'" not in message
+    assert (
+        "'q_prj': nothing matches; nearest names: q_proj" in message
+        and "'zzz': nothing matches" in message
+        and "'v_proj'" not in message
+    )
 
 
 def test_a_pattern_that_leaves_nothing():
-    with pytest.raises(ValueError, match="leaves no layer of LlamaForCausalLM. Linear layers there: model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        ValueError, match="leaves no layer of LlamaForCausalLM. Linear layers there: model.layers.0.self_attn.q_proj"
+    ):
         find_targets(llama(), SliceConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
 
 

@@ -45,7 +45,9 @@ def gradient_tile(
         mask_t = offs_t < t_end
         offs_t = offs_t.to(tl.int64)
         # [BLOCK_R, BLOCK_T]
-        dy = tl.load(dy_columns[:, None] + offs_t[None, :] * stride_dyt, mask=mask_r[:, None] & mask_t[None, :], other=0.0)
+        dy = tl.load(
+            dy_columns[:, None] + offs_t[None, :] * stride_dyt, mask=mask_r[:, None] & mask_t[None, :], other=0.0
+        )
         # [BLOCK_T, BLOCK_K]
         x = tl.load(x_columns[None, :] + offs_t[:, None] * stride_xt, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
         if UPCAST:

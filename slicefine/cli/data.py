@@ -29,7 +29,9 @@ def read_rows(data: str, columns: list[str], what: str = "--data") -> list[Row]:
         raise UserError(f"{what} {data}: no rows in it")
     for column in columns:
         if column not in rows[0]:
-            raise UserError(f"{what} {data}: no column {column!r}; it has {', '.join(map(repr, rows[0]))}. Name another with --text-column, --label-column or --image-column")
+            raise UserError(
+                f"{what} {data}: no column {column!r}; it has {', '.join(map(repr, rows[0]))}. Name another with --text-column, --label-column or --image-column"
+            )
         for number, row in enumerate(rows, 1):
             if row.get(column) is None or row[column] == "":
                 raise UserError(f"{what} {data}: row {number} has no value in column {column!r}")
@@ -55,7 +57,9 @@ def _read_file(path: Path, what: str) -> list[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{what} {path}, line {number}: not JSON ({error}); expected one object per line") from error
+                raise UserError(
+                    f"{what} {path}, line {number}: not JSON ({error}); expected one object per line"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{what} {path}, line {number}: a {type(row).__name__}; expected one object per line")
             rows.append(row)
@@ -71,14 +75,18 @@ def _read_hub(name: str, what: str) -> list[Row]:
     try:
         return [dict(row) for row in datasets.load_dataset(name, split="train")]
     except Exception as error:
-        raise UserError(f"{what} {name}: neither a file here nor a data set that could be loaded ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{what} {name}: neither a file here nor a data set that could be loaded ({type(error).__name__}: {error})"
+        ) from error
 
 
 def labels_of(rows: list[Row], column: str) -> list[str]:
     """The distinct labels, sorted; at least two."""
     labels = sorted({str(row[column]) for row in rows})
     if len(labels) < 2:
-        raise UserError(f"column {column!r} has one value only ({labels[0]!r}); a classification needs at least two labels")
+        raise UserError(
+            f"column {column!r} has one value only ({labels[0]!r}); a classification needs at least two labels"
+        )
     return labels
 
 
@@ -88,5 +96,7 @@ def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], lis
     random.Random(seed).shuffle(order)
     held = round(share * len(rows))
     if share > 0 and not 1 <= held < len(rows):
-        raise UserError(f"--eval-share {share} of {len(rows)} rows leaves {held} to evaluate and {len(rows) - held} to train on; give --eval-data or more rows")
+        raise UserError(
+            f"--eval-share {share} of {len(rows)} rows leaves {held} to evaluate and {len(rows) - held} to train on; give --eval-data or more rows"
+        )
     return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]

@@ -37,14 +37,19 @@ def _accelerator() -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return f"none (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'ROCm ' + built if built else 'the CPU only'}, no device found)"
-    return ", ".join(f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_capability(i)})" for i in range(torch.cuda.device_count()))
+    return ", ".join(
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_capability(i)})"
+        for i in range(torch.cuda.device_count())
+    )
 
 
 def _native() -> str:
     native: Any = importlib.import_module("slicefine._native")
     if native.unavailable:
         return f"missing: {native.unavailable}"
-    return f"available ({native._C.current_isa()}; this CPU also runs {', '.join(native._C.isas()[1:]) or 'nothing else'})"
+    return (
+        f"available ({native._C.current_isa()}; this CPU also runs {', '.join(native._C.isas()[1:]) or 'nothing else'})"
+    )
 
 
 def _triton() -> str:
@@ -106,5 +111,9 @@ def main(arguments: list[str]) -> int:
                 print(f"  {name:<14}{entry}")
         else:
             print(f"{key + ':':<20}{value}")
-    print("\nMore: slicefine --help" if version("typer") != "not installed" else "\nThe other commands need: pip install 'slicefine[cli,hf]'")
+    print(
+        "\nMore: slicefine --help"
+        if version("typer") != "not installed"
+        else "\nThe other commands need: pip install 'slicefine[cli,hf]'"
+    )
     return 0

@@ -71,7 +71,9 @@ class Task:
         index = {label: i for i, label in enumerate(self.labels)}
         unknown = {str(row[self.columns.label]) for row in rows} - index.keys()
         if unknown:
-            raise UserError(f"label {sorted(unknown)[0]!r} does not occur in the training rows; known: {', '.join(self.labels[:20])}")
+            raise UserError(
+                f"label {sorted(unknown)[0]!r} does not occur in the training rows; known: {', '.join(self.labels[:20])}"
+            )
         return torch.tensor([index[str(row[self.columns.label])] for row in rows])
 
 
@@ -83,7 +85,9 @@ def _location(model: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"--model {model}: no such file")
         return str(path.parent), {"gguf_file": path.name}
     if (model.startswith((".", "/", "~")) or "\\" in model) and not path.expanduser().exists():
-        raise UserError(f"--model {model}: no such folder; give a folder with config.json and weights, a .gguf file, or a hub id")
+        raise UserError(
+            f"--model {model}: no such folder; give a folder with config.json and weights, a .gguf file, or a hub id"
+        )
     return str(path.expanduser()) if path.expanduser().exists() else model, {}
 
 
@@ -99,11 +103,16 @@ def _pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any
 
 def _new_modules(info: dict[str, Any]) -> list[str]:
     """Modules whose weights the checkpoint did not have."""
-    keys = {*info.get("missing_keys", ()), *(k[0] if isinstance(k, (tuple, list)) else k for k in info.get("mismatched_keys", ()))}
+    keys = {
+        *info.get("missing_keys", ()),
+        *(k[0] if isinstance(k, (tuple, list)) else k for k in info.get("mismatched_keys", ())),
+    }
     return sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
 
 
 class _TextTask(Task):
+    tokenizer: Any
+
     def _tokenizer(self, model: str) -> Any:
         from transformers import AutoTokenizer
 
@@ -116,7 +125,9 @@ class _TextTask(Task):
 
     def _encode(self, rows: list[Row]) -> Batch:
         texts = [str(row[self.columns.text]) for row in rows]
-        return dict(self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"))
+        return dict(
+            self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        )
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -191,7 +202,9 @@ class ImageClassification(Task):
         self.labels = labels_of(rows, self.columns.label)
         for number, row in enumerate(rows, 1):
             if isinstance(row[self.columns.image], str) and not (self.folder / row[self.columns.image]).is_file():
-                raise UserError(f"row {number}: no image at {self.folder / row[self.columns.image]} (paths are relative to the data file)")
+                raise UserError(
+                    f"row {number}: no image at {self.folder / row[self.columns.image]} (paths are relative to the data file)"
+                )
 
     def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -207,7 +220,12 @@ class ImageClassification(Task):
     def batch(self, rows: list[Row]) -> Batch:
         from PIL import Image
 
-        images = [Image.open(self.folder / r[self.columns.image]) if isinstance(r[self.columns.image], str) else r[self.columns.image] for r in rows]
+        images = [
+            Image.open(self.folder / r[self.columns.image])
+            if isinstance(r[self.columns.image], str)
+            else r[self.columns.image]
+            for r in rows
+        ]
         pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, "labels": self._label_ids(rows)}
 

@@ -21,6 +21,7 @@ from torch import nn
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.cli.data import Row, UserError, read_rows, split_rows
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
+from slicefine.linear import layers_of
 
 _CONFIG = "Slices"
 _TRAINING = "Training"
@@ -32,42 +33,94 @@ def train(
     task: Annotated[str, typer.Option(help=", ".join(TASKS))],
     output: Annotated[Path, typer.Option(help="folder for the trained model")],
     eval_data: Annotated[str | None, typer.Option(help="evaluate on this file")] = None,
-    eval_share: Annotated[float, typer.Option(help="without --eval-data, hold out this share of the rows; 0: no evaluation")] = 0.1,
+    eval_share: Annotated[
+        float, typer.Option(help="without --eval-data, hold out this share of the rows; 0: no evaluation")
+    ] = 0.1,
     text_column: str = "text",
     label_column: str = "label",
     image_column: str = "image",
-    config: Annotated[Path | None, typer.Option(help="a SliceConfig as JSON; the options below override it", rich_help_panel=_CONFIG)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="a SliceConfig as JSON; the options below override it", rich_help_panel=_CONFIG)
+    ] = None,
     r: Annotated[int | None, typer.Option(help="width of a slice", rich_help_panel=_CONFIG)] = None,
-    slice_type: Annotated[str | None, typer.Option(help="column, row, block, row_column", rich_help_panel=_CONFIG)] = None,
-    switch_interval: Annotated[int | None, typer.Option(help="optimizer steps between moves; 0: never", rich_help_panel=_CONFIG)] = None,
-    switch_mode: Annotated[str | None, typer.Option(help="ascending, descending, random, fixed, gradient, magnitude", rich_help_panel=_CONFIG)] = None,
-    target_modules: Annotated[list[str] | None, typer.Option(help="suffix of a module name; repeat for several", rich_help_panel=_CONFIG)] = None,
-    modules_to_save: Annotated[list[str] | None, typer.Option(help="module that trains whole; new heads do anyway", rich_help_panel=_CONFIG)] = None,
+    slice_type: Annotated[
+        str | None, typer.Option(help="column, row, block, row_column", rich_help_panel=_CONFIG)
+    ] = None,
+    switch_interval: Annotated[
+        int | None, typer.Option(help="optimizer steps between moves; 0: never", rich_help_panel=_CONFIG)
+    ] = None,
+    switch_mode: Annotated[
+        str | None,
+        typer.Option(help="ascending, descending, random, fixed, gradient, magnitude", rich_help_panel=_CONFIG),
+    ] = None,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="suffix of a module name; repeat for several", rich_help_panel=_CONFIG)
+    ] = None,
+    modules_to_save: Annotated[
+        list[str] | None, typer.Option(help="module that trains whole; new heads do anyway", rich_help_panel=_CONFIG)
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 3,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 32,
-    accumulate: Annotated[int, typer.Option(min=1, help="micro-batches per optimizer step", rich_help_panel=_TRAINING)] = 1,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="micro-batches per optimizer step", rich_help_panel=_TRAINING)
+    ] = 1,
     max_length: Annotated[int, typer.Option(min=1, help="tokens", rich_help_panel=_TRAINING)] = 256,
     lr: Annotated[float, typer.Option(help="of the slices", rich_help_panel=_TRAINING)] = 1e-3,
     head_lr: Annotated[float, typer.Option(help="of modules that train whole", rich_help_panel=_TRAINING)] = 2e-3,
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="share of the steps; linear decay after it", rich_help_panel=_TRAINING)] = 0.1,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="share of the steps; linear decay after it", rich_help_panel=_TRAINING)
+    ] = 0.1,
     clip: Annotated[float, typer.Option(min=0, help="gradient norm; 0: none", rich_help_panel=_TRAINING)] = 1.0,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast", rich_help_panel=_TRAINING)] = True,
-    optimizer_in_bwd: Annotated[bool, typer.Option(help="update during backward; needs --clip 0 and --accumulate 1", rich_help_panel=_TRAINING)] = False,
+    optimizer_in_bwd: Annotated[
+        bool, typer.Option(help="update during backward; needs --clip 0 and --accumulate 1", rich_help_panel=_TRAINING)
+    ] = False,
     gradient_checkpointing: Annotated[bool, typer.Option(rich_help_panel=_TRAINING)] = False,
     seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one", rich_help_panel=_TRAINING)] = None,
-    save_every: Annotated[int, typer.Option(min=0, help="steps between checkpoints; 0: at the end and on Ctrl-C", rich_help_panel=_TRAINING)] = 0,
-    resume: Annotated[bool, typer.Option(help="go on from the checkpoint in --output", rich_help_panel=_TRAINING)] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default: cuda where there is one", rich_help_panel=_TRAINING)
+    ] = None,
+    save_every: Annotated[
+        int,
+        typer.Option(min=0, help="steps between checkpoints; 0: at the end and on Ctrl-C", rich_help_panel=_TRAINING),
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="go on from the checkpoint in --output", rich_help_panel=_TRAINING)
+    ] = False,
 ) -> None:
     """Fine-tune a pretrained model; the trained slices are merged, so --output is an ordinary model folder.
 
     Ctrl-C finishes the step, writes a checkpoint and the model as it stands, and exits with 130; --resume goes on from there.
     """
     try:
-        slices = _slice_config(config, r=r, slice_type=slice_type, switch_interval=switch_interval, switch_mode=switch_mode, target_modules=target_modules, modules_to_save=modules_to_save, seed=seed)
-        recipe = Recipe(epochs, batch_size, accumulate, lr, head_lr, warmup, clip, bf16, optimizer_in_bwd, gradient_checkpointing, seed, save_every)
+        slices = _slice_config(
+            config,
+            r=r,
+            slice_type=slice_type,
+            switch_interval=switch_interval,
+            switch_mode=switch_mode,
+            target_modules=target_modules,
+            modules_to_save=modules_to_save,
+            seed=seed,
+        )
+        recipe = Recipe(
+            epochs,
+            batch_size,
+            accumulate,
+            lr,
+            head_lr,
+            warmup,
+            clip,
+            bf16,
+            optimizer_in_bwd,
+            gradient_checkpointing,
+            seed,
+            save_every,
+        )
         columns = Columns(text_column, label_column, image_column)
-        raise typer.Exit(_run(model, data, eval_data, eval_share, task, columns, max_length, output, slices, recipe, device, resume))
+        raise typer.Exit(
+            _run(model, data, eval_data, eval_share, task, columns, max_length, output, slices, recipe, device, resume)
+        )
     except UserError as error:
         typer.echo(f"slicefine train: {error}", err=True)
         raise typer.Exit(2) from None
@@ -92,7 +145,9 @@ class Recipe:
         if self.lr < 0 or self.head_lr < 0:
             raise UserError(f"--lr is {self.lr} and --head-lr {self.head_lr}; expected 0 or more")
         if self.optimizer_in_bwd and (self.clip > 0 or self.accumulate > 1):
-            raise UserError("--optimizer-in-bwd updates during backward, so it can neither clip nor accumulate: add --clip 0 --accumulate 1, or leave it out")
+            raise UserError(
+                "--optimizer-in-bwd updates during backward, so it can neither clip nor accumulate: add --clip 0 --accumulate 1, or leave it out"
+            )
 
 
 def _slice_config(path: Path | None, **given: Any) -> SliceConfig:
@@ -118,7 +173,9 @@ def _run(
     if resume and not checkpoint.is_file():
         raise UserError(f"--resume: no checkpoint at {checkpoint}")
     if not resume and checkpoint.is_file():
-        raise UserError(f"--output {output} holds the checkpoint of another run; add --resume to go on, or choose another folder")
+        raise UserError(
+            f"--output {output} holds the checkpoint of another run; add --resume to go on, or choose another folder"
+        )
     task: Task = TASKS[task_name](columns, max_length)
     if isinstance(task, ImageClassification):
         task.folder = Path(data).parent
@@ -150,10 +207,15 @@ def _run(
     job.save(checkpoint)
     metrics = {"steps": job.step, "loss": job.recent_loss(), "peak_bytes": job.peak_bytes()}
     if held and not interrupted:
-        metrics[task.metric] = task.evaluate(model, _chunks(sorted(held, key=task.length), recipe.batch_size), job.autocast, device)
+        metrics[task.metric] = task.evaluate(
+            model, _chunks(sorted(held, key=task.length), recipe.batch_size), job.autocast, device
+        )
     _write_model(model, task, slices, recipe, metrics, output)
     if interrupted:
-        typer.echo(f"\nstopped at step {job.step:,d} of {job.total:,d}; the model as it stands is in {output}, go on with --resume", err=True)
+        typer.echo(
+            f"\nstopped at step {job.step:,d} of {job.total:,d}; the model as it stands is in {output}, go on with --resume",
+            err=True,
+        )
         return 130
     checkpoint.unlink()
     typer.echo(_report(metrics, output))
@@ -167,7 +229,10 @@ def _summary(model: Any, new_modules: list[str], steps: int) -> str:
 
 
 def _report(metrics: dict[str, Any], output: Path) -> str:
-    lines = [f"{key:<12}{value / 2**20:,.0f} MiB" if key == "peak_bytes" else f"{key:<12}{value:,.4g}" for key, value in metrics.items()]
+    lines = [
+        f"{key:<12}{value / 2**20:,.0f} MiB" if key == "peak_bytes" else f"{key:<12}{value:,.4g}"
+        for key, value in metrics.items()
+    ]
     return "\n".join([*lines, f"{'model':<12}{output}"])
 
 
@@ -194,11 +259,15 @@ def _chunks(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _write_model(model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], output: Path) -> None:
+def _write_model(
+    model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], output: Path
+) -> None:
     model.save_pretrained(output)  # the weights are the truth: nothing to merge
     task.save(output)
     slices.save(output / "slice_config.json")
-    (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n", encoding="utf-8")
+    (output / "training.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 class _Job:
@@ -208,7 +277,8 @@ class _Job:
         self.model, self.task, self.rows, self.recipe, self.device = model, task, rows, recipe, device
         per_epoch = -(-len(rows) // (recipe.batch_size * recipe.accumulate))
         self.total, self.step, self.losses = recipe.epochs * per_epoch, 0, []
-        whole = {id(p) for n in model.slice_config.modules_to_save or () for m in [model.get_submodule(n)] for p in m.parameters()}  # type: ignore[union-attr]
+        # what trains and is not a slice: new heads, modules_to_save
+        whole = {id(p) for p in model.parameters() if p.requires_grad and not layers_of(p)}
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in trained if id(p) not in whole], "lr": recipe.lr}]
         if whole:
@@ -228,7 +298,9 @@ class _Job:
             rng.shuffle(order)
             steps = []
             for window in (order[i : i + 25 * size] for i in range(0, len(order), 25 * size)):
-                steps += _chunks([self.rows[i] for i in sorted(window, key=lambda i: self.task.length(self.rows[i]))], size)
+                steps += _chunks(
+                    [self.rows[i] for i in sorted(window, key=lambda i: self.task.length(self.rows[i]))], size
+                )
             rng.shuffle(steps)
             for rows in steps:
                 yield _chunks(rows, self.recipe.batch_size)
@@ -246,7 +318,9 @@ class _Job:
                 loss, size = self._update(micro_batches)
                 self.step += 1
                 rate = size / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {self.peak_bytes() / 2**20:,.0f} MiB", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {self.peak_bytes() / 2**20:,.0f} MiB", refresh=False
+                )
                 bar.update()
                 if stop():
                     return True
@@ -270,7 +344,9 @@ class _Job:
             total += loss.item()
             size += self.task.size(batch)
         if self.recipe.clip:
-            torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.recipe.clip)
+            torch.nn.utils.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g["params"]], self.recipe.clip
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.losses.append(total)
@@ -305,7 +381,9 @@ class _Job:
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["total"] != self.total:
-            raise UserError(f"--resume: the checkpoint is of a run of {state['total']} steps, this one has {self.total}; give the same data, --epochs, --batch-size and --accumulate")
+            raise UserError(
+                f"--resume: the checkpoint is of a run of {state['total']} steps, this one has {self.total}; give the same data, --epochs, --batch-size and --accumulate"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
