@@ -7,6 +7,7 @@ Checked against peft 0.21 in tests/test_targets.py.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable
@@ -69,10 +70,9 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
 def output_head(model: nn.Module) -> nn.Module | None:
     """What "all-linear" leaves out: the output embedding of a language model, else a module called score or classifier."""
     get: Any = getattr(model, "get_output_embeddings", None)
-    try:
+    head: Any = None
+    with contextlib.suppress(NotImplementedError):  # transformers' answer for a model without one
         head = get() if callable(get) else None
-    except NotImplementedError:
-        head = None
     if head is None:
         head = next((m for n in _HEAD_NAMES if (m := getattr(model, n, None)) is not None), None)
     return head

@@ -133,10 +133,6 @@ def check_adamw(module, dtype, features, seed, maximize=False):
         written = reference.read_slice(weight, rows[i], cols[i])
         if seed is not None and dtype == torch.bfloat16:
             assert torch.equal(written, reference.round_to(masters[i], dtype, seed, i))
-        elif dtype == torch.bfloat16 and module.__name__ == "slicefine_kernels":
-            # Triton's interpreter truncates where a GPU rounds to nearest
-            truncated = (masters[i].view(torch.int32) & -65536).view(torch.float32).to(dtype)
-            assert torch.equal(written, truncated) or torch.equal(written, masters[i].to(dtype))
         else:
             assert torch.equal(written, masters[i].to(dtype))
         outside = torch.ones(weight.shape, dtype=torch.bool)

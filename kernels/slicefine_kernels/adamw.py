@@ -24,6 +24,15 @@ def adamw_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, c
 
 
 @triton.jit
+def round_bf16(x):
+    """float32 -> bfloat16, to nearest, ties to even. Spelled out: Triton's interpreter truncates in a plain cast."""
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(finite, nearest.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+
+
+@triton.jit
 def round_bf16_stochastic(x, random):
     """float32 -> bfloat16, up with probability = the fraction cut off; `random` is uniform on 32 bits."""
     bits = x.to(tl.uint32, bitcast=True)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16_stochastic
+from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
 from slicefine_kernels.configs import adamw_config
 
 # columns of the table, one row per slice; an index address of 0 stands for all rows or columns
@@ -79,6 +79,8 @@ def _slice_adamw_kernel(
     if STOCHASTIC:
         word = philox_word(seed, offs.to(tl.uint32), position.to(tl.uint32))
         value = round_bf16_stochastic(p, word)
+    elif tl.bfloat16 == WEIGHT_DTYPE:
+        value = round_bf16(p)
     else:
         value = p.to(WEIGHT_DTYPE)
     tl.store(w_ptr + row * stride_wr + col * stride_wc, value, mask=mask)

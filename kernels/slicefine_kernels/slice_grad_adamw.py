@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16_stochastic
+from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
 from slicefine_kernels.configs import grad_config
 from slicefine_kernels.gradient_tile import dot_options, gradient_tile
 
@@ -84,6 +84,8 @@ def _slice_grad_adamw_kernel(
         col = tl.load(cols_ptr + col, mask=mask_k, other=0)
     if STOCHASTIC:
         value = round_bf16_stochastic(p, philox_word(seed, offs.to(tl.uint32), 0))
+    elif w_ptr.dtype.element_ty == tl.bfloat16:
+        value = round_bf16(p)
     else:
         value = p.to(w_ptr.dtype.element_ty)
     tl.store(w_ptr + row[:, None] * stride_wr + col[None, :] * stride_wc, value, mask=mask)

