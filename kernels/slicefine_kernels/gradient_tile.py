@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -56,11 +55,3 @@ def gradient_tile(
         # [BLOCK_R, BLOCK_T] @ [BLOCK_T, BLOCK_K] -> [BLOCK_R, BLOCK_K]
         acc = tl.dot(dy, x, acc, input_precision=INPUT_PRECISION)
     return acc
-
-
-def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
-    """How `tl.dot` multiplies: TF32 for float32 operands only where torch allows it."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as integers.
-    upcast = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
-    return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
 from slicefine_kernels.configs import adamw_config
+from slicefine_kernels.launch import on_device_of
 
 # columns of the table, one row per slice; an index address of 0 stands for all rows or columns
 _FIELDS = tl.constexpr(13)
@@ -124,12 +125,13 @@ def slice_adamw(
                 *masters[i].shape, weight.stride(0), weight.stride(1), i,
             ])  # fmt: skip
         device = weights[0].device
-        _slice_adamw_kernel[(len(blocks),)](
-            torch.tensor(table, dtype=torch.int64, device=device), torch.tensor(blocks, dtype=torch.int64, device=device),
-            lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
-            STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
-            BLOCK=config.BLOCK, num_warps=config.num_warps,
-        )  # fmt: skip
+        with on_device_of(weights[0]):
+            _slice_adamw_kernel[(len(blocks),)](
+                torch.tensor(table, dtype=torch.int64, device=device), torch.tensor(blocks, dtype=torch.int64, device=device),
+                lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
+                STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
+                BLOCK=config.BLOCK, num_warps=config.num_warps,
+            )  # fmt: skip
 
 
 def _address(index: Tensor | None) -> int:

@@ -6,15 +6,14 @@ same on every run. dY and X are read once per tile of the other's features.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from slicefine_kernels.configs import grad_config, token_splits
-from slicefine_kernels.gradient_tile import dot_options, gradient_tile
+from slicefine_kernels.gradient_tile import gradient_tile
+from slicefine_kernels.launch import dot_options, on_device_of, processors
 
 
 @triton.jit
@@ -63,17 +62,12 @@ def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -
     splits = token_splits(T, tiles, processors(input.device), config.BLOCK_T)
     tokens_per_split = triton.cdiv(triton.cdiv(T, splits), config.BLOCK_T) * config.BLOCK_T if T else config.BLOCK_T
     partial = torch.empty((splits, R, K), dtype=torch.float32, device=input.device)
-    _slice_grad_kernel[(triton.cdiv(R, config.BLOCK_R), triton.cdiv(K, config.BLOCK_K), splits)](
-        grad_output, input, grad_output if rows is None else rows, partial,
-        grad_output.stride(0), grad_output.stride(1), input.stride(0), input.stride(1),
-        T, R, K, tokens_per_split,
-        HAS_ROWS=rows is not None, BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K, BLOCK_T=config.BLOCK_T,
-        **dot_options(input.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device_of(input):
+        _slice_grad_kernel[(triton.cdiv(R, config.BLOCK_R), triton.cdiv(K, config.BLOCK_K), splits)](
+            grad_output, input, grad_output if rows is None else rows, partial,
+            grad_output.stride(0), grad_output.stride(1), input.stride(0), input.stride(1),
+            T, R, K, tokens_per_split,
+            HAS_ROWS=rows is not None, BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K, BLOCK_T=config.BLOCK_T,
+            **dot_options(input.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; 1 for the interpreter's CPU tensors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

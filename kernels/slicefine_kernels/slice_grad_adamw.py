@@ -11,7 +11,8 @@ from torch import Tensor
 
 from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
 from slicefine_kernels.configs import grad_config
-from slicefine_kernels.gradient_tile import dot_options, gradient_tile
+from slicefine_kernels.gradient_tile import gradient_tile
+from slicefine_kernels.launch import dot_options, on_device_of
 
 
 @triton.jit
@@ -116,12 +117,13 @@ def slice_grad_adamw(
     T, K = input.shape
     R = master.shape[0]
     config = grad_config(R, K, input.element_size())
-    _slice_grad_adamw_kernel[(triton.cdiv(R, config.BLOCK_R), triton.cdiv(K, config.BLOCK_K))](
-        grad_output, input, master, exp_avg, exp_avg_sq, weight,
-        grad_output if rows is None else rows, grad_output if cols is None else cols, step,
-        grad_output.stride(0), grad_output.stride(1), input.stride(0), input.stride(1), weight.stride(0), weight.stride(1),
-        T, R, K, lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
-        HAS_ROWS=rows is not None, HAS_COLS=cols is not None, STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
-        BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K, BLOCK_T=config.BLOCK_T, **dot_options(input.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device_of(input):
+        _slice_grad_adamw_kernel[(triton.cdiv(R, config.BLOCK_R), triton.cdiv(K, config.BLOCK_K))](
+            grad_output, input, master, exp_avg, exp_avg_sq, weight,
+            grad_output if rows is None else rows, grad_output if cols is None else cols, step,
+            grad_output.stride(0), grad_output.stride(1), input.stride(0), input.stride(1), weight.stride(0), weight.stride(1),
+            T, R, K, lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
+            BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K, BLOCK_T=config.BLOCK_T, **dot_options(input.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
