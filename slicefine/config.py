@@ -32,7 +32,7 @@ class SliceConfig:
     start_position: index of the first position, 0 to ceil(features / r) - 1.
     contiguous: a slice is a run of neighbouring features; False scatters it by a seeded permutation.
     state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero, "keep" it for the new slice,
-        or "remember" it on the host and restore it when the slice comes back.
+        or "remember" it on the host and restore it when the slice comes back. Alternating axes cannot "keep": they reset.
     target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear" (every linear layer except
         the output head). exclude_modules: the same, to leave out.
     layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in PEFT.
@@ -85,15 +85,23 @@ class SliceConfig:
         for name in ("contiguous", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"rank_pattern is {self.rank_pattern!r}; expected a dict of module name or regex to r")
         for pattern, r in self.rank_pattern.items():
             _positive(f"rank_pattern[{pattern!r}]", r)
+            _regex("rank_pattern", pattern)
+        indexes = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if indexes is not None and not (isinstance(indexes, list) and all(isinstance(i, int) for i in indexes)):
+            raise TypeError(
+                f"layers_to_transform is {self.layers_to_transform!r}; expected a layer number or a list of them"
+            )
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             self._check_names(name)
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+        if self.target_modules is None or isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} cannot be used when target_modules is a regex ({self.target_modules!r}); give target_modules as a list"
+                        f"{name} cannot be used when target_modules is {self.target_modules!r}; give target_modules as a list"
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform; say which layer numbers to train")
@@ -105,10 +113,7 @@ class SliceConfig:
             setattr(self, name, value)
         if value is None or (isinstance(value, str) and name != "modules_to_save"):
             if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name} is {value!r}, which is not a regular expression: {error}") from error
+                _regex(name, value)
             return
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise TypeError(f"{name} is {value!r}; expected a list of module names")
@@ -132,8 +137,8 @@ class SliceConfig:
                 known[key] = value
                 continue
             near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            warnings.warn(f"SliceConfig has no key {key!r}{hint} It is ignored.", stacklevel=2)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            warnings.warn(f"SliceConfig has no key {key!r}{hint}; it is ignored", stacklevel=2)
         return cls(**known)
 
     @classmethod
@@ -146,6 +151,13 @@ class SliceConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SliceConfig:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} has {value!r}, which is not a regular expression: {error}") from error
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

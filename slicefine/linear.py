@@ -3,7 +3,7 @@
 ``weight`` is frozen and always the truth: the forward pass is one ``F.linear``. ``slice_weight`` is the only trainable
 parameter: a contiguous master copy of the active slice (float32; float64 for a float64 weight). Whatever optimizer moves it,
 ``weight[slice] = cast(slice_weight)`` follows: `SliceAdamW` does it in its kernel, for any other `torch.optim` optimizer
-a hook does after its step (`slicefine.optim`), and every forward checks.
+a hook does after its step (`slicefine.moves`), and every forward checks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from slicefine import ops
 from slicefine.config import SliceConfig
+from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
 from slicefine.slices import SliceSchedule, SliceSpec
@@ -33,16 +33,6 @@ class Updater(Protocol):
     def before_backward(self, layer: SliceLinear) -> None: ...
 
     def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None: ...
-
-
-# slice parameter -> the layers that use it (several where a weight is tied); not an attribute of the parameter, which
-# would not survive pickling
-_LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def layers_of(parameter: Tensor) -> list[SliceLinear]:
-    """The layers whose active slice this parameter is; empty for any other parameter."""
-    return [layer for reference in _LAYERS.get(parameter) or () if (layer := reference()) is not None]
 
 
 class SliceLinear(nn.Linear):
@@ -122,9 +112,10 @@ class SliceLinear(nn.Linear):
             torch.zeros(self.spec.parameter_shape, dtype=_master_dtype(weight.dtype), device=weight.device)
         )
         self.scores: dict[str, Tensor] = {}
+        self._scores_task = -1
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
-        self._place()
+        self.place()
 
     # -- the active slice -------------------------------------------------------------------------------------------
 
@@ -151,7 +142,7 @@ class SliceLinear(nn.Linear):
         return flat.view(-1)[: R * K].view(R, K)
 
     @torch.no_grad()
-    def _place(self) -> None:
+    def place(self) -> None:
         """Point the indices at the scheduled position and read the master from the weight."""
         # a plain string: compiled code guards on it, and would recompile at every move were it computed from the move count
         self.axis = self.schedule.axis
@@ -185,7 +176,9 @@ class SliceLinear(nn.Linear):
         self.mark_synchronised()
 
     def mark_synchronised(self) -> None:
-        self._versions = (self.weight._version, self.slice_weight._version)
+        """Note that weight and master agree, for every layer that shares them."""
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer._versions = (layer.weight._version, layer.slice_weight._version)
 
     @property
     def slice_changed(self) -> bool:
@@ -196,10 +189,13 @@ class SliceLinear(nn.Linear):
         """Bring weight and slice_weight together after one of them was written to from outside."""
         if self._awaiting_weight:
             self._check_belongs()
-        if self.slice_changed:
-            self.write_through()
-        elif self.weight._version != self._versions[0]:
+        if self.slice_weight.device != self.slice_rows.device:
+            return  # tied to a layer that is being moved to another device, as this one will be
+        if self.weight._version != self._versions[0]:
+            # also when both were written to, as by weight averaging, which knows nothing of positions
             self.read_back()
+        elif self.slice_changed:
+            self.write_through()
 
     def _check_belongs(self) -> None:
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
@@ -216,18 +212,22 @@ class SliceLinear(nn.Linear):
         """The optimizer that updates this slice during backward, if one does."""
         return self._updater() if self._updater is not None else None
 
-    def move(self) -> None:
-        """Go to the next position of the schedule: the old slice stays as it is, the new one becomes active."""
-        self.synchronise()
-        self.schedule.move(self._position_scores)
-        self.scores = {}
-        self._place()
-
-    def _position_scores(self, axis: str) -> Tensor:
+    def position_scores(self, axis: str) -> Tensor:
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
             return slice_norms(self.weight_matrix, self.spec, axis)
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
+
+    def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
+        """Score the next positions by the gradient of one backward pass; micro-batches add up their squared norms.
+
+        A pass that starts without an accumulated gradient starts anew, so a skipped or discarded step leaves nothing.
+        """
+        task, axis = torch._C._current_graph_task_id(), self.schedule.next_axis
+        if task != self._scores_task and self.slice_weight.grad is None:
+            self.scores = {}
+        self._scores_task = task
+        self.scores[axis] = self.scores.get(axis, 0) + gradient_scores(grad_output, input, self.spec, axis)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class SliceLinear(nn.Linear):
             )
         self.synchronise()
         self.schedule.load_state_dict(state["schedule"])
-        self._place()
+        self.place()
         self.slice_weight.copy_(state["master"])
         self._awaiting_weight = True
         self.mark_synchronised()
@@ -287,14 +287,18 @@ class SliceLinear(nn.Linear):
         )
         if prefix + "slice_weight" in missing_keys:
             missing_keys.remove(prefix + "slice_weight")
+        for other in layers_of(self.slice_weight):
+            other.weight = self.weight  # load_state_dict(assign=True) would untie them
         self.read_back()
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
         master = self._parameters.pop("slice_weight")
         assert master is not None
-        super()._apply(fn, recurse)
-        self._parameters["slice_weight"] = master
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["slice_weight"] = master
         weight = self.weight
         # the same Parameter object: an optimizer may hold it
         master.data = (
@@ -303,13 +307,15 @@ class SliceLinear(nn.Linear):
             else torch.empty_like(master.data, device="meta")
         )
         if master.grad is not None:
-            master.grad = master.grad.to(master.device, master.dtype) if not weight.is_meta else None
+            applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
+            master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
         if not weight.is_meta:
             self.read_back()
         self.mark_synchronised()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronise()
         state = self.__dict__.copy()
         state["_updater"] = None  # an optimizer belongs to the layers it was made for
         return state
@@ -317,17 +323,12 @@ class SliceLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.mark_synchronised()
-        self._register()
+        register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "slice_weight":
-            self._register()
-
-    def _register(self) -> None:
-        slice_weight = self._parameters.get("slice_weight")
-        if slice_weight is not None and self not in layers_of(slice_weight):
-            _LAYERS[slice_weight] = [*(_LAYERS.get(slice_weight) or ()), weakref.ref(self)]
+            register(self)
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -361,23 +362,27 @@ class _SliceLinearFunction(torch.autograd.Function):
         else:
             cast_weight = weight
         needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
+        ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
         kept = None
         if needs_slice:
-            scoring = layer is not None and layer.schedule.needs_gradient_scores
-            kept = input if cols is None or scoring else input.index_select(-1, cols)
+            kept = input if cols is None or ctx.scoring else input.index_select(-1, cols)
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
         ctx.layer, ctx.slice_shape = layer, slice_weight.shape
+        ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
         return F.linear(input, cast_weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        updater = ctx.layer.updater if ctx.layer is not None else None
-        if updater is not None:
-            updater.before_backward(ctx.layer)
-        weight, kept, rows, cols = ctx.saved_tensors
         needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
+        updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
+        if updater is not None:
+            # torch.autograd.grad towards something else asks for no update
+            needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
+            if needs_slice:
+                updater.before_backward(ctx.layer)
+        weight, kept, rows, cols = ctx.saved_tensors
         grad_input = grad_bias = grad_slice = None
         if needs_input:
             grad_input = grad_output.matmul(weight.to(grad_output.dtype))
@@ -392,10 +397,8 @@ class _SliceLinearFunction(torch.autograd.Function):
 def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
     """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
     layer = ctx.layer
-    if layer is not None and layer.schedule.needs_gradient_scores:
-        axis = layer.schedule.next_axis
-        found = gradient_scores(grad_output, kept, layer.spec, axis)
-        layer.scores[axis] = layer.scores.get(axis, 0) + found
+    if ctx.scoring:
+        layer.add_scores(grad_output, kept)
         if cols is not None:
             kept = kept.index_select(1, cols)
     if layer is not None and layer.updater is not None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-import slicefine.optim  # noqa: F401  (registers the hook that moves slices after any optimizer's step)
 from slicefine.config import SliceConfig
 from slicefine.linear import SliceLinear
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
@@ -224,8 +223,15 @@ def _share_tied(layers: dict[str, SliceLinear]) -> None:
     first: dict[int, SliceLinear] = {}
     for layer in layers.values():
         owner = first.setdefault(id(layer.weight), layer)
-        if owner is not layer:
-            layer.slice_weight, layer.schedule = owner.slice_weight, owner.schedule
+        if owner is layer:
+            continue
+        if owner.spec.parameter_shape != layer.spec.parameter_shape:
+            raise ValueError(
+                f"two layers share one weight of shape ({layer.out_features}, {layer.in_features}) and would have slices of r "
+                f"{owner.spec.r} and {layer.spec.r}: give them the same r in rank_pattern"
+            )
+        layer.slice_weight, layer.spec, layer.schedule = owner.slice_weight, owner.spec, owner.schedule
+        layer.place()
 
 
 def _free_biases(model: nn.Module, mode: str) -> None:
@@ -252,6 +258,7 @@ def _unload(layer: SliceLinear) -> nn.Module:
         "schedule",
         "state_on_switch",
         "scores",
+        "_scores_task",
         "_updater",
         "_awaiting_weight",
         "_versions",

@@ -169,7 +169,13 @@ def _check_operands(op: str, grad_output: Tensor, input: Tensor) -> None:
 
 
 def _check_slice(
-    op: str, master: Tensor, states: tuple[Tensor, ...], weight: Tensor, rows: Tensor | None, cols: Tensor | None
+    op: str,
+    master: Tensor,
+    states: tuple[Tensor, ...],
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    step: Tensor,
 ) -> None:
     shape = (weight.shape[0] if rows is None else rows.numel(), weight.shape[1] if cols is None else cols.numel())
     if any(t.shape != shape for t in (master, *states)):
@@ -178,13 +184,22 @@ def _check_slice(
             f"gradient or moments {[tuple(t.shape) for t in states]}"
         )
     expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if master.dtype != expected:
-        raise TypeError(f"{op}: the master is {master.dtype}; for a {weight.dtype} weight expected {expected}")
+    if odd := [str(t.dtype) for t in (master, *states) if t.dtype != expected]:
+        raise TypeError(
+            f"{op}: master, gradient and moments of a {weight.dtype} weight must be {expected}; got {', '.join(odd)}"
+        )
+    tensors = [t for t in (master, *states, rows, cols, step) if t is not None]
+    if odd := sorted({str(t.device) for t in tensors if t.device != weight.device}):
+        raise ValueError(f"{op}: the weight is on {weight.device}, other tensors of its slice are on {', '.join(odd)}")
 
 
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     _check_operands("slice_grad", grad_output, input)
-    return select(grad_output.device.type, {grad_output.dtype}).slice_grad(grad_output, input, rows)
+    module = select(grad_output.device.type, {grad_output.dtype})
+    with torch.autocast(
+        grad_output.device.type, enabled=False
+    ):  # a backward inside autocast still accumulates in float32
+        return module.slice_grad(grad_output, input, rows)
 
 
 def _slice_adamw(
@@ -192,8 +207,8 @@ def _slice_adamw(
     rows: list[Tensor | None], cols: list[Tensor | None], steps: list[Tensor],
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
 ) -> None:  # fmt: skip
-    for p, g, m, v, w, r, c in zip(masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, strict=True):
-        _check_slice("slice_adamw", p, (g, m, v), w, r, c)
+    for p, g, m, v, w, r, c, t in zip(masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, steps, strict=True):
+        _check_slice("slice_adamw", p, (g, m, v), w, r, c, t)
     if masters:
         module = select(masters[0].device.type, {w.dtype for w in weights})
         module.slice_adamw(
@@ -210,9 +225,10 @@ def _slice_grad_adamw(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
 ) -> None:  # fmt: skip
     _check_operands("slice_grad_adamw", grad_output, input)
-    _check_slice("slice_grad_adamw", master, (exp_avg, exp_avg_sq), weight, rows, cols)
+    _check_slice("slice_grad_adamw", master, (exp_avg, exp_avg_sq), weight, rows, cols, step)
     module = select(grad_output.device.type, {grad_output.dtype, weight.dtype})
-    module.slice_grad_adamw(
+    with torch.autocast(grad_output.device.type, enabled=False):
+        module.slice_grad_adamw(
         grad_output, input, master, exp_avg, exp_avg_sq, weight, rows, cols, step,
         lr, beta1, beta2, eps, weight_decay, maximize, seed,
     )  # fmt: skip

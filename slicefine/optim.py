@@ -1,8 +1,4 @@
-"""SliceAdamW, and what every optimizer step does to slices: write through, count, move.
-
-Moves happen inside ``optimizer.step()`` of any `torch.optim.Optimizer` that holds slice parameters: a hook that PyTorch
-calls after each step (`finish_step`) brings the weights up to date and moves the slices whose interval is over.
-"""
+"""SliceAdamW: AdamW for slices and for what trains beside them; the moves (`slicefine.moves`) happen inside ``step()``."""
 
 from __future__ import annotations
 
@@ -13,79 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils._pytree import tree_map
+from torch.optim.optimizer import Optimizer
 
 from slicefine import ops
-from slicefine.linear import SliceLinear, layers_of
-
-
-def slice_parameters(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[SliceLinear]]]:
-    """The slice parameters of an optimizer, each with the layers that use it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if layers := layers_of(parameter):
-                yield parameter, layers
-
-
-def finish_step(optimizer: Optimizer) -> None:
-    """Write every changed slice through to its weight, count the step, and move the slices that are due."""
-    for parameter, layers in slice_parameters(optimizer):
-        if isinstance(optimizer, SliceAdamW):
-            trained = parameter in optimizer._trained_slices
-        else:
-            # Not by version counter: torch's fused optimizers write to parameters without counting it.
-            trained = parameter.grad is not None
-            for layer in layers if trained else ():
-                layer.write_through()
-        first = layers[0]
-        if first.schedule.step(trained):
-            _move(optimizer, parameter, layers)
-        for other in layers[1:]:  # a tied weight: one slice, one schedule
-            other.schedule = first.schedule
-    if isinstance(optimizer, SliceAdamW):
-        optimizer._trained_slices.clear()
-
-
-def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
-    first = layers[0]
-    schedule, policy = first.schedule, first.state_on_switch
-    if schedule.mode == "gradient" and torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise RuntimeError(
-            "switch_mode='gradient' under torch.distributed: each process would choose by its own gradients and the slices would "
-            "drift apart. Use 'ascending', 'random' or 'magnitude'."
-        )
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
-    if policy == "remember" and state:
-        kept = tree_map(lambda t: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else t, dict(state))
-        schedule.remembered.setdefault(schedule.axis, {})[schedule.position[schedule.axis]] = kept
-    first.move()
-    for other in layers[1:]:
-        other.schedule = schedule
-        other._place()
-    if policy == "keep" and first.spec.slice_type != "row_column":
-        return  # moments of a row slice mean nothing for a column slice, so alternating axes start afresh
-    optimizer.state.pop(parameter, None)
-    remembered = schedule.remembered.get(schedule.axis, {}).pop(schedule.position[schedule.axis], None)
-    if remembered is not None:
-        optimizer.state[parameter] = {
-            key: _beside(value, state.get(key), parameter) for key, value in remembered.items()
-        }
-
-
-def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
-    """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on the CPU."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(current.device if isinstance(current, Tensor) else parameter.device)
-
-
-def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if not isinstance(optimizer, SliceAdamW):  # which calls finish_step itself
-        finish_step(optimizer)
-
-
-register_optimizer_step_post_hook(_after_any_step)
+from slicefine.linear import SliceLinear
+from slicefine.moves import finish_step, layers_of, slice_parameters
 
 
 class SliceAdamW(Optimizer):
@@ -101,6 +29,8 @@ class SliceAdamW(Optimizer):
     Raises ValueError without a single slice among the parameters.
     Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices.
     """
+
+    finishes_its_steps = True
 
     def __init__(
         self,
@@ -162,7 +92,8 @@ class SliceAdamW(Optimizer):
                 (slices if layers_of(parameter) else others).append(parameter)
             self._update_slices(group, slices, [p.grad for p in slices])
             self._update_others(group, others)
-        finish_step(self)
+        finish_step(self, self._trained_slices)
+        self._trained_slices.clear()
         self._uses.clear()
         return loss
 
@@ -172,6 +103,11 @@ class SliceAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        elif state["exp_avg"].dtype != parameter.dtype or state["step"].device != parameter.device:
+            # the model has been cast or moved since the last step
+            state["step"] = state["step"].to(parameter.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(parameter.device, parameter.dtype)
         return state
 
     def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
@@ -211,23 +147,43 @@ class SliceAdamW(Optimizer):
             self._mark_trained(parameter)
 
     def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = []
+        """torch's AdamW for the rest; parameters in half precision get a float32 master, or small updates would vanish."""
+        masters, grads, states = [], [], []
         for p in parameters:
-            if p.grad is not None and p.grad.is_sparse:
+            assert p.grad is not None
+            if p.grad.is_sparse:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense embedding (sparse=False)"
                 )
-            states.append(self.state[p])
-            if not states[-1]:
-                states[-1].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        if parameters:
-            beta1, beta2 = group["betas"]
-            adamw(
-                parameters, [p.grad for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-                amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]), weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=group["maximize"],
-            )  # fmt: skip
+            half = p.dtype in (torch.bfloat16, torch.float16)
+            state = self.state[p]
+            if not state:
+                precise = torch.float32 if half else p.dtype
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=precise) for _ in range(2))
+                if half:
+                    state["master"] = p.detach().to(precise, copy=True)
+            elif half and not torch.equal(state["master"].to(p.dtype), p):
+                state["master"].copy_(p)  # somebody else has written to the parameter
+            masters.append(state["master"] if half else p)
+            grads.append(p.grad.to(masters[-1].dtype))
+            states.append(state)
+        if not parameters:
+            return
+        beta1, beta2 = group["betas"]
+        adamw(
+            masters, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+            [s["step"] for s in states], amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]),
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
+        )  # fmt: skip
+        for p, master in zip(parameters, masters, strict=True):
+            if master is not p:
+                p.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; with optimizer_in_bwd it also drops gradients that wait for a weight's other uses."""
+        self._deferred.clear()
+        super().zero_grad(set_to_none)
 
     def _mark_trained(self, parameter: Tensor) -> None:
         self._trained_slices.add(parameter)
@@ -320,11 +276,24 @@ class SliceAdamW(Optimizer):
                 )
             for layer in layers:
                 layer.load_slice_state(slices[index])
-                layer.schedule = layers[0].schedule
-            if "step" in self.state.get(
-                parameter, {}
-            ):  # torch leaves it where it was saved; the kernels read it on the device
-                self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device)
+        for index, parameter in self._indexed(state_dict):
+            for key, value in packed["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    # torch would cast float32 moments and masters to the parameter's dtype, and leave `step` where it was
+                    where = "cpu" if key == "step" and not layers_of(parameter) else parameter.device
+                    self.state[parameter][key] = value.detach().to(where, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("bf16_stochastic_round", "optimizer_in_bwd", "seed")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trained_slices, self._uses, self._deferred = set(), {}, {}
+        self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        for _, layers in slice_parameters(self):
+            for layer in layers if self.optimizer_in_bwd else ():
+                layer._updater = weakref.ref(self)
 
     def _indexed(self, packed: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
         for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):

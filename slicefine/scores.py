@@ -18,8 +18,10 @@ def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:
     if axis == "block":
         slices = (read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count))
         return torch.stack([torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices])
-    squares = torch.linalg.vector_norm(weight, dim=0 if axis == "column" else 1, dtype=torch.float64).square()
-    return torch.stack([squares[_index(spec, axis, p).to(weight.device)].sum().sqrt() for p in range(count)])
+    strips = (
+        weight.index_select(1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device)) for p in range(count)
+    )
+    return torch.stack([torch.linalg.vector_norm(strip, dtype=torch.float64) for strip in strips])
 
 
 def _index(spec: SliceSpec, axis: str, position: int) -> Tensor:

@@ -191,7 +191,8 @@ class SliceSchedule:
         if self.mode in ("gradient", "magnitude"):
             if bool(self.swept[axis].all()):
                 self.swept[axis].zero_()
-            score = scores(axis).to("cpu", torch.float64).masked_fill(self.swept[axis], -math.inf)
+            score = scores(axis).to("cpu", torch.float64)
+            score = score.nan_to_num(0.0, 0.0, 0.0).masked_fill(self.swept[axis], -math.inf)  # an overflow says nothing
             self.position[axis] = int(score.argmax())
         else:
             order = _sweep_order(self.mode, count, self.start_position, turn // count, self.spec.seed)
@@ -205,6 +206,7 @@ class SliceSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so ``torch.load(weights_only=True)`` takes it."""
         return {
+            "identity": self._identity(),
             "steps": self.steps,
             "moves": self.moves,
             "position": dict(self.position),
@@ -213,13 +215,22 @@ class SliceSchedule:
             "remembered": {axis: dict(states) for axis, states in self.remembered.items()},
         }
 
+    def _identity(self) -> dict[str, int]:
+        """Everything that must be the same for a state to mean the same, as numbers (indices for the named values)."""
+        spec = self.spec
+        return {
+            "slice_type": SLICE_TYPES.index(spec.slice_type), "out_features": spec.out_features, "in_features": spec.in_features,
+            "r": spec.r, "r_out": spec.r_out, "contiguous": int(spec.contiguous), "seed": spec.seed,
+            "switch_mode": SWITCH_MODES.index(self.mode), "switch_interval": self.interval or 0, "start_position": self.start_position,
+        }  # fmt: skip
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        expected = {axis: self.spec.positions(axis) for axis in self.spec.axes}
-        given = {axis: len(v) for axis, v in state["visited"].items()}
-        if given != expected:
+        mine, given = self._identity(), state["identity"]
+        if differing := [
+            f"{key} (saved {given.get(key)}, here {mine[key]})" for key in mine if given.get(key) != mine[key]
+        ]:
             raise ValueError(
-                f"the saved schedule has positions {given}, this layer {expected}: the SliceConfig (slice_type, r) or the "
-                "model differs from the one that was saved. Build the model with the saved config."
+                f"the saved slices differ from this layer's in {', '.join(differing)}. Build the model with the saved SliceConfig."
             )
         self.steps, self.moves = int(state["steps"]), int(state["moves"])
         self.position = {axis: int(p) for axis, p in state["position"].items()}

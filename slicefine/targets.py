@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
     names = dict(model.named_modules())
     if not everything:
         _check_entries(config, names)
+    _warn_of_unused(config, names)
     head = output_head(model)
     users = _users_of_weights(model)
     targets = []
@@ -128,10 +130,16 @@ def _obstacle(
         return _refuse(
             everything, f"{name} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D become slices"
         )
-    if not isinstance(weight, nn.Parameter) or not weight.dtype.is_floating_point:
+    if not isinstance(weight, nn.Parameter):
         return _refuse(
             False,
-            f"{name} is a {type(module).__name__} with a quantised weight ({getattr(weight, 'dtype', type(weight).__name__)}); slices "
+            f"the weight of {name} is a {type(weight).__name__} and no parameter of its own (pruned, or parametrised); make it "
+            "permanent first, or leave the layer out (exclude_modules)",
+        )
+    if not weight.dtype.is_floating_point:
+        return _refuse(
+            False,
+            f"{name} is a {type(module).__name__} with a quantised weight ({weight.dtype}); slices "
             "train floating-point weights. Load the model unquantised, or leave the layer out (exclude_modules)",
         )
     if weight.is_meta:
@@ -188,6 +196,18 @@ def _check_entries(config: SliceConfig, names: Iterable[str]) -> None:
         near = difflib.get_close_matches(entry, suffixes, n=3, cutoff=0.5)
         lines.append(f"  {entry!r}: nothing matches" + (f"; nearest names: {', '.join(near)}" if near else ""))
     raise ValueError("target_modules names modules that the model does not have:\n" + "\n".join(lines))
+
+
+def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:
+    """Entries of exclude_modules and rank_pattern that match no module have no effect: most likely a typing error."""
+    names = list(names)
+    exclude = config.exclude_modules or []
+    for entry in [exclude] if isinstance(exclude, str) else exclude:
+        if not any(_named(exclude if isinstance(exclude, str) else [entry], name) for name in names):
+            warnings.warn(f"exclude_modules names {entry!r}, which matches no module", stacklevel=4)
+    for pattern in config.rank_pattern:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            warnings.warn(f"rank_pattern names {pattern!r}, which matches no module", stacklevel=4)
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

@@ -78,6 +78,8 @@ class DenseOracle:
     def _move(self) -> None:
         for name, weight in self.weights.items():
             before, after = self.features(name, self.moves), self.features(name, self.moves + 1)
+            if str(before) == str(after):
+                continue  # a slice that stays keeps everything
             if self.policy == "keep":
                 for dense in (self.m[name], self.v[name], self.t[name]):
                     carried = _take(dense, before)

@@ -295,3 +295,47 @@ def test_the_entry_point():
             [sys.executable, "-m", "slicefine", "train", "--help"], capture_output=True, text=True, check=True
         ).stdout
     )
+
+
+def test_micro_batches_of_a_language_model_are_weighted_by_their_tokens():
+    """One batch of four against four of one, with rows of very different lengths: the same gradient."""
+    from types import SimpleNamespace
+
+    from slicefine.cli.tasks import CausalLM, Columns
+
+    task = CausalLM(Columns("text", "label", "image"), 64)
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+
+    def batch(rows):
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def model(input_ids, attention_mask, labels):
+        logits = head(input_ids)[:, :-1].flatten(0, 1)
+        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+
+    task.batch = batch
+    job = SimpleNamespace(
+        task=task, model=model, device=torch.device("cpu"), step=0, losses=[], recipe=SimpleNamespace(clip=0, lr=1), scheduler=SimpleNamespace(step=lambda: None),
+        autocast=lambda: torch.autocast("cpu", enabled=False), optimizer=SimpleNamespace(zero_grad=head.zero_grad, step=lambda: None, param_groups=[]),
+    )  # fmt: skip
+    rows = [[1, 2], [3, 4], [5, 6], list(range(1, 18))]
+    grads = []
+    for micro in ([rows], [[row] for row in rows]):
+        verb._Job._update(job, micro)
+        grads.append(head[1].weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_rows_may_hold_unicode_line_separators(tmp_path):
+    from slicefine.cli.data import read_rows
+
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "one\u2028two\x85three", "label": "x"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (tmp_path / "a.csv").write_text('text\n"one\u2028two\nthree"\n', encoding="utf-8")
+    assert read_rows(str(tmp_path / "a.jsonl"), ["text"])[0]["text"] == "one\u2028two\x85three"
+    assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"), ["text"])] == ["one\u2028two\nthree"]

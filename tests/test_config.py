@@ -23,7 +23,9 @@ def test_json_round_trip(tmp_path):
 
 
 def test_unknown_keys_warn_and_name_the_nearest():
-    with pytest.warns(UserWarning, match="no key 'switch_intervall'; did you mean 'switch_interval'"):
+    with pytest.warns(
+        UserWarning, match=r"no key 'switch_intervall' \(did you mean 'switch_interval'\?\); it is ignored"
+    ):
         assert SliceConfig.from_dict({"r": 3, "switch_intervall": 9}) == SliceConfig(r=3)
 
 
@@ -52,8 +54,12 @@ def test_sets_become_sorted_lists():
         (
             {"target_modules": "q", "layers_to_transform": [1]},
             ValueError,
-            "cannot be used when target_modules is a regex",
+            "cannot be used when target_modules is 'q'",
         ),
+        ({"layers_to_transform": [1]}, ValueError, "cannot be used when target_modules is 'all-linear'"),
+        ({"target_modules": ["q"], "layers_to_transform": "1"}, TypeError, "expected a layer number"),
+        ({"rank_pattern": ["q"]}, TypeError, "expected a dict"),
+        ({"rank_pattern": {"(": 3}}, ValueError, "rank_pattern has '('"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, ValueError, "without layers_to_transform"),
         ({"bias": "some"}, ValueError, "bias is 'some'"),
         ({"tied_weights": "merge"}, ValueError, "tied_weights is 'merge'"),

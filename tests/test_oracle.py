@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -80,18 +79,29 @@ def test_float64_follows_the_oracle(slice_type, mode, policy):
         torch.testing.assert_close(model.get_submodule(name).weight, layer.weight.detach(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["random", "gradient", "magnitude"])
-@pytest.mark.parametrize("slice_type", ["column", "row", "block"])
-def test_chosen_positions_train_as_the_oracle_does(slice_type, mode):
-    """For modes whose order is not known beforehand the oracle is told where the slice is, and checks the arithmetic."""
-    config = SliceConfig(r=4, slice_type=slice_type, switch_interval=INTERVAL, switch_mode=mode)
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("policy", ["reset", "keep", "remember"])
+@pytest.mark.parametrize("mode", ["ascending", "random", "gradient", "magnitude"])
+@pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
+def test_chosen_positions_train_as_the_oracle_does(slice_type, mode, policy, contiguous):
+    """For orders that are not known beforehand the oracle is told where the slice is, and checks the arithmetic."""
+    if slice_type == "row_column" and policy == "keep":
+        pytest.skip("moments of a column mean nothing for a row: documented as reset")
+    config = SliceConfig(
+        r=4,
+        slice_type=slice_type,
+        switch_interval=INTERVAL,
+        switch_mode=mode,
+        state_on_switch=policy,
+        contiguous=contiguous,
+    )
     plain, model = make_net(torch.float64), get_slice_model(make_net(torch.float64), config)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     path: dict[tuple[str, int], tuple] = {}
     current = lambda n: tuple(
         None if f is None else f.clone() for f in (model.get_submodule(n).rows, model.get_submodule(n).cols)
     )
-    oracle = DenseOracle(layers, lambda n, move: path[n, move], INTERVAL)
+    oracle = DenseOracle(layers, lambda n, move: path[n, move], INTERVAL, policy)
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     data = batches(torch.float64)
     for step in range(STEPS):
@@ -111,7 +121,8 @@ def test_chosen_positions_train_as_the_oracle_does(slice_type, mode):
         torch.testing.assert_close(model.get_submodule(name).weight, layer.weight.detach(), rtol=0, atol=1e-10)
 
 
-LOW = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# largest difference of losses, and of weights as a share of how far they have moved
+LOW = {torch.float32: (3e-5, 0.01), torch.bfloat16: (1e-2, 0.15), torch.float16: (2e-3, 0.05)}
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -122,13 +133,13 @@ def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(slice_ty
     plain, model = copy.deepcopy(original), get_slice_model(copy.deepcopy(original), config)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     specs = {n: m.spec for n, m in model.named_modules() if isinstance(m, SliceLinear)}
-    oracle = DenseOracle(layers, lambda n, move: features_by_hand(specs[n], n, move, "ascending"), 10, lr=1e-3)
-    optimizer = SliceAdamW(model.parameters(), lr=1e-3)
+    oracle = DenseOracle(layers, lambda n, move: features_by_hand(specs[n], n, move, "ascending"), 10, lr=1e-2)
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     data = batches(dtype)
     steps = 25 if backend == "triton" else STEPS
     for step in range(steps):
         expected, loss = loss_of(plain, data[step % 5]), loss_of(model, data[step % 5])
-        assert abs(loss.item() - expected.item()) < LOW[dtype]
+        assert abs(loss.item() - expected.item()) < LOW[dtype][0]
         for module in (plain, model):
             module.zero_grad()
         expected.backward()
@@ -142,7 +153,9 @@ def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(slice_ty
         before, after = original.get_submodule(name).weight, model.get_submodule(name).weight
         if not bool(visited.all()):
             assert torch.equal(after[~visited], before[~visited])
-        assert not torch.equal(after[visited], before[visited])
+        should = layers[name].weight.detach()
+        moved = (should - before)[visited].double().norm()
+        assert moved > 0 and (after - should)[visited].double().norm() < LOW[dtype][1] * moved
 
 
 @pytest.mark.parametrize("optimizer", ["foreach", "fused", "sgd", "in_bwd"])
@@ -175,8 +188,10 @@ def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
             layer.weight.grad.mul_(mask_of(layer.weight, features_by_hand(specs[name], name, move, "ascending")))
         dense.step()
         slices.step()
-        if (step + 1) % INTERVAL == 0:
-            dense.state.clear()
+        for name, layer in layers.items():
+            here, there = (features_by_hand(specs[name], name, (step + i) // INTERVAL, "ascending") for i in (0, 1))
+            if str(here) != str(there):
+                dense.state.pop(layer.weight, None)
 
 
 def test_gradient_mode_goes_to_the_strongest_gradient():
@@ -209,13 +224,3 @@ def test_magnitude_mode_goes_to_the_largest_weights():
         layer(torch.randn(2, 12)).sum().backward()
         optimizer.step()
     assert visited == [0, 2, 3, 1]
-
-
-def test_all_combinations_are_listed():
-    """A new slice type or policy must come here too."""
-    from slicefine.slices import SLICE_TYPES, STATE_POLICIES, SWITCH_MODES
-
-    assert set(SLICE_TYPES) == {"column", "row", "block", "row_column"}
-    assert set(SWITCH_MODES) == {"ascending", "descending", "fixed", "random", "gradient", "magnitude"}
-    assert set(STATE_POLICIES) == {"reset", "keep", "remember"}
-    assert len(list(itertools.product(SLICE_TYPES, SWITCH_MODES, STATE_POLICIES))) == 72

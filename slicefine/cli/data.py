@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -48,10 +49,10 @@ def _read_file(path: Path, what: str) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path}: not UTF-8 text ({error})") from error
     if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     if path.suffix.lower() in (".jsonl", ".json"):
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

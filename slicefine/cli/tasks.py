@@ -48,6 +48,10 @@ class Task:
         """Tokens (or images) in a batch, for the progress line."""
         return int(batch["attention_mask"].sum())
 
+    def weight(self, batch: Batch) -> int:
+        """What the mean loss of a batch is a mean over; micro-batches are weighted by it."""
+        return len(batch["labels"])
+
     def length(self, row: Row) -> int:
         """What batches are sorted by, to pad little."""
         return len(str(row[self.columns.text]))
@@ -177,13 +181,16 @@ class CausalLM(_TextTask):
         batch = self._encode([{**row, self.columns.text: str(row[self.columns.text]) + end} for row in rows])
         return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
+    def weight(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: list[list[Row]], autocast: Any, device: torch.device) -> float:
         model.eval()
         total = tokens = 0
         for rows in batches:
             batch = {key: value.to(device) for key, value in self.batch(rows).items()}
-            predicted = int((batch["labels"][:, 1:] != -100).sum())
+            predicted = self.weight(batch)
             with autocast():
                 total += float(model(**batch).loss) * predicted
             tokens += predicted

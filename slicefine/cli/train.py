@@ -34,7 +34,8 @@ def train(
     output: Annotated[Path, typer.Option(help="folder for the trained model")],
     eval_data: Annotated[str | None, typer.Option(help="evaluate on this file")] = None,
     eval_share: Annotated[
-        float, typer.Option(help="without --eval-data, hold out this share of the rows; 0: no evaluation")
+        float,
+        typer.Option(min=0, max=0.9, help="without --eval-data, hold out this share of the rows; 0: no evaluation"),
     ] = 0.1,
     text_column: str = "text",
     label_column: str = "label",
@@ -329,12 +330,16 @@ class _Job:
         return False
 
     def _update(self, micro_batches: list[list[Row]]) -> tuple[float, int]:
-        total, size, count = 0.0, 0, sum(map(len, micro_batches))
+        total, size = 0.0, 0
+        batches = [self.task.batch(rows) for rows in micro_batches]
+        count = sum(map(self.task.weight, batches))
+        if count == 0:
+            raise UserError(f"the rows of step {self.step + 1} are too short: nothing in them to predict")
         self.optimizer.zero_grad()
-        for rows in micro_batches:
-            batch = {key: value.to(self.device) for key, value in self.task.batch(rows).items()}
+        for cpu_batch in filter(self.task.weight, batches):
+            batch = {key: value.to(self.device) for key, value in cpu_batch.items()}
             with self.autocast():
-                loss = self.model(**batch).loss * (len(rows) / count)
+                loss = self.model(**batch).loss * (self.task.weight(cpu_batch) / count)
             if not torch.isfinite(loss):
                 raise UserError(
                     f"the loss is {loss.item()} at step {self.step + 1}; nothing has been written over. Lower --lr ({self.recipe.lr:g}), "

@@ -1,0 +1,104 @@
+"""What every optimizer step does to slices: write through, count, move; and which layers a slice parameter belongs to.
+
+Moves happen inside ``optimizer.step()`` of any `torch.optim.Optimizer` that holds slice parameters: a hook that PyTorch
+calls after each step brings the weights up to date and moves the slices whose interval is over. `slicefine.linear` imports
+this module, so there is no SliceLinear without the hook.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from slicefine.linear import SliceLinear
+
+# slice parameter -> the layers that use it (several where a weight is tied); not an attribute of the parameter, which
+# would not survive pickling
+_LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def layers_of(parameter: Tensor) -> list[SliceLinear]:
+    """The layers whose active slice this parameter is; empty for any other parameter."""
+    return [layer for reference in _LAYERS.get(parameter) or () if (layer := reference()) is not None]
+
+
+def register(layer: SliceLinear) -> None:
+    """Note that a layer uses its slice_weight."""
+    parameter = layer._parameters.get("slice_weight")
+    if parameter is not None and layer not in layers_of(parameter):
+        _LAYERS[parameter] = [*(_LAYERS.get(parameter) or ()), weakref.ref(layer)]
+
+
+def slice_parameters(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[SliceLinear]]]:
+    """The slice parameters of an optimizer, each with the layers that use it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if layers := layers_of(parameter):
+                yield parameter, layers
+
+
+def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> None:
+    """Write every changed slice through to its weight, count the step, and move the slices that are due.
+
+    trained: the slices that the optimizer has updated and written through itself; None: those with a gradient, not yet
+    written. Not told by version counters: torch's fused optimizers write to parameters without counting it.
+    """
+    for parameter, layers in slice_parameters(optimizer):
+        updated = parameter.grad is not None if trained is None else parameter in trained
+        for layer in layers if updated and trained is None else ():
+            layer.write_through()
+        first = layers[0]
+        if first.schedule.step(updated):
+            _move(optimizer, parameter, layers)
+
+
+def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
+    first = layers[0]
+    schedule, policy = first.schedule, first.state_on_switch
+    if schedule.mode == "gradient" and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RuntimeError(
+            "switch_mode='gradient' under torch.distributed: each process would choose by its own gradients and the slices "
+            "would drift apart. Use 'ascending', 'random' or 'magnitude'."
+        )
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    axis, position = schedule.axis, schedule.position[schedule.axis]
+    for layer in layers:
+        layer.synchronise()
+    schedule.move(first.position_scores)
+    first.scores = {}
+    if (schedule.axis, schedule.position[schedule.axis]) == (axis, position):
+        return  # the slice stays: so do its master's extra bits and its moments
+    if policy == "remember" and state:
+        kept = tree_map(lambda t: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else t, dict(state))
+        schedule.remembered.setdefault(axis, {})[position] = kept
+    for layer in layers:
+        layer.place()
+    if policy == "keep" and first.spec.slice_type != "row_column":
+        return  # moments of a row slice mean nothing for a column slice, so alternating axes start afresh
+    optimizer.state.pop(parameter, None)
+    remembered = schedule.remembered.get(schedule.axis, {}).pop(schedule.position[schedule.axis], None)
+    if remembered is not None:
+        optimizer.state[parameter] = {k: _beside(v, state.get(k), parameter) for k, v in remembered.items()}
+
+
+def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
+    """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(current.device if isinstance(current, Tensor) else parameter.device)
+
+
+def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not getattr(optimizer, "finishes_its_steps", False):  # SliceAdamW does
+        finish_step(optimizer)
+
+
+register_optimizer_step_post_hook(_after_any_step)
