@@ -116,8 +116,8 @@ def make_slices(dtype, features, shape=(21, 33)):
     return masters, grads, moments, squares, weights
 
 
-def check_adamw(module, dtype, features, seed, maximize=False):
-    masters, grads, moments, squares, weights = make_slices(dtype, features)
+def check_adamw(module, dtype, features, seed, maximize=False, shape=(21, 33)):
+    masters, grads, moments, squares, weights = make_slices(dtype, features, shape)
     before = [w.clone() for w in weights]
     exact = [[t.double() for t in group] for group in (masters, grads, moments, squares)]
     scratch = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
@@ -161,6 +161,29 @@ def test_slice_adamw(name, dtype, seed):
     features = [f if f[0] is None else (f[0].contiguous(), f[1]) for f in FEATURES]
     for maximize in (False, True):
         check_adamw(module, dtype, [(r, c) for r, c in features], seed, maximize)
+
+
+@st.composite
+def some_slices(draw):
+    """(shape of W, [(rows, cols), ...]): widths from 1 to full, anywhere, in any order."""
+    shape = (draw(st.sampled_from([1, 2, 31, 64, 129])), draw(st.sampled_from([1, 3, 16, 63, 130])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def index(features):
+        width = draw(st.sampled_from([0, 1, features // 2, features]))
+        return torch.randperm(features, generator=generator)[:width] if width else None
+
+    return shape, [(index(shape[0]), index(shape[1])) for _ in range(draw(st.integers(1, 3)))]
+
+
+@relaxed
+@given(some_slices(), st.sampled_from(DTYPES))
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_adamw_anywhere(name, slices, dtype):
+    shape, features = slices
+    module, reason = ops.BACKENDS[name].load()
+    assert module is not None, reason
+    check_adamw(module, dtype, features, None, shape=shape)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

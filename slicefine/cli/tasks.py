@@ -26,6 +26,7 @@ class Task:
     """name: of the task. metric: of `evaluate`. columns: that a row must have."""
 
     metric = "accuracy"
+    unit = "tokens"  # of `size`
 
     def __init__(self, columns: Columns, max_length: int) -> None:
         self.columns, self.max_length = columns, max_length
@@ -198,6 +199,8 @@ class CausalLM(_TextTask):
 
 
 class ImageClassification(Task):
+    unit = "images"
+
     def __init__(self, columns: Columns, max_length: int) -> None:
         super().__init__(columns, max_length)
         self.folder = Path()

@@ -320,7 +320,8 @@ class _Job:
                 self.step += 1
                 rate = size / (time.perf_counter() - start)
                 bar.set_postfix_str(
-                    f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {self.peak_bytes() / 2**20:,.0f} MiB", refresh=False
+                    f"loss {loss:.3f}, {rate:,.0f} {self.task.unit}/s, peak {self.peak_bytes() / 2**20:,.0f} MiB",
+                    refresh=False,
                 )
                 bar.update()
                 if stop():
