@@ -30,8 +30,14 @@ from examples.sentiment import SentenceClassifier, Task, Trainee, accuracy, data
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import named_slice_layers
 
+# As many parameters as LoRA r=8. Scattered: sixteen neighbouring columns of an attention output are half a head.
 CONFIG = SliceConfig(
-    r=16, slice_type="column", switch_interval=100, target_modules="all-linear", modules_to_save=["classifier"]
+    r=16,
+    slice_type="column",
+    contiguous=False,
+    switch_interval=100,
+    target_modules="all-linear",
+    modules_to_save=["classifier"],
 )
 LR = 2e-3
 # The 60 steps beside the masked baseline move twice, so that moves are compared too.

@@ -16,7 +16,19 @@ _HOME = {
     "track_memory": "memory",
     "use_backend": "ops",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "SliceAdamW",
+    "SliceConfig",
+    "SliceLinear",
+    "SliceModel",
+    "__version__",
+    "get_slice_model",
+    "list_targets",
+    "load_slice_state_dict",
+    "slice_state_dict",
+    "track_memory",
+    "use_backend",
+]
 
 if TYPE_CHECKING:
     from slicefine.config import SliceConfig as SliceConfig

@@ -47,6 +47,7 @@ class SliceLinear(nn.Linear):
     slice_rows: Tensor
     slice_cols: Tensor
     axis: str
+    _versions: tuple[int, int]  # of weight and slice_weight when they last agreed
 
     def __init__(
         self,

@@ -101,6 +101,7 @@ def test_the_public_names():
         "__version__", "SliceAdamW", "SliceConfig", "SliceLinear", "SliceModel", "get_slice_model", "list_targets",
         "load_slice_state_dict", "slice_state_dict", "track_memory", "use_backend",
     }  # fmt: skip
+    assert set(slicefine.__all__) == {"__version__", *slicefine._HOME}
     assert all(getattr(slicefine, name) is not None for name in slicefine.__all__)
     with pytest.raises(AttributeError, match="no attribute 'SliceAdam'; public names: SliceConfig"):
         slicefine.SliceAdam  # noqa: B018
