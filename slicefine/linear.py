@@ -47,6 +47,7 @@ class SliceLinear(nn.Linear):
     slice_rows: Tensor
     slice_cols: Tensor
     axis: str
+    fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
     _versions: tuple[int, int]  # of weight and slice_weight when they last agreed
 
     def __init__(
@@ -79,8 +80,6 @@ class SliceLinear(nn.Linear):
         layer.out_features, layer.in_features = shape[::-1] if layer.fan_in_fan_out else shape
         layer._become_slice(config, name, r)
         return layer
-
-    fan_in_fan_out: bool = False
 
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
