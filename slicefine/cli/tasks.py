@@ -100,6 +100,11 @@ def _pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any
     location, extra = _location(model)
     if dtype is not None:
         extra["dtype"] = dtype
+        if "gguf_file" in extra:
+            import transformers
+
+            if hasattr(transformers, "GgufConfig"):  # from transformers 5 on, weights may stay packed otherwise
+                extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         return kind.from_pretrained(location, **extra, **options)
     except (OSError, ValueError, ImportError) as error:
