@@ -193,6 +193,7 @@ class Trainee:
         return {
             "method": method, "accuracy": accuracy, "trainable": sum(p.numel() for p in parameters),
             "peak_bytes": self.peak_bytes, "ms_per_step": float(np.median(self.milliseconds)), "steps": len(self.losses), "seed": seed,
+            "measured_in": "bfloat16" if self.bf16 else "float32, in turns",
         }  # fmt: skip
 
 
