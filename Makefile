@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 help:
-	@echo "make demo       fine-tune a real encoder on real sentences, beside the masked-gradient baseline (about 5 minutes)"
+	@echo "make demo       fine-tune a real encoder on real sentences, beside the masked-gradient baseline (about 4 minutes after the install)"
 	@echo "make demo-full  the same, with LoRA and full fine-tuning"
 	@echo "make test       build and run every test"
 	@echo "make lint       ruff and pyright"

@@ -117,6 +117,8 @@ class SliceConfig:
             return
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise TypeError(f"{name} is {value!r}; expected a list of module names")
+        for entry in value if name == "modules_to_save" else ():
+            _regex(name, entry)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -25,16 +25,24 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
     ``merge_and_unload()``. Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
     Raises ValueError naming every target that does not exist, with the nearest names, and every layer that cannot train.
     """
-    if isinstance(model, SliceModel):
+    if not isinstance(config, SliceConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict takes a dict)"
+        )
+    if "slice_config" in model.__dict__:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
     trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    try:
-        layers = {t.name: SliceLinear.from_linear(t.module, config, t.name, t.r) for t in _unique(targets)}
-    except (ValueError, TypeError):
+    layers, problems = {}, []
+    for target in _unique(targets):
+        try:
+            layers[target.name] = SliceLinear.from_linear(target.module, config, target.name, target.r)
+        except (ValueError, TypeError) as error:
+            problems.append(f"{target.name}: {error}")
+    if problems:
         _set_trainable(model, trained_before)
-        raise
+        raise ValueError("\n".join(problems))
     if not layers:
         raise ValueError("every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets))
     for target in targets:
@@ -58,7 +66,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
 
     model.__dict__["slice_config"] = config
     model.__dict__["_trained_before_slices"] = trained_before
-    model.__class__ = _with_slices(type(model))
+    model.__class__ = _with_slices(_own_class(model))
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         _let_inputs_carry_gradients(model)
     return model
@@ -86,8 +94,11 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
         if not isinstance(target.module, nn.Linear):  # Conv1D
             out_features, in_features = in_features, out_features
         if target.skipped is None:
-            spec = SliceSpec(out_features, in_features, config.slice_type, target.r, config.r_out or target.r)
-            SliceSchedule(spec, start_position=config.start_position)
+            try:
+                spec = SliceSpec(out_features, in_features, config.slice_type, target.r, config.r_out or target.r)
+                SliceSchedule(spec, start_position=config.start_position)
+            except ValueError as error:
+                raise ValueError(f"{target.name}: {error}") from error
             parameters = math.prod(spec.parameter_shape)
         matches.append(Match(target.name, out_features, in_features, target.r, parameters, target.skipped))
     return matches
@@ -119,6 +130,8 @@ class SliceModel:
 
     def planned_coverage(self, steps: int) -> str:
         """What ``steps`` optimizer steps from the start will cover, in words, one line per shape of weight."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps is {steps!r}; expected a number of optimizer steps")
         config = self.slice_config
         lines: dict[str, int] = {}
         for layer in slice_layers(self):
@@ -142,7 +155,7 @@ class SliceModel:
                     parent._modules[name] = plain.setdefault(id(child), _unload(child))
         trained = self.__dict__.pop("_trained_before_slices")
         del self.__dict__["slice_config"]
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = _own_class(self)
         _set_trainable(self, trained)
         return self
 
@@ -150,7 +163,7 @@ class SliceModel:
         # The mixed class cannot be found by name; rebuild it from the model's own.
         return (
             _rebuild,
-            (type(self).__mro__[2],),
+            (_own_class(self),),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
 
@@ -166,7 +179,11 @@ def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
 @functools.cache
 def _with_slices(kind: type) -> type:
     # Hugging Face writes the class name into a checkpoint's config, so it stays what it was.
-    body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    body: dict[str, Any] = {
+        "_slices_mixed_into": kind,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
     # transformers' new name, which its old one calls; overriding both would send them in circles
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     if name := next((n for n in names if hasattr(kind, n)), None):
@@ -184,6 +201,11 @@ def _then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[...
         return result
 
     return wrapper
+
+
+def _own_class(model: Any) -> type:
+    """The class of a model without SliceModel."""
+    return getattr(type(model), "_slices_mixed_into", type(model))
 
 
 def _rebuild(kind: type) -> Any:

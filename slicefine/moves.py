@@ -7,6 +7,7 @@ this module, so there is no SliceLinear without the hook.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,24 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> Non
     """
     for parameter, layers in slice_parameters(optimizer):
         updated = parameter.grad is not None if trained is None else parameter in trained
+        if trained is None and layers[0].schedule.steps == 0:
+            _warn_if_resumed(optimizer, parameter)
         for layer in layers if updated and trained is None else ():
             layer.write_through()
         first = layers[0]
         if first.schedule.step(updated):
             _move(optimizer, parameter, layers)
+
+
+def _warn_if_resumed(optimizer: Optimizer, parameter: Tensor) -> None:
+    """An optimizer whose state has many steps before the slices' first has been loaded without the slices' own state."""
+    step = optimizer.state.get(parameter, {}).get("step", 1)
+    if float(step) > 1:
+        warnings.warn(
+            f"{type(optimizer).__name__} resumes at step {int(step) - 1}, but the slices start at their first position with moments of "
+            "another: load_slice_state_dict(model, ...) restores them, and SliceAdamW's state_dict holds them itself",
+            stacklevel=3,
+        )
 
 
 def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:

@@ -20,7 +20,8 @@ class SliceAdamW(Optimizer):
     """AdamW for slices and for everything that trains beside them (new heads, biases), moves included.
 
     params: parameters or groups, as for torch.optim.AdamW; those without a gradient are left alone.
-    lr, betas, eps, weight_decay, maximize: as for torch.optim.AdamW; decay acts on the active slice only.
+    lr, betas (each > 0), eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is 0 unless given; decay
+        acts on the active slice only.
     bf16_stochastic_round: write to bfloat16 weights rounded stochastically (Philox, reproducible from ``seed``).
     optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must follow every backward:
         it moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped, unscaled or logged

@@ -59,9 +59,18 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
         if not name or _excluded(config, name) or not (is_linear(module) if everything else _listed(config, name)):
             continue
         if everything and module is head:
+            if name in _HEAD_NAMES:  # a language model's head is pretrained; this one may be new
+                reason = (
+                    f"'all-linear' leaves out the head; modules_to_save=[{name!r}] trains it whole, as a new head needs"
+                )
+                targets.append(Target(name, module, config.r, reason))
             continue
         targets.append(Target(name, module, _rank(config, name), _obstacle(module, name, users, config, everything)))
-    if not targets:
+    if not any(target.module is not head for target in targets):
+        if is_linear(model):
+            raise ValueError(
+                f"the model is a single {type(model).__name__}; use SliceLinear.from_linear(model, config) for it"
+            )
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} leaves no layer of "
             f"{type(model).__name__}. Linear layers there: {_some(n for n, m in names.items() if is_linear(m))}"

@@ -76,7 +76,7 @@ def classify(encoder, reviews, output, *more, code=0):
 
 def test_text_classification(encoder, reviews, tmp_path):
     printed = classify(encoder, reviews, tmp_path / "out", "--eval-data", reviews, "--eval-share", 0, "--epochs", 6)
-    assert "train whole (new in this model): classifier" in printed
+    assert "train whole: classifier" in printed
     assert "36 steps, interval 3, r 8: 12 positions, 25 % of each 384-wide weight" in printed  # 12 x 8 / 384
     training = json.loads((tmp_path / "out" / "training.json").read_text())
     assert training["metrics"]["accuracy"] >= 0.9 and training["metrics"]["steps"] == 36
@@ -93,7 +93,7 @@ def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
     rows = list(csv.DictReader(reviews.open()))
     path = tmp_path / "reviews.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    SliceConfig(slice_type="row", r=2).save(tmp_path / "config.json")
+    SliceConfig(slice_type="row", r=2, seed=7).save(tmp_path / "config.json")
     run(
         "--model",
         encoder,
@@ -115,7 +115,7 @@ def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
         4,
     )
     saved = SliceConfig.load(tmp_path / "out" / "slice_config.json")
-    assert (saved.slice_type, saved.r) == ("row", 4)
+    assert (saved.slice_type, saved.r, saved.seed) == ("row", 4, 7)
 
 
 def weights_in(folder):
@@ -139,6 +139,8 @@ def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(encoder, r
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 5
     monkeypatch.setattr(verb._Job, "_update", update)
     assert "holds the checkpoint of another run" in classify(encoder, reviews, tmp_path / "out", *extra, code=2)
+    refused = classify(encoder, reviews, tmp_path / "out", "--resume", "--head-lr", 1.0, *extra, code=2)
+    assert "the checkpoint is of another run: head_lr (saved 0.002, given 1.0)" in refused
     assert "resumed at step 5 of 12" in classify(encoder, reviews, tmp_path / "out", "--resume", *extra)
     straight, resumed = weights_in(tmp_path / "straight"), weights_in(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -308,6 +310,13 @@ def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
     assert "slice_type is 'diagonal'" in message("--slice-type", "diagonal")
     assert "it can neither clip nor accumulate" in message("--optimizer-in-bwd")
     assert "leaves 0 to evaluate" in message("--eval-share", 0.001)
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\na,neutral\n")
+    assert "label 'neutral' does not occur in the training rows" in message("--eval-data", other)
+    assert "missing ), unterminated subpattern" in message("--modules-to-save", "(")
+    assert "this model takes 512 tokens at the most" in message("--max-length", 1024)
+    (tmp_path / "bad.json").write_text("{r: 3}")
+    assert "bad.json: Expecting property name" in message("--config", tmp_path / "bad.json")
     printed = message("--lr", 1e30, "--clip", 0, "--batch-size", 4)
     assert "the loss is nan at step" in printed and "Lower --lr" in printed
 

@@ -157,7 +157,7 @@ def test_mistakes_are_named():
     ):
         get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["head"]))
     with pytest.warns(UserWarning, match="fan_in_fan_out is True, but no target"):
-        get_slice_model(Net(), SliceConfig(r=3, fan_in_fan_out=True))
+        get_slice_model(Net(), SliceConfig(r=3, fan_in_fan_out=True, modules_to_save=["classifier"]))
 
 
 @pytest.mark.parametrize("bias", ["none", "slice_only", "all"])
@@ -181,3 +181,29 @@ def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
     loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_a_new_head_that_would_stay_frozen_is_pointed_out():
+    with pytest.warns(
+        UserWarning,
+        match=r"classifier stays as it is: 'all-linear' leaves out the head; modules_to_save=\['classifier'\]",
+    ):
+        get_slice_model(Net(), SliceConfig(r=3))
+
+
+def test_every_layer_that_does_not_fit_is_named():
+    with pytest.raises(ValueError) as error:
+        get_slice_model(Net(), SliceConfig(r=13, modules_to_save=["classifier"]))
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["body.0", "body.2", "twin"]
+    with pytest.raises(TypeError, match="config is a dict; expected a SliceConfig"):
+        get_slice_model(Net(), {"r": 3})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="the model is a single Linear; use SliceLinear.from_linear"):
+        get_slice_model(nn.Linear(8, 8), SliceConfig(r=2))
+
+
+def test_the_class_of_a_sliced_model_makes_ordinary_models():
+    fresh = type(get_slice_model(Net(), CONFIG))()
+    get_slice_model(fresh, CONFIG)
+    train(fresh)
+    fresh.merge_and_unload()
+    assert type(fresh) is Net

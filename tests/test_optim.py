@@ -513,3 +513,14 @@ def test_a_shared_slice_trains_as_one_dense_weight(contiguous):
 def test_a_shared_slice_needs_one_r():
     with pytest.raises(ValueError, match="give them the same r in rank_pattern"):
         get_slice_model(Twice(), SliceConfig(r=3, tied_weights="share", rank_pattern={"other": 2}))
+
+
+def test_another_optimizer_that_resumes_without_the_slices_state_warns():
+    model, other = make(), make()
+    trained = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        step(model, trained, *batch())
+    resumed = torch.optim.AdamW(other.parameters())
+    resumed.load_state_dict(trained.state_dict())
+    with pytest.warns(UserWarning, match="AdamW resumes at step 2, but the slices start at their first position"):
+        step(other, resumed, *batch())

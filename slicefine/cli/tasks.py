@@ -38,6 +38,11 @@ class Task:
     def prepare(self, rows: list[Row]) -> None:
         """Look at the training rows before anything large is loaded."""
 
+    def check_labels(self, rows: list[Row]) -> None:
+        """Raise UserError for a label that the training rows do not have."""
+        if self.labels:
+            self._label_ids(rows)
+
     def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
         """(model, names of its modules that are newly initialised)."""
         raise NotImplementedError
@@ -120,6 +125,11 @@ def _new_modules(info: dict[str, Any]) -> list[str]:
     return sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
 
 
+def _with_head(model: nn.Module, modules: list[str]) -> list[str]:
+    """A classification head trains whole also where the checkpoint has one: its labels need not be these."""
+    return sorted({*modules, *(name for name in ("score", "classifier") if getattr(model, name, None) is not None)})
+
+
 class _TextTask(Task):
     tokenizer: Any
 
@@ -132,6 +142,11 @@ class _TextTask(Task):
                 raise UserError(f"--model {model}: its tokenizer has neither a padding nor an end token")
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def _check_length(self, model: Any) -> None:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.max_length > limit:
+            raise UserError(f"--max-length {self.max_length}: this model takes {limit} tokens at the most")
 
     def _encode(self, rows: list[Row]) -> Batch:
         texts = [str(row[self.columns.text]) for row in rows]
@@ -160,7 +175,8 @@ class TextClassification(_TextTask):
             label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
-        return loaded, _new_modules(info)
+        self._check_length(loaded)
+        return loaded, _with_head(loaded, _new_modules(info))
 
     def batch(self, rows: list[Row]) -> Batch:
         return {**self._encode(rows), "labels": self._label_ids(rows)}
@@ -177,6 +193,7 @@ class CausalLM(_TextTask):
 
         self.tokenizer = self._tokenizer(model)
         loaded, info = _pretrained(AutoModelForCausalLM, model, dtype, output_loading_info=True)
+        self._check_length(loaded)
         # a tied head is reported missing and is no new module
         tied = loaded.get_output_embeddings() if loaded.config.tie_word_embeddings else None
         names = {id(m): n for n, m in loaded.named_modules()}
@@ -230,7 +247,7 @@ class ImageClassification(Task):
             AutoModelForImageClassification, model, dtype, num_labels=len(names), id2label=names,
             label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-        return loaded, _new_modules(info)
+        return loaded, _with_head(loaded, _new_modules(info))
 
     def batch(self, rows: list[Row]) -> Batch:
         from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -77,7 +78,7 @@ def train(
         bool, typer.Option(help="update during backward; needs --clip 0 and --accumulate 1", rich_help_panel=_TRAINING)
     ] = False,
     gradient_checkpointing: Annotated[bool, typer.Option(rich_help_panel=_TRAINING)] = False,
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
+    seed: Annotated[int | None, typer.Option(help="default: that of --config, or 0", rich_help_panel=_TRAINING)] = None,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; default: cuda where there is one", rich_help_panel=_TRAINING)
     ] = None,
@@ -115,7 +116,7 @@ def train(
             bf16,
             optimizer_in_bwd,
             gradient_checkpointing,
-            seed,
+            slices.seed,
             save_every,
         )
         columns = Columns(text_column, label_column, image_column)
@@ -159,7 +160,7 @@ def _slice_config(path: Path | None, **given: Any) -> SliceConfig:
             values["switch_interval"] = None
         return SliceConfig.from_dict(values)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--config {path}: {error}" if path else str(error)) from error
 
 
 def _run(
@@ -183,13 +184,15 @@ def _run(
     rows = read_rows(data, task.required())
     task.prepare(rows)
     held = read_rows(eval_data, task.required(), "--eval-data") if eval_data else []
-    if not eval_data:
+    if eval_data:
+        task.check_labels(held)
+    else:
         rows, held = split_rows(rows, eval_share, recipe.seed)
     device = _device(device_name)
 
     torch.manual_seed(recipe.seed)
-    model, new_modules = task.load(model_name, torch.float32)
-    slices.modules_to_save = sorted({*(slices.modules_to_save or ()), *new_modules}) or None
+    model, whole_modules = task.load(model_name, torch.float32)
+    slices.modules_to_save = sorted({*(slices.modules_to_save or ()), *whole_modules}) or None
     try:
         get_slice_model(model.to(device), slices)
     except (ValueError, TypeError) as error:
@@ -199,7 +202,7 @@ def _run(
         enable()
     job = _Job(model, task, rows, recipe, device)
     assert callable(model.planned_coverage)
-    typer.echo(_summary(model, new_modules, job.total))
+    typer.echo(_summary(model, whole_modules, job.total))
     if resume:
         job.load(checkpoint)
         typer.echo(f"resumed at step {job.step:,d} of {job.total:,d}")
@@ -223,9 +226,9 @@ def _run(
     return 0
 
 
-def _summary(model: Any, new_modules: list[str], steps: int) -> str:
+def _summary(model: Any, whole_modules: list[str], steps: int) -> str:
     trainable, total = model.get_nb_trainable_parameters()
-    whole = f"\ntrain whole (new in this model): {', '.join(new_modules)}" if new_modules else ""
+    whole = f"\ntrain whole: {', '.join(whole_modules)}" if whole_modules else ""
     return f"trainable {trainable:,d} of {total:,d} parameters ({100 * trainable / total:.2f} %){whole}\n{model.planned_coverage(steps)}"
 
 
@@ -376,7 +379,7 @@ class _Job:
         """Atomically: a crash while saving leaves the file before it."""
         state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "step": self.step, "losses": self.losses[-50:], "rng": torch.get_rng_state(), "total": self.total,
+            "step": self.step, "losses": self.losses[-50:], "rng": torch.get_rng_state(), "run": self.identity(),
         }  # fmt: skip
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -384,11 +387,18 @@ class _Job:
         torch.save(state, temporary)
         os.replace(temporary, path)
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was interrupted."""
+        rows = hashlib.sha256(json.dumps(self.rows, default=str, sort_keys=True).encode()).hexdigest()[:16]
+        recipe = {key: value for key, value in asdict(self.recipe).items() if key != "save_every"}
+        return {**recipe, "max_length": self.task.max_length, "steps": self.total, "training rows": rows}
+
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if state["total"] != self.total:
+        mine, saved = self.identity(), state["run"]
+        if differing := [f"{k} (saved {saved.get(k)}, given {mine[k]})" for k in mine if saved.get(k) != mine[k]]:
             raise UserError(
-                f"--resume: the checkpoint is of a run of {state['total']} steps, this one has {self.total}; give the same data, --epochs, --batch-size and --accumulate"
+                f"--resume: the checkpoint is of another run: {', '.join(differing)}. Give the same data and options, or another --output"
             )
         try:
             self.model.load_state_dict(state["model"])
