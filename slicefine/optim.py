@@ -164,8 +164,10 @@ class SliceAdamW(Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=precise) for _ in range(2))
                 if half:
                     state["master"] = p.detach().to(precise, copy=True)
-            elif half and not torch.equal(state["master"].to(p.dtype), p):
-                state["master"].copy_(p)  # somebody else has written to the parameter
+            elif half:
+                # follow whoever else has written to the parameter; by element, so that no device waits for an answer
+                master = state["master"]
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
             masters.append(state["master"] if half else p)
             grads.append(p.grad.to(masters[-1].dtype))
             states.append(state)
