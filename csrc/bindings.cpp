@@ -29,8 +29,10 @@ std::vector<Isa> supported_isas() {
 #ifdef SLICEFINE_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) list.push_back(SLICEFINE_ISA_ENTRY(avx512bf16));
     list.push_back(SLICEFINE_ISA_ENTRY(avx512));
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(SLICEFINE_ISA_ENTRY(avx2));
 #endif
   list.push_back(SLICEFINE_ISA_ENTRY(generic));

@@ -2,24 +2,15 @@
 #include <algorithm>
 
 #include "parallel.h"
-#include "write_through.h"
+#include "update.h"
 
 namespace slicefine {
 namespace SLICEFINE_ISA {
 
 template <typename P>
 void update_rows(const Slice& slice, const Moments& m, const AdamWOptions& options, uint32_t slice_id, int64_t begin, int64_t end) {
-  const AdamWScalars<P> s = scalars<P>(options, m.step);
-  P* __restrict__ p = static_cast<P*>(m.master);
-  P* __restrict__ exp_avg = static_cast<P*>(m.exp_avg);
-  P* __restrict__ exp_avg_sq = static_cast<P*>(m.exp_avg_sq);
-  const P* __restrict__ g = static_cast<const P*>(m.grad);
-  // contiguous and free of branches, so it vectorises whatever the slice's shape
-  for (int64_t i = begin * slice.K; i < end * slice.K; ++i) p[i] = adamw_update(p[i], g[i], exp_avg[i], exp_avg_sq[i], s);
-  with_writer(slice, options, slice_id, [&](const auto& write) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t col = 0; col < slice.K; ++col) write(row, col, p[row * slice.K + col]);
-  });
+  const P* grad = static_cast<const P*>(m.grad) + begin * slice.K;
+  update<P>(slice, m, options, slice_id, {grad, slice.K, begin, end - begin, 0, slice.K});
 }
 
 void slice_adamw(const Slice* slices, const Moments* moments, int64_t count, const AdamWOptions& options, int threads) {

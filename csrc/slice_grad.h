@@ -1,9 +1,15 @@
-// The gradient of a slice, tile by tile: G = dY[:, rows]^T X, handed to `consume` while it is still in registers.
+// The gradient of a slice, panel by panel: G = dY[:, rows]^T X, handed to `consume` while it is still in the cache.
 //
 // One operand is wide (read in place, vectorised), the other thin (r columns, gathered and packed once):
-// without rows dY is wide and X thin, with rows X is wide and dY[:, rows] thin.
+// without rows dY is wide and X thin, with rows X is wide and dY[:, rows] thin. Tiles of kThin x kWide accumulators live in
+// registers for kBlock tokens at a time and in a panel of at most kTiles tiles between, so the wide operand is read row by row,
+// as the hardware's prefetcher likes it; feature by feature it would miss the TLB on every token.
 #pragma once
 #include <algorithm>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "ops.h"
 #include "parallel.h"
@@ -15,6 +21,8 @@ constexpr int kLanes = SLICEFINE_LANES;
 constexpr int kVectors = 2;                // wide features per tile: 2 vectors
 constexpr int kWide = kVectors * kLanes;
 constexpr int kThin = 8;                   // thin features per tile: 2 x 8 accumulators fill half of AVX-512's registers
+constexpr int kTiles = 32;                 // a panel of float tiles: 32 KiB with AVX-512
+constexpr int kBlock = 64;                 // tokens between two visits to the panel
 
 template <typename A>
 struct Vector {
@@ -31,85 +39,157 @@ struct Vector {
 #endif
 };
 
-template <typename T>
-SLICEFINE_HD typename Vector<accumulate_t<T>>::type load_vector(const T* p) {
-  typename Vector<accumulate_t<T>>::type v;
-  for (int i = 0; i < kLanes; ++i) v[i] = load(p + i);
-  return v;
-}
-
 template <typename A>
 struct Tile {
-  A value[kThin][kWide];
+  typename Vector<A>::type value[kThin][kVectors];
 };
 
-// wide (n, >= kWide at this offset), thin packed [n, kThin] -> tile [kThin, kWide]
+// How operands of type T are multiplied. Packed: what one thin feature of kTokens tokens becomes.
 template <typename T>
-Tile<accumulate_t<T>> multiply(const T* wide, int64_t stride, const accumulate_t<T>* thin, int64_t n) {
+struct Multiply {
   using A = accumulate_t<T>;
-  typename Vector<A>::type acc[kThin][kVectors] = {};
-  for (int64_t t = 0; t < n; ++t, wide += stride, thin += kThin) {
-    typename Vector<A>::type w[kVectors];
-    for (int j = 0; j < kVectors; ++j) w[j] = load_vector(wide + j * kLanes);
-    for (int p = 0; p < kThin; ++p)
-      for (int j = 0; j < kVectors; ++j) acc[p][j] += thin[p] * w[j];
-  }
-  Tile<A> tile;
-  for (int p = 0; p < kThin; ++p)
-    for (int j = 0; j < kVectors; ++j)
-      for (int i = 0; i < kLanes; ++i) tile.value[p][j * kLanes + i] = acc[p][j][i];
-  return tile;
-}
+  using Packed = A;
+  static constexpr int kTokens = 1;
 
-// The same at the right border, where fewer than kWide features are left.
-template <typename T>
-Tile<accumulate_t<T>> multiply_border(const T* wide, int64_t stride, const accumulate_t<T>* thin, int64_t n, int64_t width) {
-  Tile<accumulate_t<T>> tile = {};
-  for (int64_t t = 0; t < n; ++t, wide += stride, thin += kThin)
+  static Packed pack(const T* thin, int64_t, int64_t) { return load(thin); }
+
+  // tile [kThin, kWide] += thin packed [count, kThin]^T @ wide [count, kWide]
+  static void add(Tile<A>& tile, const T* wide, int64_t stride, const Packed* thin, int64_t count) {
+    Tile<A> acc = tile;
+    for (int64_t t = 0; t < count; ++t, wide += stride, thin += kThin) {
+      typename Vector<A>::type w[kVectors] = {};
+      for (int j = 0; j < kVectors; ++j)
+        for (int i = 0; i < kLanes; ++i) w[j][i] = load(wide + j * kLanes + i);
+      for (int p = 0; p < kThin; ++p)
+        for (int j = 0; j < kVectors; ++j) acc.value[p][j] += thin[p] * w[j];
+    }
+    tile = acc;
+  }
+
+  static int place(int feature) { return feature; }  // of a wide feature among a tile row's accumulators
+};
+
+#if defined(__AVX512BF16__)
+// Two tokens at a time: vdpbf16ps multiplies bfloat16 pairs exactly and adds them in float32.
+template <>
+struct Multiply<bf16> {
+  using A = float;
+  using Packed = uint32_t;
+  static constexpr int kTokens = 2;
+  static_assert(kVectors == 2 && kLanes == 16, "one 512-bit load holds the 32 wide features of a tile");
+
+  static Packed pack(const bf16* thin, int64_t stride, int64_t left) {
+    return thin[0].bits | (left > 1 ? uint32_t(thin[stride].bits) << 16 : 0u);
+  }
+
+  static void add(Tile<float>& tile, const bf16* wide, int64_t stride, const Packed* thin, int64_t count) {
+    __m512 acc[kThin][2];
     for (int p = 0; p < kThin; ++p)
-      for (int64_t i = 0; i < width; ++i) tile.value[p][i] += thin[p] * load(wide + i);
-  return tile;
-}
+      for (int j = 0; j < 2; ++j) acc[p][j] = (__m512)tile.value[p][j];
+    for (int64_t t = 0; t < count; t += 2, wide += 2 * stride, thin += kThin) {
+      const __m512i a = _mm512_loadu_si512(wide), b = t + 1 < count ? _mm512_loadu_si512(wide + stride) : _mm512_setzero_si512();
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      for (int p = 0; p < kThin; ++p) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(thin[p]));
+        acc[p][0] = _mm512_dpbf16_ps(acc[p][0], low, pair);
+        acc[p][1] = _mm512_dpbf16_ps(acc[p][1], high, pair);
+      }
+    }
+    for (int p = 0; p < kThin; ++p)
+      for (int j = 0; j < 2; ++j) tile.value[p][j] = (typename Vector<float>::type)acc[p][j];
+  }
+
+  // unpack works within 128-bit lanes: features 0-3, 8-11, ... are in the first vector, 4-7, 12-15, ... in the second
+  static int place(int feature) { return (feature & 4) * 4 + (feature >> 3) * 4 + (feature & 3); }
+};
+#endif
 
 static inline int64_t groups(int64_t thin) { return (thin + kThin - 1) / kThin; }
 
-// thin features -> [groups, n, kThin], zero-padded
+// thin features -> [groups, n / kTokens, kThin], zero-padded
 template <typename T>
-void pack(const T* thin, int64_t stride, const int64_t* index, int64_t n, int64_t width, accumulate_t<T>* packed, int threads) {
-  parallel_for(groups(width) * n, threads, 1 << 13, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / n, t = i % n;
-      for (int p = 0; p < kThin; ++p) {
-        const int64_t feature = group * kThin + p;
-        packed[i * kThin + p] = feature < width ? load(thin + t * stride + (index ? index[feature] : feature))
-                                                : accumulate_t<T>(0);
+void pack(const T* thin, int64_t stride, const int64_t* index, int64_t n, int64_t width, typename Multiply<T>::Packed* packed,
+          int threads) {
+  using M = Multiply<T>;
+  const int64_t steps = (n + M::kTokens - 1) / M::kTokens;
+  parallel_for(steps, threads, 1 << 11, [&](int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t t = step * M::kTokens;
+      for (int64_t feature = 0; feature < groups(width) * kThin; ++feature) {
+        auto& place = packed[((feature / kThin) * steps + step) * kThin + feature % kThin];
+        place = feature < width ? M::pack(thin + t * stride + (index ? index[feature] : feature), stride, n - t)
+                                : typename M::Packed(0);
       }
     }
   });
 }
 
-// consume(tile, wide0, wide_count, thin0, thin_count) for every tile of G, from several threads, each tile once.
+// A finished part of G: rows [row0, row0 + rows) x columns [col0, col0 + cols), row-major with `cols` values a row.
+template <typename A>
+struct Panel {
+  const A* value;
+  int64_t row0, rows, col0, cols;
+};
+
+// tiles [strips, group_count] of wide features [w0, w0 + wide) and thin features [p0, p0 + thin) -> a row-major panel
+template <typename T, typename A>
+Panel<A> unpack(const Tile<A>* tiles, A* out, bool dy_is_thin, int64_t group_count, int64_t w0, int64_t wide, int64_t p0, int64_t thin) {
+  for (int64_t w = 0; w < wide; ++w) {
+    const int place = Multiply<T>::place(int(w % kWide));
+    for (int64_t p = 0; p < thin; ++p) {
+      const A value = tiles[(w / kWide) * group_count + p / kThin].value[p % kThin][place / kLanes][place % kLanes];
+      out[dy_is_thin ? p * wide + w : w * thin + p] = value;
+    }
+  }
+  return dy_is_thin ? Panel<A>{out, p0, thin, w0, wide} : Panel<A>{out, w0, wide, p0, thin};
+}
+
+// consume(Panel) for every part of G, from several threads, each part once.
 template <typename T, typename Consume>
-void for_each_tile(const GradInputs& in, int threads, const Consume& consume) {
+void for_each_panel(const GradInputs& in, int threads, const Consume& consume) {
+  using M = Multiply<T>;
   using A = accumulate_t<T>;
   const T *dy = static_cast<const T*>(in.grad_output), *x = static_cast<const T*>(in.input);
-  A* packed = static_cast<A*>(in.workspace);
+  auto* packed = static_cast<typename M::Packed*>(in.workspace);
   const bool dy_is_thin = in.rows != nullptr;
   const T* wide = dy_is_thin ? x : dy;
   const int64_t stride = dy_is_thin ? in.stride_input : in.stride_grad_output;
   const int64_t wide_count = dy_is_thin ? in.K : in.R, thin_count = dy_is_thin ? in.R : in.K;
-  pack(dy_is_thin ? dy : x, dy_is_thin ? in.stride_grad_output : in.stride_input, in.rows, in.n, thin_count, packed, threads);
+  if (wide_count == 0 || thin_count == 0) return;
+  pack<T>(dy_is_thin ? dy : x, dy_is_thin ? in.stride_grad_output : in.stride_input, in.rows, in.n, thin_count, packed, threads);
 
+  const int64_t steps = (in.n + M::kTokens - 1) / M::kTokens;
+  const int64_t panel_groups = std::min<int64_t>(groups(thin_count), kTiles);
   const int64_t strips = (wide_count + kWide - 1) / kWide;
-  const int64_t flops_per_strip = 2 * in.n * kWide * thin_count;
-  parallel_for(strips, threads, 1 + (1 << 20) / std::max<int64_t>(flops_per_strip, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip)
-      for (int64_t group = 0; group < groups(thin_count); ++group) {
-        const int64_t w0 = strip * kWide, p0 = group * kThin;
-        const int64_t w = std::min<int64_t>(kWide, wide_count - w0), p = std::min<int64_t>(kThin, thin_count - p0);
-        const A* thin = packed + group * in.n * kThin;
-        consume(w == kWide ? multiply(wide + w0, stride, thin, in.n) : multiply_border(wide + w0, stride, thin, in.n, w),
-                w0, w, p0, p);
+  const int64_t panel_strips = std::min(std::max<int64_t>(1, kTiles / panel_groups), (strips + threads - 1) / threads);
+  const int64_t panels = (strips + panel_strips - 1) / panel_strips;
+  const int64_t flops_per_panel = 2 * in.n * panel_strips * kWide * thin_count;
+  parallel_for(panels, threads, 1 + (1 << 20) / std::max<int64_t>(flops_per_panel, 1), [&](int64_t begin, int64_t end) {
+    alignas(64) Tile<A> tiles[kTiles];
+    alignas(64) A out[kTiles * kThin * kWide];
+    alignas(64) T border[kBlock * kWide];
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t group0 = 0; group0 < groups(thin_count); group0 += panel_groups) {
+        const int64_t w0 = panel * panel_strips * kWide, wide_here = std::min(panel_strips * kWide, wide_count - w0);
+        const int64_t group_count = std::min(panel_groups, groups(thin_count) - group0);
+        std::memset(static_cast<void*>(tiles), 0, sizeof(tiles));
+        for (int64_t t = 0; t < in.n; t += kBlock) {
+          const int64_t count = std::min<int64_t>(kBlock, in.n - t);
+          for (int64_t s = 0; s * kWide < wide_here; ++s) {
+            const T* source = wide + t * stride + w0 + s * kWide;
+            int64_t source_stride = stride;
+            if (const int64_t width = wide_here - s * kWide; width < kWide) {  // the right border, widened with zeros
+              std::memset(static_cast<void*>(border), 0, sizeof(border));
+              for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<void*>(border + i * kWide), source + i * stride, width * sizeof(T));
+              source = border, source_stride = kWide;
+            }
+            for (int64_t g = 0; g < group_count; ++g)
+              M::add(tiles[s * group_count + g], source, source_stride,
+                     packed + ((group0 + g) * steps + t / M::kTokens) * kThin, count);
+          }
+        }
+        const int64_t p0 = group0 * kThin;
+        consume(unpack<T, A>(tiles, out, dy_is_thin, group_count, w0, wide_here, p0, std::min(group_count * kThin, thin_count - p0)));
       }
   });
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -177,8 +178,7 @@ class SliceLinear(nn.Linear):
 
     def mark_synchronised(self) -> None:
         """Note that weight and master agree, for every layer that shares them."""
-        for layer in {self, *layers_of(self.slice_weight)}:
-            layer._versions = (layer.weight._version, layer.slice_weight._version)
+        note_agreement({self, *layers_of(self.slice_weight)})
 
     @property
     def slice_changed(self) -> bool:
@@ -329,6 +329,13 @@ class SliceLinear(nn.Linear):
         super().__setattr__(name, value)
         if name == "slice_weight":
             register(self)
+
+
+def note_agreement(layers: Iterable[SliceLinear]) -> None:
+    """Note that weight and master of these layers agree; the layers are all those that share them."""
+    for layer in layers:
+        versions = (layer._parameters["weight"]._version, layer._parameters["slice_weight"]._version)  # type: ignore[union-attr]
+        layer.__dict__["_versions"] = versions  # nn.Module's __setattr__ takes longer than a small slice's update
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

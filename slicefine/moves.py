@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 # slice parameter -> the layers that use it (several where a weight is tied); not an attribute of the parameter, which
 # would not survive pickling
 _LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_registrations = 0  # tells a cached list of layers from a current one
+
+
+@dataclass
+class _Slices:
+    """The slices of an optimizer as they were found last; the parameters are held, so that no other can take an id."""
+
+    registrations: int
+    parameters: list[Tensor]
+    layers: dict[Tensor, list[weakref.ref[SliceLinear]]]
+
+
+_SLICES: weakref.WeakKeyDictionary[Optimizer, _Slices] = weakref.WeakKeyDictionary()
 
 
 def layers_of(parameter: Tensor) -> list[SliceLinear]:
@@ -33,17 +46,31 @@ def layers_of(parameter: Tensor) -> list[SliceLinear]:
 
 def register(layer: SliceLinear) -> None:
     """Note that a layer uses its slice_weight."""
+    global _registrations
     parameter = layer._parameters.get("slice_weight")
     if parameter is not None and layer not in layers_of(parameter):
         _LAYERS[parameter] = [*(_LAYERS.get(parameter) or ()), weakref.ref(layer)]
+        _registrations += 1
 
 
-def slice_parameters(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[SliceLinear]]]:
-    """The slice parameters of an optimizer, each with the layers that use it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if layers := layers_of(parameter):
-                yield parameter, layers
+def slices_of(optimizer: Optimizer) -> dict[Tensor, list[SliceLinear]]:
+    """The slice parameters of an optimizer, each with the layers that use it.
+
+    Every step asks, and a lookup by weak key costs as much as the update of a small slice: so what was found is kept for as
+    long as the optimizer's parameters and the layers are the same.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    known = _SLICES.get(optimizer)
+    if (
+        known is None
+        or known.registrations != _registrations
+        or len(known.parameters) != len(parameters)
+        or any(a is not b for a, b in zip(known.parameters, parameters, strict=True))
+    ):
+        found = {p: [weakref.ref(layer) for layer in layers] for p in parameters if (layers := layers_of(p))}
+        known = _SLICES[optimizer] = _Slices(_registrations, parameters, found)
+    alive = {p: [layer for r in refs if (layer := r()) is not None] for p, refs in known.layers.items()}
+    return {p: layers for p, layers in alive.items() if layers}
 
 
 def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> None:
@@ -52,7 +79,7 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> Non
     trained: the slices that the optimizer has updated and written through itself; None: those with a gradient, not yet
     written. Not told by version counters: torch's fused optimizers write to parameters without counting it.
     """
-    for parameter, layers in slice_parameters(optimizer):
+    for parameter, layers in slices_of(optimizer).items():
         updated = parameter.grad is not None if trained is None else parameter in trained
         if trained is None and layers[0].schedule.steps == 0:
             _warn_if_resumed(optimizer, parameter)

@@ -178,19 +178,27 @@ def _check_slice(
     step: Tensor,
 ) -> None:
     shape = (weight.shape[0] if rows is None else rows.numel(), weight.shape[1] if cols is None else cols.numel())
+    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    device = weight.device
+    fits = rows is None or rows.device == device, cols is None or cols.device == device, step.device == device
+    for t in (master, *states):
+        if t.shape != shape or t.dtype != expected or t.device != device:
+            break
+    else:
+        if all(fits):
+            return
     if any(t.shape != shape for t in (master, *states)):
         raise ValueError(
             f"{op}: the slice of weight {tuple(weight.shape)} has shape {shape}; got master {tuple(master.shape)} and "
             f"gradient or moments {[tuple(t.shape) for t in states]}"
         )
-    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if odd := [str(t.dtype) for t in (master, *states) if t.dtype != expected]:
         raise TypeError(
             f"{op}: master, gradient and moments of a {weight.dtype} weight must be {expected}; got {', '.join(odd)}"
         )
     tensors = [t for t in (master, *states, rows, cols, step) if t is not None]
-    if odd := sorted({str(t.device) for t in tensors if t.device != weight.device}):
-        raise ValueError(f"{op}: the weight is on {weight.device}, other tensors of its slice are on {', '.join(odd)}")
+    odd = sorted({str(t.device) for t in tensors if t.device != device})
+    raise ValueError(f"{op}: the weight is on {device}, other tensors of its slice are on {', '.join(odd)}")
 
 
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from slicefine import ops
-from slicefine.linear import SliceLinear
-from slicefine.moves import finish_step, layers_of, slice_parameters
+from slicefine.linear import SliceLinear, note_agreement
+from slicefine.moves import finish_step, layers_of, slices_of
 
 
 class SliceAdamW(Optimizer):
@@ -60,7 +60,7 @@ class SliceAdamW(Optimizer):
         self._group_index: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
-        if not any(True for _ in slice_parameters(self)):
+        if not slices_of(self):
             raise ValueError(
                 f"none of the {count} parameters given is a slice: make slices first (model = slicefine.get_slice_model(model, "
                 "config)), then build the optimizer from model.parameters()"
@@ -85,13 +85,14 @@ class SliceAdamW(Optimizer):
                 loss = closure()
         if self.optimizer_in_bwd:
             self._flush_deferred()
+        layers = slices_of(self)
         for group in self.param_groups:
             slices, others = [], []
             for parameter in group["params"]:
                 if parameter.grad is None or isinstance(parameter.grad, _AppliedGradient):
                     continue
-                (slices if layers_of(parameter) else others).append(parameter)
-            self._update_slices(group, slices, [p.grad for p in slices])
+                (slices if parameter in layers else others).append(parameter)
+            self._update_slices(group, {p: layers[p] for p in slices}, [p.grad for p in slices])
             self._update_others(group, others)
         finish_step(self, self._trained_slices)
         self._trained_slices.clear()
@@ -124,28 +125,22 @@ class SliceAdamW(Optimizer):
             seed if self.bf16_stochastic_round else None,
         )  # fmt: skip
 
-    def _update_slices(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Any]) -> None:
-        """One launch per device for all slices of a group."""
-        gradient_of = dict(zip(parameters, grads, strict=True))
-        for device in dict.fromkeys(p.device for p in parameters):
-            chosen = [p for p in parameters if p.device == device]
-            layers = [layers_of(p)[0] for p in chosen]
-            states = [self._state(p) for p in chosen]
-            for state in states:
-                state["step"] += 1
-            ops.slice_adamw(
-                [layer.active(p.detach()) for layer, p in zip(layers, chosen, strict=True)],
-                [layer.active(gradient_of[p]) for layer, p in zip(layers, chosen, strict=True)],
-                [layer.active(state["exp_avg"]) for layer, state in zip(layers, states, strict=True)],
-                [layer.active(state["exp_avg_sq"]) for layer, state in zip(layers, states, strict=True)],
-                [layer.weight_matrix.detach() for layer in layers],
-                [layer.rows for layer in layers],
-                [layer.cols for layer in layers],
-                [state["step"] for state in states],
-                *self._hyperparameters(group, layers[0]),
-            )
-        for parameter in parameters:
-            self._mark_trained(parameter)
+    def _update_slices(self, group: dict[str, Any], slices: dict[Tensor, list[SliceLinear]], grads: list[Any]) -> None:
+        """One call per device for all slices of a group; slices: each parameter with the layers that use it."""
+        places: dict[torch.device, list[tuple]] = {}
+        for (parameter, layers), grad in zip(slices.items(), grads, strict=True):
+            layer, state = layers[0], self._state(parameter)
+            active = layer.active
+            places.setdefault(parameter.device, []).append((
+                active(parameter), active(grad), active(state["exp_avg"]), active(state["exp_avg_sq"]), layer.weight_matrix,
+                layer.rows, layer.cols, state["step"], layer,
+            ))  # fmt: skip
+        for entries in places.values():
+            *operands, chosen = map(list, zip(*entries, strict=True))
+            torch._foreach_add_(operands[-1], 1.0)
+            ops.slice_adamw(*operands, *self._hyperparameters(group, chosen[0]))
+        for parameter, layers in slices.items():
+            self._mark_trained(parameter, layers)
 
     def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """torch's AdamW for the rest; parameters in half precision get a float32 master, or small updates would vanish."""
@@ -188,10 +183,9 @@ class SliceAdamW(Optimizer):
         self._deferred.clear()
         super().zero_grad(set_to_none)
 
-    def _mark_trained(self, parameter: Tensor) -> None:
+    def _mark_trained(self, parameter: Tensor, layers: list[SliceLinear]) -> None:
         self._trained_slices.add(parameter)
-        for layer in layers_of(parameter):
-            layer.mark_synchronised()
+        note_agreement(layers)
 
     # -- optimizer_in_bwd: the update happens where the gradient is --------------------------------------------------
 
@@ -234,7 +228,7 @@ class SliceAdamW(Optimizer):
                 layer.active(state["exp_avg_sq"]), layer.weight_matrix.detach(), layer.rows, layer.cols, state["step"],
                 *self._hyperparameters(group, layer),
             )  # fmt: skip
-            self._mark_trained(parameter)
+            self._mark_trained(parameter, layers_of(parameter))
         parameter.grad = _AppliedGradient(parameter)
 
     def _flush_deferred(self) -> None:
@@ -249,7 +243,7 @@ class SliceAdamW(Optimizer):
                     if grad.shape == p.shape
                     else torch.nn.functional.pad(grad.flatten(), (0, p.numel() - grad.numel()))
                 )
-            self._update_slices(group, waiting, flat)
+            self._update_slices(group, {p: layers_of(p) for p in waiting}, flat)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -294,7 +288,7 @@ class SliceAdamW(Optimizer):
         super().__setstate__(state)
         self._trained_slices, self._uses, self._deferred = set(), {}, {}
         self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        for _, layers in slice_parameters(self):
+        for layers in slices_of(self).values():
             for layer in layers if self.optimizer_in_bwd else ():
                 layer._updater = weakref.ref(self)
 

@@ -135,6 +135,8 @@ class SliceSchedule:
         default_factory=dict
     )  # axis -> position -> optimizer state
 
+    _noted: tuple[int, int] | None = field(default=None, repr=False)  # (moves, position) that ``visited`` has on record
+
     def __post_init__(self) -> None:
         if self.mode not in SWITCH_MODES:
             raise ValueError(f"switch_mode is {self.mode!r}; expected one of {', '.join(SWITCH_MODES)}")
@@ -173,8 +175,9 @@ class SliceSchedule:
 
     def step(self, trained: bool) -> bool:
         """Count one optimizer step; returns whether the slice must move now."""
-        if trained:
+        if trained and self._noted != (self.moves, self.position[self.axis]):
             self.visited[self.axis][self.position[self.axis]] = True
+            self._noted = (self.moves, self.position[self.axis])
         move = self.moves_after_this_step
         self.steps += 1
         return move
@@ -232,7 +235,7 @@ class SliceSchedule:
             raise ValueError(
                 f"the saved slices differ from this layer's in {', '.join(differing)}. Build the model with the saved SliceConfig."
             )
-        self.steps, self.moves = int(state["steps"]), int(state["moves"])
+        self.steps, self.moves, self._noted = int(state["steps"]), int(state["moves"]), None
         self.position = {axis: int(p) for axis, p in state["position"].items()}
         self.visited = {axis: v.clone() for axis, v in state["visited"].items()}
         self.swept = {axis: v.clone() for axis, v in state["swept"].items()}

@@ -1,0 +1,97 @@
+// AdamW on a part of one slice's master, and W[slice] = cast(master): what the two updating ops share on the host.
+#pragma once
+#include "ops.h"
+
+namespace slicefine {
+namespace SLICEFINE_ISA {
+
+// Gradients of rows [row0, row0 + rows) x columns [col0, col0 + cols) of a slice; `stride` values from row to row.
+template <typename P>
+struct Gradients {
+  const P* value;
+  int64_t stride, row0, rows, col0, cols;
+};
+
+template <typename P>
+void adamw_run(P* __restrict__ p, const P* __restrict__ g, P* __restrict__ m, P* __restrict__ v, int64_t count, const AdamWScalars<P>& s) {
+  for (int64_t i = 0; i < count; ++i) p[i] = adamw_update(p[i], g[i], m[i], v[i], s);
+}
+
+// One row of a part, `count` values from column col0 on, to its places in W; W's neighbouring columns in one run of stores.
+template <typename W, typename P>
+void write_run(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbours, const P* value) {
+  W* place = static_cast<W*>(slice.weight) + (slice.rows ? slice.rows[row] : row) * slice.stride_row;
+  if (neighbours) {
+    place += (slice.cols ? slice.cols[col0] : col0) * slice.stride_col;
+    for (int64_t i = 0; i < count; ++i) store(place + i, value[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) store(place + (slice.cols ? slice.cols[col0 + i] : col0 + i) * slice.stride_col, value[i]);
+  }
+}
+
+inline void write_run_stochastic(const Slice& slice, int64_t row, int64_t col0, int64_t count, uint64_t seed, uint32_t slice_id,
+                                 const float* value) {
+  bf16* place = static_cast<bf16*>(slice.weight) + (slice.rows ? slice.rows[row] : row) * slice.stride_row;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t col = slice.cols ? slice.cols[col0 + i] : col0 + i;
+    const uint32_t random = philox(seed, uint32_t(row * slice.K + col0 + i), slice_id);
+    place[col * slice.stride_col].bits = round_bf16_stochastic(value[i], random);
+  }
+}
+
+// Whether columns [col0, col0 + cols) of a slice are neighbours in W.
+inline bool are_neighbours(const Slice& slice, int64_t col0, int64_t cols) {
+  if (slice.stride_col != 1) return false;
+  if (slice.cols)
+    for (int64_t i = 1; i < cols; ++i)
+      if (slice.cols[col0 + i] != slice.cols[col0] + i) return false;
+  return true;
+}
+
+// The lines of W that a part is about to write; asked for before the arithmetic, they arrive during it.
+inline void prefetch(const Slice& slice, int64_t row0, int64_t rows, int64_t col0, int64_t element_size) {
+#if defined(__GNUC__)
+  const char* weight = static_cast<const char*>(slice.weight);
+  for (int64_t i = row0; i < row0 + rows; ++i) {
+    const int64_t row = slice.rows ? slice.rows[i] : i, col = slice.cols ? slice.cols[col0] : col0;
+    __builtin_prefetch(weight + (row * slice.stride_row + col * slice.stride_col) * element_size, 1);
+  }
+#endif
+}
+
+template <typename P>
+void update(const Slice& slice, const Moments& moments, const AdamWOptions& options, uint32_t slice_id, const Gradients<P>& g) {
+  constexpr int64_t kRows = 64;  // between two prefetches: a line of W each, well within the first-level cache
+  const AdamWScalars<P> s = adamw_scalars<P>(options.lr, options.beta1, options.beta2, options.eps, options.weight_decay,
+                                             options.maximize, moments.step);
+  P *p = static_cast<P*>(moments.master), *m = static_cast<P*>(moments.exp_avg), *v = static_cast<P*>(moments.exp_avg_sq);
+  const bool neighbours = are_neighbours(slice, g.col0, g.cols), whole = g.cols == slice.K && g.stride == slice.K;
+  const int64_t element_size = slice.dtype == DType::f64 ? 8 : slice.dtype == DType::f32 ? 4 : 2;
+  for (int64_t r0 = 0; r0 < g.rows; r0 += kRows) {
+    const int64_t rows = std::min(kRows, g.rows - r0), first = (g.row0 + r0) * slice.K + g.col0;
+    prefetch(slice, g.row0 + r0, rows, g.col0, element_size);
+    if (whole) {
+      adamw_run(p + first, g.value + r0 * g.stride, m + first, v + first, rows * g.cols, s);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t e = first + r * slice.K;
+        adamw_run(p + e, g.value + (r0 + r) * g.stride, m + e, v + e, g.cols, s);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = g.row0 + r0 + r;
+      const P* value = p + first + r * slice.K;
+      switch (slice.dtype) {
+        case DType::f32: write_run<float>(slice, row, g.col0, g.cols, neighbours, value); break;
+        case DType::f64: write_run<double>(slice, row, g.col0, g.cols, neighbours, value); break;
+        case DType::fp16: write_run<fp16>(slice, row, g.col0, g.cols, neighbours, value); break;
+        case DType::bf16:
+          if (options.stochastic) write_run_stochastic(slice, row, g.col0, g.cols, options.seed, slice_id, reinterpret_cast<const float*>(value));
+          else write_run<bf16>(slice, row, g.col0, g.cols, neighbours, value);
+      }
+    }
+  }
+}
+
+}  // namespace SLICEFINE_ISA
+}  // namespace slicefine
