@@ -39,6 +39,13 @@ struct Vector {
 #endif
 };
 
+template <typename T>
+SLICEFINE_HD typename Vector<accumulate_t<T>>::type load_vector(const T* p) {
+  typename Vector<accumulate_t<T>>::type v;
+  for (int i = 0; i < kLanes; ++i) v[i] = load(p + i);
+  return v;
+}
+
 template <typename A>
 struct Tile {
   typename Vector<A>::type value[kThin][kVectors];
@@ -57,9 +64,8 @@ struct Multiply {
   static void add(Tile<A>& tile, const T* wide, int64_t stride, const Packed* thin, int64_t count) {
     Tile<A> acc = tile;
     for (int64_t t = 0; t < count; ++t, wide += stride, thin += kThin) {
-      typename Vector<A>::type w[kVectors] = {};
-      for (int j = 0; j < kVectors; ++j)
-        for (int i = 0; i < kLanes; ++i) w[j][i] = load(wide + j * kLanes + i);
+      typename Vector<A>::type w[kVectors];
+      for (int j = 0; j < kVectors; ++j) w[j] = load_vector(wide + j * kLanes);
       for (int p = 0; p < kThin; ++p)
         for (int j = 0; j < kVectors; ++j) acc.value[p][j] += thin[p] * w[j];
     }
