@@ -1,12 +1,18 @@
-"""Launch configurations: pure functions of shape, element size and target, so that a test can list and compile them all.
+"""Launch configurations: pure functions of shape, element size and architecture, so that a test can list and compile them all.
 
-The figures come from ahead-of-time compilation (registers and spills, `tests/test_kernels_aot.py`); none has been timed on
-a GPU yet.
+`tuned.GRAD` holds what `python -m benchmarks.tune` measured on a GPU; where it has no entry the figures come from
+ahead-of-time compilation (registers, spills, shared memory: `python -m benchmarks.aot`) and from the arithmetic in
+kernels/README.md. There is no autotuning at run time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from slicefine_kernels import tuned
+
+# A tile's partial sum: the largest product of block sizes that any configuration may have.
+MAX_TILE = 128 * 64
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,57 @@ class AdamWConfig:
     num_warps: int
 
 
-def _tile(features: int, largest: int) -> int:
+def tile_class(R: int, K: int, element_size: int) -> tuple[str, int, int]:
+    """What a configuration depends on: which operand is wide, the padded width of the thin one, bytes per element."""
+    return ("rows" if R >= K else "cols", _padded(min(R, K), 64), element_size)
+
+
+def _padded(features: int, largest: int) -> int:
     """Smallest power of two that holds the features, between 16 (the least `tl.dot` takes) and the largest."""
     return min(largest, max(16, 1 << (features - 1).bit_length())) if features > 0 else 16
 
 
-def grad_config(R: int, K: int, element_size: int) -> GradConfig:
-    """R output by K input features; element_size: bytes of dY's and X's type."""
-    wide_k = K > R
-    block_r = _tile(R, 32 if wide_k else 64)
-    block_k = _tile(K, 64 if wide_k else 32)
-    return GradConfig(block_r, block_k, BLOCK_T=64 if element_size <= 2 else 32, num_warps=4, num_stages=3)
+def grad_config(R: int, K: int, element_size: int, architecture: str) -> GradConfig:
+    """R output by K input features; element_size: bytes of dY's and X's type; architecture: "sm_90", "gfx942", ..."""
+    chosen = tuned.GRAD.get((architecture, *tile_class(R, K, element_size)))
+    if chosen is not None:
+        return GradConfig(*chosen)
+    return default_config(R, K, element_size)
 
 
-def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> int:
-    """How many programs share the tokens of one tile: enough to fill the device, each with at least four blocks of tokens."""
-    wanted = -(-2 * processors // max(tiles, 1))
-    return max(1, min(wanted, tokens // (4 * block_t), 64))
+def default_config(R: int, K: int, element_size: int) -> GradConfig:
+    """Where nothing has been measured."""
+    side, thin, _ = tile_class(R, K, element_size)
+    if element_size > 2:
+        # float32 without TF32 multiplies outside the tensor cores, with every accumulator and operand in registers
+        wide, warps, block_t = (64 if thin <= 32 else 32), 4, 32
+        thin = min(thin, 32 if wide == 64 else 64)
+    elif thin <= 32:
+        # 256 bytes of each token's dY; three stages keep 48 KiB a program in flight. AdamW on 128 x 32 needs eight warps' registers
+        wide, warps, block_t = 128, (4 if thin == 16 else 8), 64
+    else:
+        wide, warps, block_t = 64, 8, 64
+    wide = _padded(max(R, K), wide)
+    blocks = (wide, thin) if side == "rows" else (thin, wide)
+    return GradConfig(*blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3)
+
+
+def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tuple[int, int]:
+    """(programs that share the tokens of one tile, tokens of each): two programs per processor where tiles are too few, but
+    at least four blocks of tokens each, and never so many that some processors get a third."""
+    wanted = max(1, min(2 * processors // max(tiles, 1), tokens // (4 * block_t)))
+    tokens_per_split = max(1, -(-tokens // (wanted * block_t))) * block_t
+    return max(1, -(-tokens // tokens_per_split)), tokens_per_split
+
+
+def workspace_floats(processors: int) -> int:
+    """Partial sums that `token_splits` can ask for at once: at most two programs per processor split a tile."""
+    return 2 * processors * MAX_TILE
+
+
+def workspace_tickets(processors: int) -> int:
+    """Tiles are split only where there are at most as many as processors."""
+    return processors
 
 
 def adamw_config() -> AdamWConfig:

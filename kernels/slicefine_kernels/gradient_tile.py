@@ -55,3 +55,27 @@ def gradient_tile(
         # [BLOCK_R, BLOCK_T] @ [BLOCK_T, BLOCK_K] -> [BLOCK_R, BLOCK_K]
         acc = tl.dot(dy, x, acc, input_precision=INPUT_PRECISION)
     return acc
+
+
+@triton.jit
+def hand_in(acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Leave a split's sum in the workspace and take a ticket -> whether every other split of the tile has done so."""
+    offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, acc)
+    tl.debug_barrier()  # all warps have stored before one of them releases
+    return tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == splits - 1
+
+
+@triton.jit
+def add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The last arriver's part: the sum of all splits, always in the same order, and the ticket counter back at zero."""
+    tl.debug_barrier()
+    offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for split in range(0, splits):
+        # past the first-level cache, which knows nothing of other processors' stores
+        acc += tl.load(
+            partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, cache_modifier=".cg"
+        )
+    tl.store(tickets_ptr + tile, 0)
+    return acc

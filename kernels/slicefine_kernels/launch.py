@@ -1,13 +1,17 @@
-"""What launchers ask of the machine: the device to launch on, its width, how `tl.dot` multiplies."""
+"""What launchers ask of the machine: the device to launch on, its width, how `tl.dot` multiplies, the workspace."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from slicefine_kernels.configs import grad_config, token_splits, workspace_floats, workspace_tickets
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -17,8 +21,19 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; 1 for the interpreter's CPU tensors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Streaming multiprocessors (compute units) of a GPU; for the interpreter's CPU tensors 4, so that tokens are split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """As the table of configurations calls it: "sm_90", "gfx942", or "cpu" for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
@@ -27,3 +42,52 @@ def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
     # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as integers.
     upcast = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
     return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast}
+
+
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(partial sums float32, tickets int32 all zero), one pair per device and stream, shared by every layer that runs there.
+
+    Kernels of one stream run one after another and leave the tickets at zero. A CUDA graph gets a pair of its own: it replays
+    on whatever stream it likes, and what is allocated while it is captured lives in its memory pool.
+    """
+    count = processors(device)
+    make = lambda: (
+        torch.empty(workspace_floats(count), dtype=torch.float32, device=device),
+        torch.zeros(workspace_tickets(count), dtype=torch.int32, device=device),
+    )
+    if device.type != "cuda":
+        return make()
+    if torch.cuda.is_current_stream_capturing():
+        return make()
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _workspaces:
+        _workspaces[key] = make()
+    return _workspaces[key]
+
+
+@dataclass(frozen=True)
+class GradientLaunch:
+    """How one gradient kernel is launched: grid (tiles, splits), compile-time options, workspace."""
+
+    grid: tuple[int, int]
+    splits: int
+    tokens_per_split: int
+    partials: Tensor
+    tickets: Tensor
+    options: dict[str, Any]
+
+
+def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
+    """For a slice of R x K features and T tokens of input's dtype, on its device."""
+    if R * K >= 2**31:
+        raise ValueError(f"a slice of {R} x {K} features has {R * K} entries; the kernels take fewer than 2**31")
+    device = input.device
+    config = grad_config(R, K, input.element_size(), architecture(device))
+    tiles = triton.cdiv(R, config.BLOCK_R) * triton.cdiv(K, config.BLOCK_K)
+    splits, tokens_per_split = token_splits(T, tiles, processors(device), config.BLOCK_T)
+    partials, tickets = workspace(device) if splits > 1 else (input, input)
+    options = {**asdict(config), **dot_options(input.dtype), "SPLIT": splits > 1}
+    return GradientLaunch((tiles, splits), splits, tokens_per_split, partials, tickets, options)

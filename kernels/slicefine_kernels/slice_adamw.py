@@ -1,11 +1,14 @@
 """slice_adamw: AdamW on the masters of many slices and write-through to their weights, one launch per weight dtype.
 
-A table in device memory holds, for each slice, the addresses of its tensors; each program takes one block of one slice.
+A table in device memory holds, for each slice, the addresses of its tensors; a program takes one block of one slice. The
+table is sent only when an address has changed since the last call, from pinned memory, so a step neither waits for the device
+nor breaks the capture of a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +27,6 @@ _FIELDS = tl.constexpr(13)
 @triton.jit
 def _slice_adamw_kernel(
     table_ptr,
-    blocks_ptr,
     lr,
     beta1,
     beta2,
@@ -38,10 +40,12 @@ def _slice_adamw_kernel(
     WEIGHT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    slice_id = tl.load(blocks_ptr + pid * 2)
-    block = tl.load(blocks_ptr + pid * 2 + 1)
-    entry = table_ptr + slice_id * _FIELDS
+    block = tl.program_id(0).to(tl.int64)
+    entry = table_ptr + tl.program_id(1) * _FIELDS
+    R = tl.load(entry + 8)
+    K = tl.load(entry + 9)
+    if block * BLOCK >= R * K:
+        return  # the grid is as long as the largest slice
     p_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
     g_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
     m_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -50,8 +54,6 @@ def _slice_adamw_kernel(
     rows_address = tl.load(entry + 5)
     cols_address = tl.load(entry + 6)
     step = tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)))
-    R = tl.load(entry + 8)
-    K = tl.load(entry + 9)
     stride_wr = tl.load(entry + 10)
     stride_wc = tl.load(entry + 11)
     position = tl.load(entry + 12)
@@ -111,27 +113,51 @@ def slice_adamw(
     config = adamw_config()
     grads = [g.to(torch.float32).contiguous() for g in grads]
     for dtype in dict.fromkeys(w.dtype for w in weights):
-        table, blocks = [], []
-        for i, weight in enumerate(weights):
-            if weight.dtype != dtype:
+        entries, largest = [], 0
+        for i, (p, g, m, v, weight) in enumerate(zip(masters, grads, exp_avgs, exp_avg_sqs, weights, strict=True)):
+            if weight.dtype != dtype or p.numel() == 0:
                 continue
-            for name, t in (("master", masters[i]), ("exp_avg", exp_avgs[i]), ("exp_avg_sq", exp_avg_sqs[i])):
+            for name, t in (("master", p), ("exp_avg", m), ("exp_avg_sq", v)):
                 if not t.is_contiguous():
                     raise ValueError(f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous")
-            blocks += [(len(table), b) for b in range(triton.cdiv(masters[i].numel(), config.BLOCK))]
-            table.append([
-                masters[i].data_ptr(), grads[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), weight.data_ptr(),
-                _address(rows[i]), _address(cols[i]), steps[i].data_ptr(),
-                *masters[i].shape, weight.stride(0), weight.stride(1), i,
-            ])  # fmt: skip
-        device = weights[0].device
+            entries.append((
+                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), weight.data_ptr(), _address(rows[i]), _address(cols[i]),
+                steps[i].data_ptr(), *p.shape, *weight.stride(), i,
+            ))  # fmt: skip
+            largest = max(largest, p.numel())
+        if not entries:
+            continue
         with on_device_of(weights[0]):
-            _slice_adamw_kernel[(len(blocks),)](
-                torch.tensor(table, dtype=torch.int64, device=device), torch.tensor(blocks, dtype=torch.int64, device=device),
-                lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
+            _slice_adamw_kernel[(triton.cdiv(largest, config.BLOCK), len(entries))](
+                _table(tuple(entries), weights[0].device), lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay,
+                -1.0 if maximize else 1.0, seed or 0,
                 STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
                 BLOCK=config.BLOCK, num_warps=config.num_warps,
             )  # fmt: skip
+
+
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()  # most recently used last
+_captured: list[Tensor] = []  # pinned memory that a CUDA graph copies from at every replay
+
+
+def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """(slices, 13) int64 on the device, kept for the next call with the same addresses."""
+    if device.type != "cuda":
+        return torch.tensor(entries, dtype=torch.int64)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream, entries)
+    if key in _tables and not capturing:
+        _tables.move_to_end(key)
+        return _tables[key]
+    pinned = torch.tensor(entries, dtype=torch.int64).pin_memory()
+    table = pinned.to(device, non_blocking=True)
+    if capturing:
+        _captured.append(pinned)
+        return table
+    _tables[key] = table
+    while len(_tables) > 32:
+        _tables.popitem(last=False)
+    return table
 
 
 def _address(index: Tensor | None) -> int:
