@@ -17,17 +17,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from slicefine_kernels import tuned
 from slicefine_kernels.configs import GradConfig, adamw_config, default_config, grad_config
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # the package exports functions of the modules' names
 adamw, grad, fused = (
@@ -70,7 +69,8 @@ class Variant:
     num_warps: int
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
-    pointers_aligned: bool = field(default=True)
+    pointers_aligned: bool = True
+    maxnreg: int | None = None
 
     def compile(self, target: str) -> Any:
         fn = self.function
@@ -81,6 +81,8 @@ class Variant:
         ]  # fmt: skip
         source = ASTSource(fn, signature, self.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if target.startswith("sm_"):
+            options["maxnreg"] = self.maxnreg
         return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -137,7 +139,7 @@ def gradient_variants(dtype: str, shape: str, config: GradConfig, aligned: bool)
     if aligned:
         divisible += ["stride_dyt", "stride_wr", *(("stride_xt",) if K % 16 == 0 else ())]
     what = f"{shape}, {dtype}{'' if aligned else ', unaligned'}, {'x'.join(map(str, blocks.values()))}"
-    rest = (config.num_warps, config.num_stages, tuple(divisible), aligned)
+    rest = (config.num_warps, config.num_stages, tuple(divisible), aligned, config.maxnreg)
     yield Variant("slice_grad", what, grad._slice_grad_kernel, types, constants, *rest)
     yield Variant("slice_grad_adamw", what, fused._slice_grad_adamw_kernel, types, {**constants, **update}, *rest)
 

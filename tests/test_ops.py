@@ -239,6 +239,42 @@ def test_slice_grad_adamw_is_the_two_others_in_one(name, dtype, slice_type):
     torch.testing.assert_close(fused_weight, weight, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("slice_type", ["column", "row", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(monkeypatch, dtype, slice_type):
+    """Three splits of each tile, poisoned workspace: the gradient is right, the update follows it, the tickets end at zero."""
+    from slicefine_kernels import launch
+
+    n, out, width, used = 1100, 21, 33, []
+    rows = None if slice_type == "column" else torch.tensor([2, 3, 20])
+    cols = None if slice_type == "row" else torch.arange(9, 25)
+    (master,), _, (moment,), (square,), (weight,) = make_slices(dtype, [(rows, cols)])
+
+    def workspace(device):
+        used.append((torch.full((launch.workspace_floats(4),), float("nan")), torch.zeros(4, dtype=torch.int32)))
+        return used[-1]
+
+    monkeypatch.setattr(launch, "workspace", workspace)
+    grad_output, input = torch.randn(n, out).to(dtype), torch.randn(n, width).to(dtype)
+    input = input if cols is None else input[:, cols]
+    arguments = (rows, cols, torch.tensor(3.0), *HYPERPARAMETERS.values(), False, None)
+    with ops.use_backend("triton"):
+        first, second = (ops.slice_grad(grad_output, input, rows) for _ in range(2))
+        assert torch.equal(first, second) and len(used) == 2
+        chosen = grad_output if rows is None else grad_output[:, rows]
+        exact = reference.slice_grad(grad_output.double(), input.double(), rows)
+        assert_as_good_as_torch(first, exact, chosen.float().t() @ input.float())
+        state = [t.clone() for t in (master, moment, square)]
+        ops.slice_grad_adamw(grad_output, input, *state, weight, *arguments)
+    expected = [t.double() for t in (master, moment, square)]
+    reference.slice_grad_adamw(grad_output.double(), input.double(), *expected, weight.double(), *arguments)
+    for mine, theirs in zip(state, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=1e-4)
+    assert torch.equal(reference.read_slice(weight, rows, cols), state[0].to(dtype))
+    for partials, tickets in used:
+        assert tickets.tolist() == [0] * 4 and not bool(partials[0].isnan())  # it was used, and left as it was found
+
+
 def test_stochastic_rounding_is_unbiased_and_only_picks_neighbours():
     value = torch.full((40_000,), 1.0 + 0.3 * 2**-7)  # 30 % of the way to the next bfloat16
     rounded = reference.round_to(value, torch.bfloat16, seed=5).float()

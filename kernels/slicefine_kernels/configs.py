@@ -24,6 +24,7 @@ class GradConfig:
     BLOCK_T: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers a thread; NVIDIA only
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,18 @@ def default_config(R: int, K: int, element_size: int) -> GradConfig:
     """Where nothing has been measured."""
     side, thin, _ = tile_class(R, K, element_size)
     if element_size > 2:
-        # float32 without TF32 multiplies outside the tensor cores, with every accumulator and operand in registers
-        wide, warps, block_t = (64 if thin <= 32 else 32), 4, 32
-        thin = min(thin, 32 if wide == 64 else 64)
-    elif thin <= 32:
-        # 256 bytes of each token's dY; three stages keep 48 KiB a program in flight. AdamW on 128 x 32 needs eight warps' registers
-        wide, warps, block_t = 128, (4 if thin == 16 else 8), 64
+        # float32 without TF32 multiplies outside the tensor cores, from registers. Left alone, ptxas aims at a higher occupancy
+        # and spills a register or two for it (sm_80, sm_100, sm_120)
+        wide, warps, block_t, registers = (64 if thin <= 32 else 32), 4, 32, 168
+    elif thin == 16:
+        # 256 bytes of each token's dY; three stages keep 48 KiB of a program in flight
+        wide, warps, block_t, registers = 128, 4, 64, None
     else:
-        wide, warps, block_t = 64, 8, 64
+        # AdamW needs the registers: four warps hold 64 x 32 tiles of p, m, v and g, eight 64 x 64
+        wide, warps, block_t, registers = (64, 4, 64, None) if thin == 32 else (64, 8, 32, None)
     wide = _padded(max(R, K), wide)
     blocks = (wide, thin) if side == "rows" else (thin, wide)
-    return GradConfig(*blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3)
+    return GradConfig(*blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3, maxnreg=registers)
 
 
 def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tuple[int, int]:

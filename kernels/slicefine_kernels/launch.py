@@ -90,4 +90,6 @@ def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
     splits, tokens_per_split = token_splits(T, tiles, processors(device), config.BLOCK_T)
     partials, tickets = workspace(device) if splits > 1 else (input, input)
     options = {**asdict(config), **dot_options(input.dtype), "SPLIT": splits > 1}
+    if torch.version.hip:
+        del options["maxnreg"]
     return GradientLaunch((tiles, splits), splits, tokens_per_split, partials, tickets, options)
