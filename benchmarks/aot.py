@@ -29,8 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # the package exports functions of the modules' names
-adamw, grad, fused = (
-    importlib.import_module(f"slicefine_kernels.{op}") for op in ("slice_adamw", "slice_grad", "slice_grad_adamw")
+adamw, adamw_8bit, grad, fused = (
+    importlib.import_module(f"slicefine_kernels.{op}")
+    for op in ("slice_adamw", "slice_adamw_8bit", "slice_grad", "slice_grad_adamw")
 )
 
 TARGETS = {
@@ -150,11 +151,14 @@ def variants(target: str) -> Iterator[Variant]:
         for shape, (R, K) in SHAPES.items():
             yield from gradient_variants(dtype, shape, grad_config(R, K, size, target), True)
         yield from gradient_variants(dtype, "column r=16", default_config(4096, 16, size), False)
-        types = {"table_ptr": "*i64", "seed": "i64", **_SCALARS}
+        types = {"table_ptr": "*i64", "book_ptr": "*fp32", "seed": "i64", **_SCALARS}
         weight = adamw._TRITON_DTYPE[{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]]
         config = adamw_config()
         constants = {"STOCHASTIC": dtype == "bf16", "WEIGHT_DTYPE": weight, "BLOCK": config.BLOCK}
         yield Variant("slice_adamw", dtype, adamw._slice_adamw_kernel, types, constants, config.num_warps)
+        eight = {**constants, "BLOCKS": adamw_8bit._BLOCKS}
+        del eight["BLOCK"]
+        yield Variant("slice_adamw_8bit", dtype, adamw_8bit._slice_adamw_8bit_kernel, types, eight, 8)
     for (architecture, *_), chosen in tuned.GRAD.items():
         if architecture == target:
             yield from gradient_variants("bf16", "block 64", GradConfig(*chosen), True)

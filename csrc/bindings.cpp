@@ -19,10 +19,12 @@ struct Isa {
   decltype(&generic::slice_grad_workspace) slice_grad_workspace;
   decltype(&generic::slice_grad) slice_grad;
   decltype(&generic::slice_adamw) slice_adamw;
+  decltype(&generic::slice_adamw_8bit) slice_adamw_8bit;
   decltype(&generic::slice_grad_adamw) slice_grad_adamw;
 };
 
-#define SLICEFINE_ISA_ENTRY(isa) Isa{#isa, &isa::slice_grad_workspace, &isa::slice_grad, &isa::slice_adamw, &isa::slice_grad_adamw}
+#define SLICEFINE_ISA_ENTRY(isa) Isa{#isa, &isa::slice_grad_workspace, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, \
+                                   &isa::slice_grad_adamw}
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> list;
@@ -56,6 +58,7 @@ T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
 using GradTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int, uintptr_t>;
 using SliceTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
 using MomentsTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
+using Moments8Tuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
 using OptionsTuple = std::tuple<double, double, double, double, double, bool, bool, uint64_t>;
 
 GradInputs grad_inputs(const GradTuple& t) {
@@ -70,6 +73,11 @@ Slice slice(const SliceTuple& t, int64_t first_row = 0) {
 
 Moments moments(const MomentsTuple& t) {
   return {address(std::get<0>(t)), address(std::get<1>(t)), address(std::get<2>(t)), address(std::get<3>(t)), std::get<4>(t)};
+}
+
+Moments8 moments8(const Moments8Tuple& t) {
+  return {address<float>(std::get<0>(t)), address<uint8_t>(std::get<1>(t)), address<uint8_t>(std::get<2>(t)),
+          address<float>(std::get<3>(t)), address<float>(std::get<4>(t)), address<const float>(std::get<5>(t)), std::get<6>(t)};
 }
 
 AdamWOptions options(const OptionsTuple& t) {
@@ -95,6 +103,15 @@ PYBIND11_MODULE(_C, m) {
     for (const auto& t : slices) s.push_back(slice(t, s.empty() ? 0 : s.back().first_row + s.back().R));
     for (const auto& t : states) m.push_back(moments(t));
     current.slice_adamw(s.data(), m.data(), int64_t(s.size()), options(opts), threads);
+  });
+  m.def("slice_adamw_8bit", [](const std::vector<SliceTuple>& slices, const std::vector<Moments8Tuple>& states, uintptr_t codebook,
+                               const OptionsTuple& opts, int threads) {
+    py::gil_scoped_release release;
+    std::vector<Slice> s;
+    std::vector<Moments8> m;
+    for (const auto& t : slices) s.push_back(slice(t));
+    for (const auto& t : states) m.push_back(moments8(t));
+    current.slice_adamw_8bit(s.data(), m.data(), int64_t(s.size()), address<const float>(codebook), options(opts), threads);
   });
   m.def("slice_grad_adamw", [](const GradTuple& in, const SliceTuple& s, const MomentsTuple& state, const OptionsTuple& opts, int threads) {
     py::gil_scoped_release release;

@@ -21,6 +21,17 @@ struct Moments {
   double step;
 };
 
+constexpr int64_t kQuantum = 256;    // moments in 8 bits that share a scale; slicefine/reference.py holds the same number
+
+// AdamW's tensors for one slice with moments in 8 bits: codes contiguous [R, K], a scale per kQuantum of them.
+struct Moments8 {
+  float* master;
+  uint8_t *exp_avg, *exp_avg_sq;
+  float *exp_avg_scale, *exp_avg_sq_scale;
+  const float* grad;
+  double step;
+};
+
 struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize, stochastic;        // stochastic: round to bfloat16 at random, from `seed`
@@ -43,6 +54,8 @@ struct GradInputs {
   int64_t slice_grad_workspace(int64_t n, int64_t thin); /* in values of the accumulation type */                    \
   void slice_grad(const GradInputs& in, void* out, int threads);                                                     \
   void slice_adamw(const Slice* slices, const Moments* moments, int64_t count, const AdamWOptions& options, int threads); \
+  void slice_adamw_8bit(const Slice* slices, const Moments8* moments, int64_t count, const float* codebook,            \
+                        const AdamWOptions& options, int threads);                                                   \
   void slice_grad_adamw(const GradInputs& in, const Slice& slice, const Moments& moments, const AdamWOptions& options, \
                         int threads);                                                                                \
   }

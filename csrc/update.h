@@ -39,6 +39,24 @@ inline void write_run_stochastic(const Slice& slice, int64_t row, int64_t col0, 
   }
 }
 
+// One row of a part, whatever W's type; float64 weights have float64 masters, all others float32.
+template <typename P>
+void write_row(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbours, const AdamWOptions& options,
+               uint32_t slice_id, const P* value) {
+  if constexpr (sizeof(P) == sizeof(double)) {
+    write_run<double>(slice, row, col0, count, neighbours, value);
+  } else {
+    switch (slice.dtype) {
+      case DType::f64: break;
+      case DType::f32: write_run<float>(slice, row, col0, count, neighbours, value); break;
+      case DType::fp16: write_run<fp16>(slice, row, col0, count, neighbours, value); break;
+      case DType::bf16:
+        if (options.stochastic) write_run_stochastic(slice, row, col0, count, options.seed, slice_id, value);
+        else write_run<bf16>(slice, row, col0, count, neighbours, value);
+    }
+  }
+}
+
 // Whether columns [col0, col0 + cols) of a slice are neighbours in W.
 inline bool are_neighbours(const Slice& slice, int64_t col0, int64_t cols) {
   if (slice.stride_col != 1) return false;
@@ -81,14 +99,7 @@ void update(const Slice& slice, const Moments& moments, const AdamWOptions& opti
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = g.row0 + r0 + r;
       const P* value = p + first + r * slice.K;
-      switch (slice.dtype) {
-        case DType::f32: write_run<float>(slice, row, g.col0, g.cols, neighbours, value); break;
-        case DType::f64: write_run<double>(slice, row, g.col0, g.cols, neighbours, value); break;
-        case DType::fp16: write_run<fp16>(slice, row, g.col0, g.cols, neighbours, value); break;
-        case DType::bf16:
-          if (options.stochastic) write_run_stochastic(slice, row, g.col0, g.cols, options.seed, slice_id, reinterpret_cast<const float*>(value));
-          else write_run<bf16>(slice, row, g.col0, g.cols, neighbours, value);
-      }
+      write_row(slice, row, g.col0, g.cols, neighbours, options, slice_id, value);
     }
   }
 }

@@ -63,6 +63,39 @@ def slice_adamw(
     _C.slice_adamw(slices, states, options, torch.get_num_threads())
 
 
+def slice_adamw_8bit(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    codebook: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.reference.slice_adamw_8bit`."""
+    grads = [g.to(p.dtype).contiguous() for g, p in zip(grads, masters, strict=True)]
+    slices = [_slice(*args) for args in zip(weights, masters, rows, cols, strict=True)]
+    states = []
+    for p, m, v, ms, vs, g, step in zip(
+        masters, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, grads, steps, strict=True
+    ):
+        _check_contiguous(master=p, exp_avg=m, exp_avg_sq=v, exp_avg_scale=ms, exp_avg_sq_scale=vs)
+        states.append((*(t.data_ptr() for t in (p, m, v, ms, vs, g)), float(step)))
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    _C.slice_adamw_8bit(slices, states, codebook.contiguous().data_ptr(), options, torch.get_num_threads())
+
+
 def slice_grad_adamw(
     grad_output: Tensor,
     input: Tensor,
@@ -116,14 +149,18 @@ def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | N
 
 
 def _moments(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad: Tensor | None) -> tuple:
-    for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    _check_contiguous(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    return (
+        master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), 0 if grad is None else grad.data_ptr(), float(step),
+    )  # fmt: skip
+
+
+def _check_contiguous(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected contiguous"
             )
-    return (
-        master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), 0 if grad is None else grad.data_ptr(), float(step),
-    )  # fmt: skip
 
 
 def _index(index: Tensor | None) -> int:

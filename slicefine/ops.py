@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from slicefine.reference import BLOCK_8BIT
+
 _log = logging.getLogger("slicefine")
 _ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,7 +43,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], tuple[ModuleType | None, str | None]]
 
-    def refusal(self, device: str, dtypes: set[torch.dtype]) -> str | None:
+    def refusal(self, device: str, dtypes: set[torch.dtype], op: str | None = None) -> str | None:
         """Why this backend cannot run there, or None if it can."""
         module, reason = self.load()
         if module is None:
@@ -51,6 +53,8 @@ class Backend:
             return f"it runs on {' and '.join(devices)}, not on {device}"
         if odd := sorted(str(d) for d in dtypes if d not in self.dtypes):
             return f"it takes {', '.join(map(str, self.dtypes))}, not {', '.join(odd)}"
+        if op is not None and not hasattr(module, op):
+            return f"it has no {op}"
         return None
 
 
@@ -124,20 +128,20 @@ def _tell_once(device: str, name: str, skipped: tuple[tuple[str, str], ...]) -> 
     _log.info("slicefine runs on backend %r for device %r%s", name, device, f" ({why})" if why else "")
 
 
-def select(device: str, dtypes: set[torch.dtype]) -> ModuleType:
-    """The module whose ops run for tensors of these dtypes on this device."""
+def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> ModuleType:
+    """The module whose ops run for tensors of these dtypes on this device; op: one that not every backend has."""
     forced = _forced_name()
     candidates = (forced,) if forced else _PREFERENCE.get(device, ("reference",))
     skipped = []
     for name in candidates:
-        reason = BACKENDS[name].refusal(device, dtypes)
+        reason = BACKENDS[name].refusal(device, dtypes, op)
         if reason is None:
             _tell_once(device, name, tuple(skipped))
             module, _ = BACKENDS[name].load()
             assert module is not None
             return module
         skipped.append((name, reason))
-    table = "\n".join(f"  {name}: {b.refusal(device, dtypes) or 'available'}" for name, b in BACKENDS.items())
+    table = "\n".join(f"  {name}: {b.refusal(device, dtypes, op) or 'available'}" for name, b in BACKENDS.items())
     raise RuntimeError(f"backend {forced!r} was asked for and cannot run here. What exists:\n{table}")
 
 
@@ -148,6 +152,12 @@ _library.define(
 )
 _library.define(
     "slice_adamw(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] weights, "
+    f"Tensor?[] rows, Tensor?[] cols, Tensor[] steps, {_ADAMW}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "slice_adamw_8bit(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor codebook, Tensor(f!)[] weights, "
     f"Tensor?[] rows, Tensor?[] cols, Tensor[] steps, {_ADAMW}) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -227,6 +237,30 @@ def _slice_adamw(
         increment_version((*masters, *exp_avgs, *exp_avg_sqs, *weights))
 
 
+def _slice_adamw_8bit(
+    masters: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], codebook: Tensor, weights: list[Tensor],
+    rows: list[Tensor | None], cols: list[Tensor | None], steps: list[Tensor],
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
+) -> None:  # fmt: skip
+    moments = zip(exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, strict=True)
+    for p, g, (*codes, m, v), w, r, c, t in zip(masters, grads, moments, weights, rows, cols, steps, strict=True):
+        _check_slice("slice_adamw_8bit", p, (g,), w, r, c, t)
+        blocks = (-(-p.numel() // BLOCK_8BIT),)
+        if any(x.dtype != torch.uint8 or x.shape != p.shape for x in codes) or any(x.shape != blocks for x in (m, v)):
+            raise ValueError(
+                f"slice_adamw_8bit: a slice of shape {tuple(p.shape)} has moments {[(str(x.dtype), tuple(x.shape)) for x in codes]} and "
+                f"scales {[tuple(x.shape) for x in (m, v)]}; expected uint8 of the slice's shape and scales of shape {blocks}"
+            )
+    if masters:
+        module = select(masters[0].device.type, {w.dtype for w in weights}, "slice_adamw_8bit")
+        module.slice_adamw_8bit(
+            masters, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, codebook, weights, rows, cols, steps,
+            lr, beta1, beta2, eps, weight_decay, maximize, seed,
+        )  # fmt: skip
+        increment_version((*masters, *exp_avgs, *exp_avg_sqs, *exp_avg_scales, *exp_avg_sq_scales, *weights))
+
+
 def _slice_grad_adamw(
     grad_output: Tensor, input: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor,
     rows: Tensor | None, cols: Tensor | None, step: Tensor,
@@ -256,6 +290,7 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
 for _name, _function, _fake in (
     ("slice_grad", _slice_grad, _fake_slice_grad),
     ("slice_adamw", _slice_adamw, _fake_nothing),
+    ("slice_adamw_8bit", _slice_adamw_8bit, _fake_nothing),
     ("slice_grad_adamw", _slice_grad_adamw, _fake_nothing),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -263,4 +298,5 @@ for _name, _function, _fake in (
 
 slice_grad = torch.ops.slicefine.slice_grad
 slice_adamw = torch.ops.slicefine.slice_adamw
+slice_adamw_8bit = torch.ops.slicefine.slice_adamw_8bit
 slice_grad_adamw = torch.ops.slicefine.slice_grad_adamw

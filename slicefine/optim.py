@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from slicefine import ops
 from slicefine.linear import SliceLinear, note_agreement
 from slicefine.moves import finish_step, layers_of, slices_of
+from slicefine.reference import BLOCK_8BIT, dynamic_codebook
 
 
 class SliceAdamW(Optimizer):
@@ -26,9 +27,11 @@ class SliceAdamW(Optimizer):
     optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must follow every backward:
         it moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped, unscaled or logged
         then; whatever would need them raises an error.
-    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32; ``state_dict`` adds schedule and master.
+    optim_bits: 32, or 8 for moments of slices in 8 bits with a scale per 256 of them (float64 weights take 32 only).
+    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32 or uint8 with ``exp_avg_scale`` and
+        ``exp_avg_sq_scale`` (blocks,); ``state_dict`` adds schedule and master.
     Raises ValueError without a single slice among the parameters.
-    Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices.
+    Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices, arXiv 2110.02861 for 8 bits.
     """
 
     finishes_its_steps = True
@@ -44,6 +47,7 @@ class SliceAdamW(Optimizer):
         maximize: bool = False,
         bf16_stochastic_round: bool = False,
         optimizer_in_bwd: bool = False,
+        optim_bits: int = 32,
         seed: int = 0,
     ) -> None:
         if not float(lr) >= 0.0:
@@ -52,6 +56,12 @@ class SliceAdamW(Optimizer):
             raise ValueError(f"betas are {betas}; expected two numbers between 0 and 1, exclusive")
         if not eps >= 0.0 or not weight_decay >= 0.0:
             raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; expected 0 or more")
+        if optim_bits not in (8, 32):
+            raise ValueError(f"optim_bits is {optim_bits}; expected 32 (float32 moments) or 8")
+        if optim_bits == 8 and optimizer_in_bwd:
+            raise ValueError("optim_bits=8 with optimizer_in_bwd=True: moments in 8 bits need optimizer_in_bwd=False")
+        self.optim_bits = optim_bits
+        self._codebooks: dict[torch.device, Tensor] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         self.bf16_stochastic_round, self.optimizer_in_bwd, self.seed = bf16_stochastic_round, optimizer_in_bwd, seed
         self._trained_slices: set[Tensor] = set()  # since the last step
@@ -101,15 +111,26 @@ class SliceAdamW(Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
+        device, dtype = parameter.device, parameter.dtype if self.optim_bits == 32 else torch.uint8
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        elif state["exp_avg"].dtype != parameter.dtype or state["step"].device != parameter.device:
-            # the model has been cast or moved since the last step
-            state["step"] = state["step"].to(parameter.device)
+            if self.optim_bits == 8 and parameter.dtype == torch.float64:
+                raise TypeError(
+                    "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and float16 weights"
+                )
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = state[key].to(parameter.device, parameter.dtype)
+                state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                if self.optim_bits == 8:
+                    state[key + "_scale"] = torch.zeros(-(-parameter.numel() // BLOCK_8BIT), device=device)
+        elif (state["exp_avg"].dtype == torch.uint8) != (dtype == torch.uint8):
+            raise ValueError(
+                f"the loaded moments are {state['exp_avg'].dtype} and this optimizer has optim_bits={self.optim_bits}; build it with the "
+                "optim_bits that the state was saved with"
+            )
+        elif state["exp_avg"].dtype != dtype or state["step"].device != device:
+            # the model has been cast or moved since the last step
+            for key, value in state.items():
+                state[key] = value.to(device, dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype)
         return state
 
     def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
@@ -131,14 +152,23 @@ class SliceAdamW(Optimizer):
         for (parameter, layers), grad in zip(slices.items(), grads, strict=True):
             layer, state = layers[0], self._state(parameter)
             active = layer.active
-            places.setdefault(parameter.device, []).append((
-                active(parameter), active(grad), active(state["exp_avg"]), active(state["exp_avg_sq"]), layer.weight_matrix,
-                layer.rows, layer.cols, state["step"], layer,
-            ))  # fmt: skip
-        for entries in places.values():
+            master = active(parameter)
+            moments = [active(state["exp_avg"]), active(state["exp_avg_sq"])]
+            if self.optim_bits == 8:
+                blocks = -(-master.numel() // BLOCK_8BIT)
+                moments += [state["exp_avg_scale"][:blocks], state["exp_avg_sq_scale"][:blocks]]
+            place = (master, active(grad), *moments, layer.weight_matrix, layer.rows, layer.cols, state["step"], layer)
+            places.setdefault(parameter.device, []).append(place)
+        for device, entries in places.items():
             *operands, chosen = map(list, zip(*entries, strict=True))
-            torch._foreach_add_(operands[-1], 1.0)
-            ops.slice_adamw(*operands, *self._hyperparameters(group, chosen[0]))
+            torch._foreach_add_(operands[-1], 1.0)  # pyright: ignore[reportPrivateImportUsage]
+            hyperparameters = self._hyperparameters(group, chosen[0])
+            if self.optim_bits == 32:
+                ops.slice_adamw(*operands, *hyperparameters)
+                continue
+            if device not in self._codebooks:
+                self._codebooks[device] = dynamic_codebook().to(device)
+            ops.slice_adamw_8bit(*operands[:6], self._codebooks[device], *operands[6:], *hyperparameters)
         for parameter, layers in slices.items():
             self._mark_trained(parameter, layers)
 
@@ -281,12 +311,14 @@ class SliceAdamW(Optimizer):
                     self.state[parameter][key] = value.detach().to(where, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("bf16_stochastic_round", "optimizer_in_bwd", "seed")}
+        own = {
+            name: getattr(self, name) for name in ("bf16_stochastic_round", "optim_bits", "optimizer_in_bwd", "seed")
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained_slices, self._uses, self._deferred = set(), {}, {}
+        self._trained_slices, self._uses, self._deferred, self._codebooks = set(), {}, {}, {}
         self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         for layers in slices_of(self).values():
             for layer in layers if self.optimizer_in_bwd else ():

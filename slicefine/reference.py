@@ -61,6 +61,49 @@ def slice_adamw(
         write_slice(weights[i], rows[i], cols[i], round_to(p, weights[i].dtype, seed, i))
 
 
+def slice_adamw_8bit(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    codebook: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """`slice_adamw` with moments in 8 bits: exp_avgs, exp_avg_sqs (R, K) uint8, a scale per BLOCK_8BIT of them in order.
+
+    codebook: (2, 256) float32, `dynamic_codebook`. The update uses the new moments before they are rounded.
+    Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+    """
+    for i, master in enumerate(masters):
+        m = dequantize_blockwise(exp_avgs[i], exp_avg_scales[i], codebook[0])
+        v = dequantize_blockwise(exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1])
+        slice_adamw(
+            [master], [grads[i]], [m], [v], [weights[i]], [rows[i]], [cols[i]], [steps[i]],
+            lr, beta1, beta2, eps, weight_decay, maximize, None,
+        )  # fmt: skip
+        if seed is not None:
+            write_slice(weights[i], rows[i], cols[i], round_to(master, weights[i].dtype, seed, i))
+        for values, codes, scales, book in (
+            (m, exp_avgs[i], exp_avg_scales[i], codebook[0]),
+            (v, exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1]),
+        ):
+            new_codes, new_scales = quantize_blockwise(values, book)
+            codes.copy_(new_codes)
+            scales.copy_(new_scales)
+
+
 def slice_grad_adamw(
     grad_output: Tensor,
     input: Tensor,
@@ -85,6 +128,43 @@ def slice_grad_adamw(
         [master], [grad], [exp_avg], [exp_avg_sq], [weight], [rows], [cols], [step],
         lr, beta1, beta2, eps, weight_decay, maximize, seed,
     )  # fmt: skip
+
+
+BLOCK_8BIT = 256
+
+
+def dynamic_codebook() -> Tensor:
+    """(2, 256) float32, ascending in [-1, 1] and [0, 1]: the values of 8-bit codes for signed and for unsigned moments.
+
+    A dynamic exponent: values of decade 10**-e are spaced linearly, finer decades get fewer of them. Source: Dettmers 2016, 8-bit
+    Approximations for Parallelism in Deep Learning; Dettmers et al. 2022.
+    """
+    books = []
+    for signed in (True, False):
+        values = [0.0, 1.0]
+        for exponent in range(7):
+            count = 2**exponent if signed else 2 ** (exponent + 1)
+            edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+            middles = (10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
+            values += middles + ([-x for x in middles] if signed else [])
+        books.append(sorted(values))
+    return torch.tensor(books, dtype=torch.float64).float()
+
+
+def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest magnitude of the block."""
+    flat = values.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
+    scales = blocks.abs().amax(1)
+    ratios = blocks * torch.where(scales > 0, 1.0 / scales, 0.0).unsqueeze(1)
+    codes = torch.bucketize(ratios, (book[:-1] + book[1:]) / 2)
+    return codes.to(torch.uint8).flatten()[: len(flat)].view(values.shape), scales
+
+
+def dequantize_blockwise(codes: Tensor, scales: Tensor, book: Tensor) -> Tensor:
+    """Counterpart of `quantize_blockwise`, float32."""
+    spread = scales.repeat_interleave(BLOCK_8BIT)[: codes.numel()].view(codes.shape)
+    return book[codes.long()] * spread
 
 
 def read_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,3 +94,31 @@ def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
     if torch.version.hip:
         del options["maxnreg"]
     return GradientLaunch((tiles, splits), splits, tokens_per_split, partials, tickets, options)
+
+
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()  # most recently used last
+_captured: list[Tensor] = []  # pinned memory that a CUDA graph copies from at every replay
+
+
+def address_table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """(slices, fields) int64 on the device, kept for the next call with the same addresses."""
+    if device.type != "cuda":
+        return torch.tensor(entries, dtype=torch.int64)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream, entries)
+    if key in _tables and not capturing:
+        _tables.move_to_end(key)
+        return _tables[key]
+    pinned = torch.tensor(entries, dtype=torch.int64).pin_memory()
+    table = pinned.to(device, non_blocking=True)
+    if capturing:
+        _captured.append(pinned)
+        return table
+    _tables[key] = table
+    while len(_tables) > 32:
+        _tables.popitem(last=False)
+    return table
+
+
+def address(index: Tensor | None) -> int:
+    return 0 if index is None else index.data_ptr()

@@ -8,7 +8,6 @@ nor breaks the capture of a CUDA graph.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
 from slicefine_kernels.configs import adamw_config
-from slicefine_kernels.launch import on_device_of
+from slicefine_kernels.launch import address, address_table, on_device_of
 
 # columns of the table, one row per slice; an index address of 0 stands for all rows or columns
 _FIELDS = tl.constexpr(13)
@@ -121,7 +120,7 @@ def slice_adamw(
                 if not t.is_contiguous():
                     raise ValueError(f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous")
             entries.append((
-                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), weight.data_ptr(), _address(rows[i]), _address(cols[i]),
+                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), weight.data_ptr(), address(rows[i]), address(cols[i]),
                 steps[i].data_ptr(), *p.shape, *weight.stride(), i,
             ))  # fmt: skip
             largest = max(largest, p.numel())
@@ -129,36 +128,8 @@ def slice_adamw(
             continue
         with on_device_of(weights[0]):
             _slice_adamw_kernel[(triton.cdiv(largest, config.BLOCK), len(entries))](
-                _table(tuple(entries), weights[0].device), lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay,
+                address_table(tuple(entries), weights[0].device), lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay,
                 -1.0 if maximize else 1.0, seed or 0,
                 STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
                 BLOCK=config.BLOCK, num_warps=config.num_warps,
             )  # fmt: skip
-
-
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()  # most recently used last
-_captured: list[Tensor] = []  # pinned memory that a CUDA graph copies from at every replay
-
-
-def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """(slices, 13) int64 on the device, kept for the next call with the same addresses."""
-    if device.type != "cuda":
-        return torch.tensor(entries, dtype=torch.int64)
-    capturing = torch.cuda.is_current_stream_capturing()
-    key = (device, torch.cuda.current_stream(device).cuda_stream, entries)
-    if key in _tables and not capturing:
-        _tables.move_to_end(key)
-        return _tables[key]
-    pinned = torch.tensor(entries, dtype=torch.int64).pin_memory()
-    table = pinned.to(device, non_blocking=True)
-    if capturing:
-        _captured.append(pinned)
-        return table
-    _tables[key] = table
-    while len(_tables) > 32:
-        _tables.popitem(last=False)
-    return table
-
-
-def _address(index: Tensor | None) -> int:
-    return 0 if index is None else index.data_ptr()
