@@ -2,8 +2,9 @@
 
 python -m benchmarks.updates [--json FILE] [--layers 100] [--device cuda]
 
-Copy-back is what such a training loop needs after each step: ``weight[:, S] = master`` for every layer. Both run in turns; a
-row's ratio is the median over the rounds of (torch's time / ours), its p20 and p80 beside it. Both must agree before they are timed.
+"op" is one call of `ops.slice_adamw`, "step" all of SliceAdamW.step (gradients found, steps counted, moves due). Copy-back is
+what torch's optimizer needs after each step: ``weight[:, S] = master`` for every layer. All run in turns; a speedup is the median
+over the rounds of (torch's time / ours), its p20 and p80 beside it. The weights must agree before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import quantiles, where
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 from slicefine.model import named_slice_layers
 from slicefine.reference import write_slice
 
@@ -74,16 +75,29 @@ def compare(
         theirs.step()
     for layer, weight in zip(slices, theirs.weights, strict=True):
         torch.testing.assert_close(layer.weight, weight)
-    times: dict[str, list[float]] = {"slice": [], "foreach": []}
-    for _ in range(rounds):
-        times["slice"].append(seconds(ours.step, device == "cuda"))
-        times["foreach"].append(seconds(theirs.step, device == "cuda"))
-    ratio = quantiles([b / a for a, b in zip(times["slice"], times["foreach"], strict=True)])
-    return {
-        "layers": layers, "in": features, "out": features, "dtype": dtype, "slice_type": slice_type, "r": r, "device": device,
-        "slice_ms": 1e3 * quantiles(times["slice"])[1], "foreach_ms": 1e3 * quantiles(times["foreach"])[1],
-        "speedup": ratio[1], "speedup_p20": ratio[0], "speedup_p80": ratio[2], "rounds": rounds,
+    states = [ours.state[layer.slice_weight] for layer in slices]
+    operands = (
+        [layer.slice_weight.detach() for layer in slices], [layer.slice_weight.grad for layer in slices],
+        [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [layer.weight for layer in slices],
+        [layer.rows for layer in slices], [layer.cols for layer in slices], [s["step"] for s in states],
+    )  # fmt: skip
+    functions = {
+        "op": lambda: ops.slice_adamw(*operands, 1e-3, 0.9, 0.999, 1e-8, 0.0), "step": ours.step, "foreach": theirs.step,
     }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + 2):
+        for name, function in functions.items():
+            passed = seconds(function, device == "cuda")
+            if i >= 2:
+                times[name].append(1e3 * passed)
+    row: dict[str, Any] = {
+        "layers": layers, "in": features, "out": features, "dtype": dtype, "slice_type": slice_type, "r": r, "device": device,
+        "rounds": rounds, "foreach_ms": quantiles(times["foreach"])[1],
+    }  # fmt: skip
+    for name in ("op", "step"):
+        p20, p50, p80 = quantiles([b / a for a, b in zip(times[name], times["foreach"], strict=True)])
+        row |= {f"{name}_ms": quantiles(times[name])[1], f"{name}_speedup": p50, f"{name}_p20": p20, f"{name}_p80": p80}
+    return row
 
 
 def main() -> int:
@@ -102,8 +116,14 @@ def main() -> int:
             for r in (8, 16):
                 row = compare(options.layers, options.features, dtype, slice_type, r, options.device, options.rounds)
                 rows.append(row)
-                print(f"{dtype} {slice_type:<7}r={r:<3} slice {row['slice_ms']:.2f} ms, foreach + copy-back {row['foreach_ms']:.2f} ms: "
-                      f"{row['speedup']:.2f}x ({row['speedup_p20']:.2f}-{row['speedup_p80']:.2f})", flush=True)  # fmt: skip
+                times = "; ".join(
+                    f"{name} {row[name + '_ms']:.2f} ms, {row[name + '_speedup']:.2f}x ({row[name + '_p20']:.2f}-{row[name + '_p80']:.2f})"
+                    for name in ("op", "step")
+                )
+                print(
+                    f"{dtype} {slice_type:<7}r={r:<3} foreach + copy-back {row['foreach_ms']:.2f} ms; {times}",
+                    flush=True,
+                )
                 if options.json:
                     options.json.write_text(json.dumps({"where": where(options.device), "rows": rows}, indent=1) + "\n")
     return 0
