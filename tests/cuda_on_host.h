@@ -1,7 +1,7 @@
 // Enough of CUDA to run the real csrc/*.cu on a CPU: g++ -x c++ -include tests/cuda_on_host.h csrc/slice_grad.cu
 //
-// The threads of a block are fibers that run one at a time, from one barrier or warp instruction to the next; blocks run one after the
-// other. SLICEFINE_EMULATOR_SEED shuffles the order of both, so that a missing barrier or an order that matters shows. Asynchronous
+// The threads of a block are fibers that run one at a time: a warp as far as it gets without the others, its lanes from one warp
+// instruction to the next. Blocks run one after the other. SLICEFINE_EMULATOR_SEED shuffles blocks, warps and lanes. Asynchronous
 // copies land only when they are waited for, shared memory is full of NaN when a block starts, and an access that a GPU would refuse
 // (misaligned, barrier not reached by all) is an error. Fragments are laid out as "Matrix Fragments" in the PTX ISA describes them.
 #pragma once
@@ -114,39 +114,42 @@ __attribute__((noinline)) inline void start(Fiber& fiber) {
   if (_setjmp(emulator.scheduler) == 0) swapcontext(&back, &context);
 }
 
-// Threads [begin, end) that are not done all wait at this kind of barrier: let them go.
-inline void release(decltype(Fiber::state) barrier, int begin, int end) {
+// Threads [begin, end) that are not done all wait at this kind of barrier: let them go. True if any was let go.
+inline bool release(decltype(Fiber::state) barrier, int begin, int end) {
   auto& fibers = emulator.fibers;
+  bool any = false;
   for (int i = begin; i < end; ++i)
-    if (fibers[i].state != barrier && fibers[i].state != Fiber::kDone) return;
+    if (fibers[size_t(i)].state != barrier && fibers[size_t(i)].state != Fiber::kDone) return false;
   for (int i = begin; i < end; ++i)
-    if (fibers[i].state == barrier) fibers[i].state = Fiber::kReady;
+    if (fibers[size_t(i)].state == barrier) fibers[size_t(i)].state = Fiber::kReady, any = true;
+  return any;
 }
 
-inline void run_block(const std::vector<int>& order) {
-  auto& fibers = emulator.fibers;
-  const int threads = int(order.size());
+// warps and lanes: the order in which they run.
+inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
   std::fill(emulator.shared.begin(), emulator.shared.end(), char(0xFF));
   emulator.shared_used = 0;
   emulator.named.clear();
-  for (int i = 0; i < threads; ++i) start(fibers[i]);
-  for (bool progress = true; progress;) {
-    progress = false;
-    for (int i : order)
-      if (fibers[i].state == Fiber::kReady) progress = true, resume(fibers[i], unsigned(i));
-    for (int warp = 0; warp < threads; warp += 32) release(Fiber::kAtWarp, warp, warp + 32);
-    release(Fiber::kAtBlock, 0, threads);
-  }
-  for (int i = 0; i < threads; ++i)
-    if (fibers[i].state != Fiber::kDone) fail("a barrier that not all threads reach");
+  for (int i = 0; i < emulator.threads; ++i) start(emulator.fibers[size_t(i)]);
+  do {
+    for (int warp : warps) {
+      do {
+        for (int lane : lanes) {
+          Fiber& fiber = emulator.fibers[size_t(warp * 32 + lane)];
+          if (fiber.state == Fiber::kReady) resume(fiber, unsigned(warp * 32 + lane));
+        }
+      } while (release(Fiber::kAtWarp, warp * 32, warp * 32 + 32));
+    }
+  } while (release(Fiber::kAtBlock, 0, emulator.threads));
+  for (int i = 0; i < emulator.threads; ++i)
+    if (emulator.fibers[size_t(i)].state != Fiber::kDone) fail("a barrier that not all threads reach");
 }
 
 inline void run_on_host(int blocks, int threads, const std::function<void()>& body) {
   const char* seed = std::getenv("SLICEFINE_EMULATOR_SEED");
   std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 0);
-  std::vector<int> block_order(blocks), order(threads);
-  std::iota(block_order.begin(), block_order.end(), 0);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int> block_order(static_cast<size_t>(blocks)), warps(static_cast<size_t>(threads / 32)), lanes(32);
+  for (auto* order : {&block_order, &warps, &lanes}) std::iota(order->begin(), order->end(), 0);
   if (seed) std::shuffle(block_order.begin(), block_order.end(), random);
   emulator.body = &body;
   emulator.threads = threads;
@@ -154,9 +157,9 @@ inline void run_on_host(int blocks, int threads, const std::function<void()>& bo
   emulator.shared.resize(48 * 1024);
   if (int(emulator.fibers.size()) < threads) emulator.fibers.resize(threads);
   for (int block : block_order) {
-    if (seed) std::shuffle(order.begin(), order.end(), random);
+    if (seed) std::shuffle(warps.begin(), warps.end(), random), std::shuffle(lanes.begin(), lanes.end(), random);
     blockIdx.x = unsigned(block);
-    run_block(order);
+    run_block(warps, lanes);
     if (!emulator.error.empty()) throw std::runtime_error("emulated GPU: " + emulator.error);
   }
 }
