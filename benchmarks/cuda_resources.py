@@ -62,11 +62,23 @@ def rows(targets: list[str]) -> list[dict[str, Any]]:
             for target in targets:
                 cubin = Path(folder) / f"{unit}.{target}.cubin"
                 subprocess.run(
-                    [str(nvcc), "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-o", str(cubin), str(CSRC / f"{unit}.cu")],
+                    [
+                        str(nvcc),
+                        "-std=c++17",
+                        "-O3",
+                        f"-arch={target}",
+                        "-cubin",
+                        "-o",
+                        str(cubin),
+                        str(CSRC / f"{unit}.cu"),
+                    ],
                     check=True,
                 )
                 text = subprocess.run(
-                    [str(find_cuobjdump(nvcc)), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
+                    [str(find_cuobjdump(nvcc)), "--dump-resource-usage", str(cubin)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
                 ).stdout
                 for symbol, registers, stack, shared, local in re.findall(
                     r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text

@@ -139,7 +139,9 @@ static __device__ __forceinline__ void multiply_tokens(float* c, typename Tile::
   };
 
   const int stages = int(ceil_div(work.end - work.begin, Tile::kTokens));
+#pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fill(stage);
+#pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this stage has arrived for all threads, and all are done with the one that is filled next

@@ -25,7 +25,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 H100, ONE = 132, 1  # processors: with one, no tile is split
 
 
-def build(folder: Path, source: Path, units: tuple[str, ...] = ("slice_grad", "slice_adamw", "slice_grad_adamw")) -> Path:
+def build(
+    folder: Path, source: Path, units: tuple[str, ...] = ("slice_grad", "slice_adamw", "slice_grad_adamw")
+) -> Path:
     """_CUDA for the host: the .cu files by g++ through the emulator, and the bindings as they are."""
     common = ["g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{source}"]
     python = [f"-I{sysconfig.get_paths()['include']}", f"-I{Path(torch.__file__).parent / 'include'}"]
@@ -144,7 +146,9 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(gpu, dtype, width, monke
     grad_output, input = torch.randn(1000, 200).to(dtype), torch.randn(1000, width).to(dtype)
     result = _native_cuda.slice_grad(grad_output, input)
     assert gpu.splits_were_added()
-    exact, plain = (reference.slice_grad(a, b) for a, b in ((grad_output.double(), input.double()), (grad_output, input)))
+    exact, plain = (
+        reference.slice_grad(a, b) for a, b in ((grad_output.double(), input.double()), (grad_output, input))
+    )
     test_ops.assert_as_good_as_torch(result, exact, plain)
     for seed in ("1", "2", "3"):
         monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", seed)
@@ -307,7 +311,9 @@ def test_without_a_compiler_triton_leaves_a_gpu_to_cuda(monkeypatch):
     monkeypatch.setattr(_native_cuda, "unavailable", None)
     ops._load_triton.cache_clear()
     try:
-        assert "triton needs a C compiler when it runs" in (ops.BACKENDS["triton"].refusal("cuda", {torch.float32}) or "")
+        assert "triton needs a C compiler when it runs" in (
+            ops.BACKENDS["triton"].refusal("cuda", {torch.float32}) or ""
+        )
         assert ops.select("cuda", {torch.bfloat16}) is _native_cuda
         assert ops.select("cuda", {torch.float64}) is reference
     finally:
@@ -374,8 +380,9 @@ def test_no_kernel_spills():
 
 @pytest.mark.skipif(os.environ.get("CC") == "", reason="an empty CC")
 def test_kernel_names_are_short():
-    symbol = (
-        "_ZN9slicefine4cuda43_GLOBAL__N__7b9f15gradient_kernelINS0_7HalfMmaINS_4bf16EEELi16ENS0_13StoreGradientEEEvNS0_13GradArgumentsET1_"
-    )
+    symbol = "_ZN9slicefine4cuda43_GLOBAL__N__7b9f15gradient_kernelINS0_7HalfMmaINS_4bf16EEELi16ENS0_13StoreGradientEEEvNS0_13GradArgumentsET1_"
     assert cuda_resources.describe(symbol, "slice_grad") == ("slice_grad", "bf16 mma, 128x16")
-    assert cuda_resources.describe("_ZN9slicefine4cudaL18slice_adamw_kernelENS0_10SliceTableE", "slice_adamw") == ("slice_adamw", "all dtypes")
+    assert cuda_resources.describe("_ZN9slicefine4cudaL18slice_adamw_kernelENS0_10SliceTableE", "slice_adamw") == (
+        "slice_adamw",
+        "all dtypes",
+    )
