@@ -64,13 +64,15 @@ struct Reader {
 
  private:
   __device__ __forceinline__ void fill_vectors(T* tile, const T* from, int left) const {
-    constexpr int kPerToken = Block / kLane;
+    constexpr int kPerToken = Block / kLane, kStep = kGradThreads / kPerToken;  // copies of a token; tokens at a time
+    static_assert(kGradThreads % kPerToken == 0 && (kTokens % kStep == 0 || kStep > kTokens), "a thread stays on its features");
+    const int mine = int(threadIdx.x) / kPerToken, feature = int(threadIdx.x) % kPerToken * kLane;
+    const int some = width - feature < kLane ? (width - feature) * int(sizeof(T)) : 16;
 #pragma unroll
-    for (int base = 0; base < kTokens * kPerToken; base += kGradThreads) {
-      const int copy = base + int(threadIdx.x), token = copy / kPerToken, feature = copy % kPerToken * kLane;
-      if (copy >= kTokens * kPerToken) break;
-      const int some = width - feature < kLane ? width - feature : kLane;
-      const int bytes = token < left && some > 0 ? some * int(sizeof(T)) : 0;
+    for (int first = 0; first < kTokens; first += kStep) {
+      const int token = first + mine;
+      if (kStep > kTokens && token >= kTokens) break;
+      const int bytes = token < left && some > 0 ? some : 0;
       cp_async_16(tile + token * kPitch + feature, bytes ? from + token * stride + feature : from, bytes);
     }
   }
