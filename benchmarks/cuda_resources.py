@@ -22,7 +22,9 @@ ARITHMETIC = {"Fp32Fma": "fp32", "Tf32Mma": "tf32 mma", "4bf16": "bf16 mma", "4f
 
 def find_nvcc() -> Path | None:
     """The compiler in a toolkit's own folder; nvcc on PATH may be a script that only calls it."""
-    for variable in ("CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT"):
+    if named := os.environ.get("CUDACXX"):
+        return Path(named)
+    for variable in ("CUDAToolkit_ROOT", "CUDA_HOME", "CUDA_PATH"):
         if (folder := os.environ.get(variable)) and (Path(folder) / "bin" / "nvcc").exists():
             return Path(folder) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
@@ -55,7 +57,7 @@ def rows(targets: list[str]) -> list[dict[str, Any]]:
     """One row per kernel and target: kernel, config, target, registers, spill_bytes (stack and local memory), shared_bytes."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc: looked at CUDA_HOME, CUDA_PATH, CUDAToolkit_ROOT, PATH and /usr/local/cuda*")
+        raise RuntimeError("no nvcc: looked at CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda*")
     result = []
     with tempfile.TemporaryDirectory() as folder:
         for unit in UNITS:
