@@ -57,7 +57,9 @@ def rows(targets: list[str]) -> list[dict[str, Any]]:
     """One row per kernel and target: kernel, config, target, registers, spill_bytes (stack and local memory), shared_bytes."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc: looked at CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda*")
+        raise RuntimeError(
+            "no nvcc: looked at CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda*"
+        )
     result = []
     with tempfile.TemporaryDirectory() as folder:
         for unit in UNITS:

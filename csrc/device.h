@@ -44,6 +44,7 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), int64_t blocks
                    const std::decay_t<Parameters>&... arguments) {
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(op) + ": " + std::to_string(blocks) + " blocks; at most 2^31 - 1 fit one launch");
 #ifdef SLICEFINE_ON_HOST
+  (void)stream;
   run_on_host(int(blocks), threads, [&] { kernel(arguments...); });
 #else
   kernel<<<unsigned(blocks), unsigned(threads), 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
