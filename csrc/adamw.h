@@ -42,7 +42,8 @@ struct AdamWConstants {
 };
 
 template <typename T>
-SLICEFINE_HD AdamWConstants<T> adamw_constants(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
+SLICEFINE_HD AdamWConstants<T> adamw_constants(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                               bool maximize) {
   return {T(lr), T(1.0 - lr * weight_decay), T(1.0 - beta1), T(beta2), T(1.0 - beta2),
           T(log(beta1)), T(log(beta2)), T(eps), T(maximize ? -1.0 : 1.0)};
 }

@@ -1,4 +1,5 @@
-// Python bindings of the CUDA ops: addresses as integers, no torch header. slicefine/_native_cuda.py checks every argument before it comes here.
+// Python bindings of the CUDA ops: addresses as integers, no torch header.
+// slicefine/_native_cuda.py checks every argument before it comes here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,12 +20,13 @@ T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
 
 using LaunchTuple = std::tuple<int, uintptr_t, int, uintptr_t, uintptr_t>;
 using GradTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int, bool>;
-using SliceTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t,
-                              int32_t, int32_t, int>;
+using SliceTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                              int64_t, int64_t, int32_t, int32_t, int>;
 using OptionsTuple = std::tuple<double, double, double, double, double, bool, bool, uint64_t>;
 
 Launch launch(const LaunchTuple& t) {
-  return {std::get<0>(t), address(std::get<1>(t)), std::get<2>(t), address<float>(std::get<3>(t)), address<int32_t>(std::get<4>(t))};
+  return {std::get<0>(t), address(std::get<1>(t)), std::get<2>(t), address<float>(std::get<3>(t)),
+          address<int32_t>(std::get<4>(t))};
 }
 
 GradInputs grad_inputs(const GradTuple& t) {
@@ -40,8 +42,8 @@ Slice slice(const SliceTuple& t, uint32_t id) {
 }
 
 AdamWStep step(const OptionsTuple& t) {
-  return {adamw_constants<float>(std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t)),
-          std::get<7>(t), std::get<6>(t)};
+  const auto& [lr, beta1, beta2, eps, weight_decay, maximize, stochastic, seed] = t;
+  return {adamw_constants<float>(lr, beta1, beta2, eps, weight_decay, maximize), seed, stochastic};
 }
 
 }  // namespace

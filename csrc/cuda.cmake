@@ -1,6 +1,6 @@
 # The CUDA ops, a module of its own (_CUDA), so that _C loads anywhere. Environment variables:
 #   SLICEFINE_CUDA        auto (default): where a toolkit is found; 1: an error where none is found; 0: never
-#   SLICEFINE_CUDA_ARCHS  default 80-real;90-real;100-real;120: machine code for each, and PTX of the newest for what comes after it
+#   SLICEFINE_CUDA_ARCHS  default 80-real;90-real;100-real;120: machine code for each, PTX of the newest for later ones
 #   CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH  where the toolkit is
 set(wanted "$ENV{SLICEFINE_CUDA}")
 if(wanted STREQUAL "")
@@ -20,7 +20,8 @@ list(SORT installed COMPARE NATURAL ORDER DESCENDING)
 find_program(nvcc_on_path nvcc NO_CACHE)
 if(nvcc_on_path)
   file(TOUCH ${CMAKE_CURRENT_BINARY_DIR}/empty.cu)
-  execute_process(COMMAND ${nvcc_on_path} --dryrun ${CMAKE_CURRENT_BINARY_DIR}/empty.cu ERROR_VARIABLE said OUTPUT_QUIET)
+  execute_process(COMMAND ${nvcc_on_path} --dryrun ${CMAKE_CURRENT_BINARY_DIR}/empty.cu
+    ERROR_VARIABLE said OUTPUT_QUIET)
   if(said MATCHES "#\\$ TOP=([^\n]+)")
     get_filename_component(toolkit_on_path "${CMAKE_MATCH_1}" REALPATH)
   endif()
@@ -70,8 +71,11 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 
 pybind11_add_module(_CUDA MODULE bindings_cuda.cpp slice_grad.cu slice_adamw.cu slice_grad_adamw.cu)
-string(REPLACE ";" " " archs_text "${archs}")
-target_compile_definitions(_CUDA PRIVATE SLICEFINE_VERSION="${SKBUILD_PROJECT_VERSION}" SLICEFINE_CUDA_ARCHS="${archs_text}")
+list(TRANSFORM archs REPLACE "-real$" "")
+list(TRANSFORM archs PREPEND "sm_")
+list(JOIN archs ", " names)
+target_compile_definitions(_CUDA PRIVATE
+  SLICEFINE_VERSION="${SKBUILD_PROJECT_VERSION}" SLICEFINE_CUDA_ARCHS="${names}")
 if(NOT MSVC)
   # the static runtime's symbols stay inside: torch brings a runtime of its own
   target_link_options(_CUDA PRIVATE -Wl,--exclude-libs,ALL)

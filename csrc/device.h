@@ -42,7 +42,8 @@ class DeviceGuard {
 template <typename... Parameters>
 void launch_kernel(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
                    const std::decay_t<Parameters>&... arguments) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(op) + ": " + std::to_string(blocks) + " blocks; at most 2^31 - 1 fit one launch");
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": " + std::to_string(blocks) + " blocks; one launch holds 2^31 - 1");
 #ifdef SLICEFINE_ON_HOST
   (void)stream;
   run_on_host(int(blocks), threads, [&] { kernel(arguments...); });

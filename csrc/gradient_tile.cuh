@@ -1,7 +1,8 @@
-// One tile of a slice's gradient, G = dY[:, rows]^T X, and what becomes of it: the kernel that slice_grad and slice_grad_adamw share.
+// One tile of a slice's gradient, G = dY[:, rows]^T X, and what becomes of it: the kernel of slice_grad and slice_grad_adamw.
 //
-// A block multiplies its share of the tokens. Where several blocks share a tile, each leaves its partial sum in the workspace and takes
-// a ticket; the one that comes last adds all partial sums in the order of the splits, so that the result is the same on every run.
+// A block multiplies its share of the tokens. Where several blocks share a tile, each leaves its partial sum in the
+// workspace and takes a ticket; the one that comes last adds all partial sums in the order of the splits, so that the
+// result is the same on every run.
 #pragma once
 #include "device.h"
 #ifndef SLICEFINE_ON_HOST
@@ -65,7 +66,8 @@ struct Reader {
  private:
   __device__ __forceinline__ void fill_vectors(T* tile, const T* from, int left) const {
     constexpr int kPerToken = Block / kLane, kStep = kGradThreads / kPerToken;  // copies of a token; tokens at a time
-    static_assert(kGradThreads % kPerToken == 0 && (kTokens % kStep == 0 || kStep > kTokens), "a thread stays on its features");
+    static_assert(kGradThreads % kPerToken == 0, "a thread stays on its features");
+    static_assert(kTokens % kStep == 0 || kStep > kTokens, "whole passes over the tokens, or a part of one");
     const int mine = int(threadIdx.x) / kPerToken, feature = int(threadIdx.x) % kPerToken * kLane;
     const int some = width - feature < kLane ? (width - feature) * int(sizeof(T)) : 16;
 #pragma unroll
@@ -119,17 +121,19 @@ struct GradTile {
     float result[kBlockWide * kResultPitch];
   };
   static_assert(sizeof(Stage) % 16 == 0 && sizeof(T) * kTokens * WideReader::kPitch % 16 == 0, "16-byte copies");
-  static_assert(sizeof(Shared) + 16 <= 48 * 1024, "more than 48 KB would need cudaFuncAttributeMaxDynamicSharedMemorySize");
+  static_assert(sizeof(Shared) + 16 <= 48 * 1024, "more needs cudaFuncAttributeMaxDynamicSharedMemorySize");
   static_assert(kAccumulators * kGradThreads == kBlockWide * BlockThin, "every element of the tile has one owner");
 };
 
 // c += the product over tokens [work.begin, work.end)
 template <typename Tile>
-static __device__ __forceinline__ void multiply_tokens(float* c, typename Tile::Shared& shared, const GradArguments& a, const BlockWork& work) {
+static __device__ __forceinline__ void multiply_tokens(float* c, typename Tile::Shared& shared, const GradArguments& a,
+                                                       const BlockWork& work) {
   const typename Tile::WideReader wide(a.wide, work.wide);
   const typename Tile::ThinReader thin(a.thin, work.thin);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int warp_wide = warp / Tile::kWarpsThin * Tile::kWarpWide, warp_thin = warp % Tile::kWarpsThin * Tile::kWarpThin;
+  const int warp_wide = warp / Tile::kWarpsThin * Tile::kWarpWide;
+  const int warp_thin = warp % Tile::kWarpsThin * Tile::kWarpThin;
   const auto fill = [&](int stage) {
     const int64_t t = work.begin + int64_t(stage) * Tile::kTokens;
     if (t < work.end) {
@@ -158,7 +162,8 @@ static __device__ __forceinline__ void multiply_tokens(float* c, typename Tile::
 
 // Leaves c in the workspace; true in the block that comes last for its tile, whose c is then the sum over all splits.
 template <int Accumulators>
-static __device__ __forceinline__ bool add_splits(float* c, int32_t& ticket, const GradArguments& a, const BlockWork& work) {
+static __device__ __forceinline__ bool add_splits(float* c, int32_t& ticket, const GradArguments& a,
+                                                  const BlockWork& work) {
   // [accumulators, threads]: neighbouring threads on neighbouring addresses
   float* const tile = a.workspace + int64_t(work.tile) * a.plan.splits * Accumulators * kGradThreads + threadIdx.x;
   float* const mine = tile + int64_t(work.split) * Accumulators * kGradThreads;
@@ -184,10 +189,13 @@ template <typename Tile, int BlockThin, typename Epilogue>
 static __device__ __forceinline__ void finish_tile(const float* c, typename Tile::Shared& shared, const GradArguments& a,
                                                    const BlockWork& work, const Epilogue& epilogue) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int warp_wide = warp / Tile::kWarpsThin * Tile::kWarpWide, warp_thin = warp % Tile::kWarpsThin * Tile::kWarpThin;
+  const int warp_wide = warp / Tile::kWarpsThin * Tile::kWarpWide;
+  const int warp_thin = warp % Tile::kWarpsThin * Tile::kWarpThin;
 #pragma unroll
-  for (int i = 0; i < Tile::kAccumulators; ++i)
-    shared.result[(warp_wide + Tile::Warp::wide_of(lane, i)) * Tile::kResultPitch + warp_thin + Tile::Warp::thin_of(lane, i)] = c[i];
+  for (int i = 0; i < Tile::kAccumulators; ++i) {
+    const int w = warp_wide + Tile::Warp::wide_of(lane, i), t = warp_thin + Tile::Warp::thin_of(lane, i);
+    shared.result[w * Tile::kResultPitch + t] = c[i];
+  }
   __syncthreads();
 
   constexpr int kBatch = 4;  // elements whose loads are on their way at the same time
@@ -200,10 +208,12 @@ static __device__ __forceinline__ void finish_tile(const float* c, typename Tile
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int e = first + i * kGradThreads;
-      const int w = a.rows_are_wide ? e / BlockThin : e % kBlockWide, t = a.rows_are_wide ? e % BlockThin : e / kBlockWide;
-      const int64_t row = a.rows_are_wide ? work.wide + w : work.thin + t, col = a.rows_are_wide ? work.thin + t : work.wide + w;
+      const int w = a.rows_are_wide ? e / BlockThin : e % kBlockWide;
+      const int t = a.rows_are_wide ? e % BlockThin : e / kBlockWide;
+      const int64_t wide = work.wide + w, thin = work.thin + t;
+      const int64_t row = a.rows_are_wide ? wide : thin, col = a.rows_are_wide ? thin : wide;
       g[i] = shared.result[w * Tile::kResultPitch + t];
-      element[i] = work.wide + w < a.wide.width && work.thin + t < a.thin.width ? row * a.K + col : -1;
+      element[i] = wide < a.wide.width && thin < a.thin.width ? row * a.K + col : -1;
       if (element[i] >= 0) state[i] = epilogue.load(element[i], row, col);
     }
 #pragma unroll
@@ -228,11 +238,13 @@ gradient_kernel(const __grid_constant__ GradArguments a, const __grid_constant__
 template <typename Multiply, typename Epilogue>
 void launch_tiles(const char* op, const GradArguments& a, const Epilogue& epilogue, const Launch& launch) {
   const int64_t blocks = int64_t(a.plan.wide_tiles) * a.plan.thin_tiles * a.plan.splits;
-  const auto kernel = a.thin.width <= kThinNarrow ? gradient_kernel<Multiply, kThinNarrow, Epilogue> : gradient_kernel<Multiply, kThinBroad, Epilogue>;
+  const auto kernel = a.thin.width <= kThinNarrow ? gradient_kernel<Multiply, kThinNarrow, Epilogue>
+                                                  : gradient_kernel<Multiply, kThinBroad, Epilogue>;
   launch_kernel(op, kernel, blocks, kGradThreads, launch.stream, a, epilogue);
 }
 
-// The whole gradient of a slice into `epilogue`, which has State, prepare(), load(element, row, col) and store(prepared, element, g, state).
+// The whole gradient of a slice into `epilogue`, which has State, prepare(), load(element, row, col) and
+// store(prepared, element, g, state).
 template <typename Epilogue>
 void launch_gradient(const char* op, const GradInputs& in, const Epilogue& epilogue, const Launch& launch) {
   if (in.R == 0 || in.K == 0) return;
@@ -241,11 +253,12 @@ void launch_gradient(const char* op, const GradInputs& in, const Epilogue& epilo
   const auto operand = [&](const void* data, int64_t stride, const int64_t* index, int64_t width) {
     return Operand{data, stride, index, width, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0};
   };
-  const Operand dy = operand(in.grad_output, in.stride_grad_output, in.rows, in.R), x = operand(in.input, in.stride_input, nullptr, in.K);
+  const Operand dy = operand(in.grad_output, in.stride_grad_output, in.rows, in.R);
+  const Operand x = operand(in.input, in.stride_input, nullptr, in.K);
   const bool rows_are_wide = in.R >= in.K;
   const Operand &wide = rows_are_wide ? dy : x, &thin = rows_are_wide ? x : dy;
-  const GradArguments a{wide, thin, plan_gradient(in.n, wide.width, thin.width, size, launch.processors), rows_are_wide, in.K,
-                        launch.workspace, launch.counters};
+  const GradPlan plan = plan_gradient(in.n, wide.width, thin.width, size, launch.processors);
+  const GradArguments a{wide, thin, plan, rows_are_wide, in.K, launch.workspace, launch.counters};
   switch (in.dtype) {
     case DType::bf16: return launch_tiles<HalfMma<bf16>>(op, a, epilogue, launch);
     case DType::fp16: return launch_tiles<HalfMma<fp16>>(op, a, epilogue, launch);

@@ -1,10 +1,10 @@
-// The arguments of the three ops on a GPU: addresses in device memory, no CUDA header, so that the bindings need no toolkit.
+// The arguments of the three ops on a GPU: addresses in device memory. No CUDA header, so that the bindings need none.
 #pragma once
 #include "numeric.h"
 
 namespace slicefine::cuda {
 
-// One slice of a weight W (out, in), R x K elements, with its AdamW tensors. slice_adamw passes an array of these by value.
+// One slice of a weight W (out, in), R x K elements, with its AdamW tensors; slice_adamw passes many of them by value.
 struct Slice {
   float *master, *exp_avg, *exp_avg_sq;  // contiguous [R, K]
   const float* grad;                     // contiguous [R, K]; unused by the fused op

@@ -1,6 +1,6 @@
 // AdamW on the masters of many slices, each written through to its weight: one launch for up to kCapacity slices.
 //
-// The table of slices is a kernel parameter: no copy to the device, no allocation, so the op can be captured in a CUDA graph.
+// The table of slices is a kernel parameter: no copy to the device, no allocation, so a CUDA graph can capture the op.
 #include "device.h"
 #include "slice_update.h"
 

@@ -1,4 +1,5 @@
-// Gradient, AdamW and write-through of one slice in one kernel: the gradient never reaches memory, but for the partial sums of split tiles.
+// Gradient, AdamW and write-through of one slice in one kernel: of the gradient only the partial sums of split tiles
+// reach memory.
 #include "gradient_tile.cuh"
 
 namespace slicefine::cuda {

@@ -35,7 +35,8 @@ SLICEFINE_HD void write_through(const Slice& s, const AdamWStep& step, int64_t e
     store(static_cast<fp16*>(s.weight) + offset, value);
   } else {
     bf16* place = static_cast<bf16*>(s.weight) + offset;
-    place->bits = step.stochastic ? round_bf16_stochastic(value, philox(step.seed, uint32_t(element), s.id)) : round_bf16(value);
+    place->bits = step.stochastic ? round_bf16_stochastic(value, philox(step.seed, uint32_t(element), s.id))
+                                  : round_bf16(value);
   }
 }
 
