@@ -46,6 +46,6 @@ gpu:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.*
+	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.* slicefine/_CUDA.*
 
 .PHONY: help demo demo-full test lint wheel gpu clean

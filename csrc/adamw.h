@@ -35,6 +35,26 @@ SLICEFINE_HD AdamWScalars<T> adamw_scalars(double lr, double beta1, double beta2
           T(lr / (1.0 - pow(beta1, step))), T(sqrt(1.0 - pow(beta2, step))), T(eps), T(maximize ? -1.0 : 1.0)};
 }
 
+// What a step needs that does not depend on its count, for kernels that read the count from device memory.
+template <typename T>
+struct AdamWConstants {
+  T lr, keep, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, sign;
+};
+
+template <typename T>
+SLICEFINE_HD AdamWConstants<T> adamw_constants(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                               bool maximize) {
+  return {T(lr), T(1.0 - lr * weight_decay), T(1.0 - beta1), T(beta2), T(1.0 - beta2),
+          T(log(beta1)), T(log(beta2)), T(eps), T(maximize ? -1.0 : 1.0)};
+}
+
+// 1 - beta^step = -expm1(step log beta) is accurate in float32 also for a beta close to 1.
+template <typename T>
+SLICEFINE_HD AdamWScalars<T> adamw_scalars(const AdamWConstants<T>& c, T step) {
+  return {c.keep, c.one_minus_beta1, c.beta2, c.one_minus_beta2, c.lr / -std::expm1(step * c.log_beta1),
+          std::sqrt(-std::expm1(step * c.log_beta2)), c.eps, c.sign};
+}
+
 // Decoupled weight decay, then Adam (Loshchilov & Hutter 2019, algorithm 2), in torch.optim.AdamW's order of operations.
 template <typename T>
 SLICEFINE_HD T adamw_update(T p, T g, T& m, T& v, const AdamWScalars<T>& s) {

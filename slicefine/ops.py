@@ -3,7 +3,7 @@
 `torch.ops.slicefine.slice_grad`, `.slice_adamw` and `.slice_grad_adamw` are what the rest of the package calls. PyTorch's
 dispatcher finds the device; on it the first backend runs that is available and takes the dtype:
 
-    cpu:    cpu, reference          cuda:   triton, reference          any other device: reference
+    cpu:    cpu, reference          cuda:   triton, cuda, reference          any other device: reference
 
 ``SLICEFINE_BACKEND=name`` or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
 a CUDA graph on a thread of its own); what is forced and cannot run raises an error, it never falls back.
@@ -15,6 +15,7 @@ import functools
 import importlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from slicefine.reference import BLOCK_8BIT
 
 _log = logging.getLogger("slicefine")
 _ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,24 @@ def _load_triton() -> tuple[ModuleType | None, str | None]:
             None,
             f"triton does not import ({error}); it comes with torch's CUDA and ROCm wheels on Linux, or: pip install triton",
         )
+    if os.environ.get("TRITON_INTERPRET") != "1" and (reason := _no_compiler_for_triton()):
+        return None, reason
     return importlib.import_module("slicefine_kernels"), None
+
+
+def _no_compiler_for_triton() -> str | None:
+    """Triton 3.6 to 3.8 compiles its launcher with the host's C compiler at run time; it looks for one like this."""
+    if os.environ.get("CC") is not None or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    if importlib.import_module("triton").knobs.build.impl is not None:
+        return None
+    return "triton needs a C compiler when it runs, and there is no gcc or clang on PATH (or name one by CC)"
+
+
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    native = importlib.import_module("slicefine._native_cuda")
+    reason = native.unavailable or native.refuses_a_device()
+    return (native, None) if reason is None else (None, reason)
 
 
 def _triton_devices() -> tuple[str, ...]:
@@ -89,10 +108,11 @@ BACKENDS = {
     for backend in (
         Backend("reference", lambda: (), _ALL_DTYPES, _load_reference),
         Backend("cpu", lambda: ("cpu",), _ALL_DTYPES, _load_native),
-        Backend("triton", _triton_devices, (torch.float32, torch.bfloat16, torch.float16), _load_triton),
+        Backend("triton", _triton_devices, _GPU_DTYPES, _load_triton),
+        Backend("cuda", lambda: ("cuda",), _GPU_DTYPES, _load_cuda),
     )
 }
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _forced: str | None = None
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from floors below its own, or within its folder for a command.
 FLOORS = [
     {"slices", "reference"},
-    {"_native", "config"},
+    {"_native", "_native_cuda", "config"},
     {"ops"},
     {"scores", "moves"},
     {"linear"},
@@ -88,11 +88,12 @@ def test_csrc_knows_nothing_of_torch():
 
 
 def test_one_op_one_name_in_every_place():
-    from slicefine import _native, reference
+    from slicefine import _native, _native_cuda, reference
 
     for op in ("slice_grad", "slice_adamw", "slice_grad_adamw"):
-        assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
-        assert callable(getattr(reference, op)) and callable(getattr(_native, op))
+        assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "csrc" / f"{op}.cu").exists()
+        assert (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
+        assert all(callable(getattr(module, op)) for module in (reference, _native, _native_cuda))
         assert f"`{op}`" in (ROOT / "kernels" / "README.md").read_text()
 
 
@@ -138,7 +139,7 @@ TRAIN = """
     """
 
 
-@pytest.mark.parametrize("missing", ["triton", "slicefine._C", "numpy", "transformers", "typer"])
+@pytest.mark.parametrize("missing", ["triton", "slicefine._C", "slicefine._CUDA", "numpy", "transformers", "typer"])
 def test_it_trains_without(missing):
     result = run_without(missing, TRAIN)
     assert result.stdout.strip() == "trained", result.stderr
@@ -179,7 +180,8 @@ ENV = "import sys, runpy; sys.argv = ['slicefine', 'env']; runpy.run_module('sli
     ("missing", "said"),
     [
         ("torch", "torch imports:      broken: ModuleNotFoundError"),
-        ("slicefine._C", "missing: the compiled module"),
+        ("slicefine._C", "missing: the compiled module slicefine._C does"),
+        ("slicefine._CUDA", "missing: the compiled module slicefine._CUDA does"),
         ("triton", "missing: triton does not import"),
         ("typer", "in use:"),
     ],
@@ -219,10 +221,13 @@ def test_the_readme_lists_the_backends_as_they_are():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0].startswith("`") and cells[4].startswith(("tested", "not")):
             rows[cells[0].strip("`")] = cells
-    assert rows.keys() == {*ops.BACKENDS, "cuda"}
+    assert rows.keys() == ops.BACKENDS.keys()
     for name, backend in ops.BACKENDS.items():
         device = backend.devices()[0] if backend.devices() else "any"
         assert rows[name][2] == device
         assert rows[name][3] == ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
     measured = list((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
     assert ("not run on a GPU yet" in rows["triton"][4]) == (not measured)
+    # the results of a GPU name the backends that they are of
+    ran = any('"cuda"' in path.read_text(encoding="utf-8") for path in measured)
+    assert ("not run on a GPU yet" in rows["cuda"][4]) == (not ran)

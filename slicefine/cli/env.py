@@ -65,6 +65,16 @@ def _triton() -> str:
     return "installed, but there is no GPU for it"
 
 
+def _cuda() -> str:
+    ops: Any = importlib.import_module("slicefine.ops")
+    torch: Any = importlib.import_module("torch")
+    module, reason = ops.BACKENDS["cuda"].load()
+    if reason:
+        return f"missing: {reason}"
+    built = f"compiled for {module._CUDA.architectures}"
+    return f"available ({built})" if torch.cuda.is_available() else f"installed ({built}), but there is no GPU for it"
+
+
 def _chosen() -> str:
     ops: Any = importlib.import_module("slicefine.ops")
     torch: Any = importlib.import_module("torch")
@@ -89,7 +99,7 @@ def report() -> dict[str, Any]:
             "reference": check(lambda: "available"),
             "cpu": check(_native),
             "triton": check(_triton),
-            "cuda": "missing: precompiled CUDA kernels are not part of this version",
+            "cuda": check(_cuda),
         },
         "SLICEFINE_BACKEND": os.environ.get("SLICEFINE_BACKEND", "not set"),
         "in use": check(_chosen),
