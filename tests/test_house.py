@@ -22,6 +22,7 @@ FLOORS = [
     {"linear"},
     {"optim", "targets", "memory"},
     {"model"},
+    {"plan"},
     {"integrations", "cli", "__main__", "__init__"},
 ]
 CORE = {name for floor in FLOORS[:-1] for name in floor}

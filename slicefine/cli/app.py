@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slicefine.cli import env as env_verb
+from slicefine.cli.plan import plan
 from slicefine.cli.train import train
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     help="Fine-tune pretrained models by training a moving slice of each weight.",
 )  # fmt: skip
 app.command()(train)
+app.command()(plan)
 
 
 @app.command()

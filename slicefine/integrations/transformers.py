@@ -2,12 +2,90 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from slicefine.plan import Workload
 
 
 def conv1d(out_features: int, in_features: int) -> nn.Module:
     """An empty Conv1D, transformers' linear layer with weight (in, out), on the meta device."""
     with torch.device("meta"):
         return Conv1D(out_features, in_features)
+
+
+# What a configuration is trained as, first match: its own architecture if it names one of these, else the first that exists.
+_AUTO = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForImageClassification")
+
+
+def workload(model: str, dtype: torch.dtype) -> Workload:
+    """A `slicefine.plan.Workload` from a configuration alone: no weights are read.
+
+    model: a config.json, a folder that holds one, or an id of the hub (whose configuration is downloaded).
+    Raises ValueError for a configuration that no auto class takes.
+    """
+    path = Path(model)
+    source = str(path.parent if path.is_file() else path if path.is_dir() else model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model!r} is no config.json, no folder that holds one, and no id whose configuration can be read: {error}"
+        ) from error
+    auto = _auto_class(config)
+    attention = "sdpa"
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation=attention)
+
+    image = auto is transformers.AutoModelForImageClassification
+    return Workload(
+        model, build, _image_inputs(config, dtype) if image else _text_inputs(auto), lambda output, inputs: output.loss,
+        _first_features, None if image else config.get_text_config().vocab_size,
+    )  # fmt: skip
+
+
+def _auto_class(config: Any) -> Any:
+    ending = {name: getattr(transformers, name) for name in _AUTO}
+    for architecture in getattr(config, "architectures", None) or ():
+        for name, auto in ending.items():
+            if architecture.endswith(name.removeprefix("AutoModel")):
+                return auto
+    for auto in ending.values():
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(
+        f"a {type(config).__name__} is for none of {', '.join(_AUTO)}; plan takes causal language models and classifiers of text or images"
+    )
+
+
+def _text_inputs(auto: Any) -> Any:
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        labels = ids if auto is transformers.AutoModelForCausalLM else torch.zeros(batch, dtype=torch.int64)
+        return {"input_ids": ids, "labels": labels}
+
+    return inputs
+
+
+def _image_inputs(config: Any, dtype: torch.dtype) -> Any:
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        pixels = torch.zeros(batch, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+        return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.int64)}
+
+    return inputs
+
+
+def _first_features(model: Any) -> nn.Module:
+    """The module whose output is the first hidden state: word embeddings, or an image's patches."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return next(m for m in model.modules() if isinstance(m, nn.Conv2d))

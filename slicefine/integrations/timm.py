@@ -1,0 +1,36 @@
+"""What slicefine needs of timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from slicefine.plan import Workload
+
+
+def workload(model: str, dtype: torch.dtype) -> Workload:
+    """A `slicefine.plan.Workload` of an image model by its name in timm; no weights are read.
+
+    Raises ValueError naming models like it if timm knows none of that name.
+    """
+    if not timm.is_model(model):
+        like = timm.list_models(f"*{model.split('_')[0]}*")[:5]
+        raise ValueError(f"timm has no model {model!r}" + (f"; some like it: {', '.join(like)}" if like else ""))
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return timm.create_model(model, pretrained=False).to(dtype)
+
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        channels, height, width = build().pretrained_cfg["input_size"]
+        return {"x": torch.zeros(batch, channels, height, width, dtype=dtype)}
+
+    def loss(output: Tensor, inputs: dict[str, Any]) -> Tensor:
+        labels = torch.zeros(output.shape[0], dtype=torch.int64)
+        return nn.functional.cross_entropy(output.float(), labels)
+
+    first = lambda net: next(m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return Workload(model, build, inputs, loss, first)
