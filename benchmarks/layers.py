@@ -116,7 +116,9 @@ def agreement(shape: tuple[int, int], tokens: int, dtype: torch.dtype, r: int, d
         # Adam's first steps are +-lr whatever the gradient's size: entries with a gradient near 0 may differ in sign
         bound = 2 * torch.finfo(dtype).eps * linear.weight.abs().max().item() + 1e-5
         share = (difference > bound).float().mean().item()
-        assert share < 1e-3, f"{method}: {share:.2%} of the slice differs from the masked baseline by more than {bound:.1e}"
+        assert share < 1e-3, (
+            f"{method}: {share:.2%} of the slice differs from the masked baseline by more than {bound:.1e}"
+        )
     return worst
 
 

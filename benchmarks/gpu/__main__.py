@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.gpu.job import PARTS, Part
 from benchmarks.gpu.report import markdown, summary
+from benchmarks.gpu.worker import DEVICE_LOST
 from benchmarks.record import where
 
 ROOT = Path(__file__).parents[2]
@@ -105,12 +106,13 @@ def supervise(
                 status = process.wait()
             collect(waiting, folder, report)
             said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-            if waiting and hung:
-                record_loss(waiting, folder, report, f"still running {grace:.0f} s after its time: killed", said)
-            elif waiting and len(waiting) == left:
-                record_loss(waiting, folder, report, f"its process ended with status {status}", said)
-            elif waiting and status not in (0, 3):
-                record_loss(waiting, folder, report, f"its process ended with status {status}", said)
+            if waiting and (hung or len(waiting) == left or status not in (0, DEVICE_LOST)):
+                how = (
+                    f"still running {grace:.0f} s after its time: killed"
+                    if hung
+                    else f"its process ended with status {status}"
+                )
+                record_loss(waiting, folder, report, how, said)
 
 
 def chosen(names: str | None, device: str) -> list[Part]:

@@ -156,7 +156,10 @@ def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
         plain = plain_product(dy, x, rows)
     exact = reference.slice_grad(dy.double(), x.double(), rows)
     unit = 2.0**-8 if case.tf32 and dtype == torch.float32 else 2.0**-22
-    bound = 2 * (plain.double() - exact).abs().amax() + unit * reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax()
+    bound = (
+        2 * (plain.double() - exact).abs().amax()
+        + unit * reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax()
+    )
     error = (found.double() - exact).abs()
     worst = int(error.nan_to_num(float("inf")).argmax())
     return {
@@ -197,14 +200,24 @@ def positions(kind: str, out: int, width: int, scattered: bool, device: str) -> 
 
 
 def update_row(
-    shape: tuple[int, int, int], dtype: torch.dtype, kind: str, scattered: bool, seed: int | None, fused: bool, device: str
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    kind: str,
+    scattered: bool,
+    seed: int | None,
+    fused: bool,
+    device: str,
 ) -> dict[str, Any]:
     """One update against float64 and the reference in float32; what is in the weight, bit for bit, inside and outside."""
     n, out, width = shape
     rows, cols = positions(kind, out, width, scattered, device)
     R, K = out if rows is None else len(rows), width if cols is None else len(cols)
     dy, x = torch.randn(n, out, device=device).to(dtype), torch.randn(n, K, device=device).to(dtype)
-    start = [torch.randn(R, K, device=device), 0.1 * torch.randn(R, K, device=device), 0.1 * torch.rand(R, K, device=device)]
+    start = [
+        torch.randn(R, K, device=device),
+        0.1 * torch.randn(R, K, device=device),
+        0.1 * torch.rand(R, K, device=device),
+    ]
     weight, step = surrounded(out, width, dtype, device), torch.tensor(3.0, device=device)
     assert weight._base is not None
     before, options = weight._base.clone(), tuple(HYPERPARAMETERS.values())
@@ -292,4 +305,10 @@ def training(job: Job) -> None:
                     found = losses(kind, name, in_bwd, width, steps, job.device)
                     difference = max(abs(a - b) for a, b in zip(oracle, found, strict=True))
                     learnt = oracle[0] - oracle[-1] > 10 * difference
-                    job.row(**label, steps=steps, largest_difference=difference, loss=found[-1], ok=difference < 1e-4 and learnt)
+                    job.row(
+                        **label,
+                        steps=steps,
+                        largest_difference=difference,
+                        loss=found[-1],
+                        ok=difference < 1e-4 and learnt,
+                    )

@@ -53,7 +53,17 @@ def run_slice_grad(b: Buffers) -> Tensor:
 
 def run_slice_grad_adamw(b: Buffers) -> None:
     ops.slice_grad_adamw(
-        b["dy"], b["x"], b["master"], b["exp_avg"], b["exp_avg_sq"], b["weight"], None, b["cols"], b["step"], *OPTIONS, 7
+        b["dy"],
+        b["x"],
+        b["master"],
+        b["exp_avg"],
+        b["exp_avg_sq"],
+        b["weight"],
+        None,
+        b["cols"],
+        b["step"],
+        *OPTIONS,
+        7,
     )
 
 
@@ -142,7 +152,9 @@ def streams_differ(shape: tuple[int, int, int], device: str) -> bool:
 
 def step_waits(moves: bool, device: str) -> str:
     """Whether a whole training step waits for the device; the CPU's part of a move may."""
-    net = get_slice_model(nn.Sequential(nn.Linear(64, 64)).to(device), SliceConfig(r=16, switch_interval=1 if moves else None))
+    net = get_slice_model(
+        nn.Sequential(nn.Linear(64, 64)).to(device), SliceConfig(r=16, switch_interval=1 if moves else None)
+    )
     optimizer, x = SliceAdamW(net.parameters()), torch.randn(8, 64, device=device)
 
     def step() -> None:

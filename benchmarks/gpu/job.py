@@ -49,7 +49,13 @@ def seconds_for(part: Part, after: Sequence[Part], left: float, minutes: float) 
 
 def bar(name: str, value: float, limit: float, *, most: bool) -> dict[str, Any]:
     """A figure beside the one it is compared with; most: it should be at most the limit, otherwise at least."""
-    return {"name": name, "value": value, "limit": limit, "most": most, "met": value <= limit if most else value >= limit}
+    return {
+        "name": name,
+        "value": value,
+        "limit": limit,
+        "most": most,
+        "met": value <= limit if most else value >= limit,
+    }
 
 
 @dataclass
@@ -86,8 +92,11 @@ class Job:
             yield case
 
     @contextmanager
-    def attempt(self, **label: Any) -> Iterator[None]:
-        """An exception inside becomes a row that fails, and the part goes on; not if it has taken the device with it."""
+    def attempt(self, peer: bool = False, **label: Any) -> Iterator[None]:
+        """An exception inside becomes a row that fails, and the part goes on; not if it has taken the device with it.
+
+        peer: what runs inside is another library's; where it fails there is no figure, and nothing of ours is wrong.
+        """
         import torch
 
         try:
@@ -95,7 +104,10 @@ class Job:
         except torch.OutOfMemoryError as error:
             self.row(**label, absent=f"out of memory: {str(error).splitlines()[0]}")
         except Exception as error:
-            self.row(**label, ok=False, error="".join(traceback.format_exception(error))[-3000:])
+            if peer:
+                self.row(**label, absent=f"{type(error).__name__}: {str(error)[:300]}")
+            else:
+                self.row(**label, ok=False, error="".join(traceback.format_exception(error))[-3000:])
             if self.device == "cuda":
                 torch.cuda.synchronize()
 

@@ -90,7 +90,7 @@ def gradient_operands(n: int, R: int, K: int, rows: bool, offset: bool, dtype: t
 def gradient_times(
     n: int, R: int, K: int, rows: bool, offset: bool, dtype: torch.dtype, names: list[str], job: Job
 ) -> dict[str, dict[str, float]]:
-    """"graph" and "kernel" milliseconds of each backend's slice_grad; "graph" of torch's product with the same float32 result."""
+    """ "graph" and "kernel" milliseconds of each backend's slice_grad; "graph" of torch's product with the same float32 result."""
     moved = op_bytes("slice_grad", n, R, K, dtype.itemsize)
     copies = 1 if job.small else max(2, min(16, -(-2 * L2 // moved)))
     sets = [gradient_operands(n, R, K, rows, offset, dtype, job.device) for _ in range(copies)]

@@ -25,13 +25,14 @@ from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT = {"lora": "LoraConfig", "miss": "MissConfig", "shira": "ShiraConfig"}
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
     "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
 TINY = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 16, "vocab_size": 64, "tie_word_embeddings": True, "max_position_embeddings": 64,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "vocab_size": 64, "tie_word_embeddings": True, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
@@ -111,13 +112,12 @@ def peft_model(method: Method, model: nn.Module) -> nn.Module:
         import peft
     except ImportError as error:
         raise MissingPeerError(f"peft is missing: {error}") from None
-    names = {"lora": "LoraConfig", "miss": "MissConfig", "shira": "ShiraConfig"}
-    if not hasattr(peft, names[method.kind]):
-        raise MissingPeerError(f"peft {peft.__version__} has no {names[method.kind]}")
+    if not hasattr(peft, PEFT[method.kind]):
+        raise MissingPeerError(f"peft {peft.__version__} has no {PEFT[method.kind]}")
     options: dict[str, Any] = {"r": method.r, "target_modules": list(method.targets)}
     if method.kind == "lora":
         options["lora_alpha"] = method.r
-    config = getattr(peft, names[method.kind])(**options)
+    config = getattr(peft, PEFT[method.kind])(**options)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=method.fp32_adapters)
 
 
@@ -185,7 +185,9 @@ def in_turns(steps: dict[str, Callable[[], Any]], device: str, rounds: int) -> d
     return times
 
 
-def method_row(method: Method, ids: Tensor, shape: dict[str, Any], floor: dict[str, float], rounds: int) -> dict[str, Any]:
+def method_row(
+    method: Method, ids: Tensor, shape: dict[str, Any], floor: dict[str, float], rounds: int
+) -> dict[str, Any]:
     """Memory first, then times beside a floor model."""
     ours, peaks = memory(method, ids, shape)
     beside = trainer(FLOOR, ids, shape)
@@ -217,7 +219,7 @@ def model(job: Job) -> None:
     del alone
     for method in job.within_time(methods, 8.0):
         label = {"method": method.name, "layers": method.layers, "r": method.r}
-        with job.attempt(**label), ops.use_backend(names[0]):
+        with job.attempt(peer=method.kind in PEFT, **label), ops.use_backend(names[0]):
             try:
                 row = method_row(method, ids, shape, floor, rounds)
             except MissingPeerError as error:
@@ -229,4 +231,6 @@ def model(job: Job) -> None:
                 job.bars.append(bar(f"{what}: time / frozen floor", row["ratio_to_floor"], 1.05, most=True))
                 for peak in ("allocated", "reserved"):
                     if f"{peak}_to_floor" in row:
-                        job.bars.append(bar(f"{what}: peak {peak} memory / floor", row[f"{peak}_to_floor"], 1.01, most=True))
+                        job.bars.append(
+                            bar(f"{what}: peak {peak} memory / floor", row[f"{peak}_to_floor"], 1.01, most=True)
+                        )

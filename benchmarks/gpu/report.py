@@ -47,7 +47,10 @@ def markdown(report: dict[str, Any], rows: bool = True) -> str:
     """rows: with the tables of every part."""
     place, parts = report["where"], report["parts"]
     lines = [f"# {place['device']}, commit {place['commit']}, {place['date']}", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in place.items() if key not in ("device", "commit", "date")), ""]
+    lines += [
+        ", ".join(f"{key} {value}" for key, value in place.items() if key not in ("device", "commit", "date")),
+        "",
+    ]
     if place.get("device_type") != "cuda":
         lines += ["**Not a GPU**: tiny shapes through Triton's interpreter; the times mean nothing.", ""]
     lines += ["## Beside the bar", "", compared(parts), "## Parts", ""]
