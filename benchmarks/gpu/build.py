@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,15 +23,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def find_tool(name: str) -> str | None:
-    """On PATH, beside this Python, in the pip package of that name, or in a CUDA toolkit."""
-    folders = [Path(sys.executable).parent]
+    """In the pip package of that name, beside this Python, on PATH, or in a CUDA toolkit: the system's CMake may be too old."""
+    packaged, toolkit = [], []
     for module, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
         if module == name and importlib.util.find_spec(module):
-            folders.append(Path(getattr(importlib.import_module(module), attribute)))
+            packaged.append(Path(getattr(importlib.import_module(module), attribute)))
+    packaged.append(Path(sys.executable).parent)
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if home:
-            folders += [Path(home) / "bin", Path(home) / "compute-sanitizer"]
-    return shutil.which(name) or next((str(f / name) for f in folders if os.access(f / name, os.X_OK)), None)
+            toolkit += [Path(home) / "bin", Path(home) / "compute-sanitizer"]
+    on_path = [Path(folder) for folder in os.get_exec_path()]
+    candidates = [folder / name for folder in (*packaged, *on_path, *toolkit)]
+    return next((str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
 
 
 def run(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,16 +35,13 @@ def backends(job: Job) -> list[str]:
     return found
 
 
-def poison(device: str) -> None:
-    """Fill with NaN what the caching allocator will hand out next, and the workspace that Triton's kernels keep."""
-    if device != "cuda":
-        return  # `poisoned` does it
+def poison() -> None:
+    """Fill with NaN what the caching allocator will hand out next, and the workspaces that the kernels keep on the GPU."""
     sizes = [2**19] * 64 + [2**22] * 16 + [2**26] * 4  # bytes: the allocator's small blocks and large ones
-    blocks = [torch.full((size // 4,), float("nan"), device=device) for size in sizes]
-    from slicefine_kernels import launch
-
-    for partials, _ in getattr(launch, "_workspaces", {}).values():
-        partials.fill_(float("nan"))
+    blocks = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
+    for owner in ("slicefine_kernels.launch", "slicefine._native_cuda"):
+        for partials, _ in getattr(sys.modules.get(owner), "_workspaces", {}).values():
+            partials.fill_(float("nan"))
     del blocks
 
 
@@ -51,7 +49,7 @@ def poison(device: str) -> None:
 def poisoned(device: str) -> Iterator[None]:
     """Inside, `torch.empty` holds NaN: on a GPU what has just been freed, on a CPU by torch's own option."""
     if device == "cuda":
-        poison(device)
+        poison()
         yield
         return
     torch.use_deterministic_algorithms(True, warn_only=True)  # brings fill_uninitialized_memory

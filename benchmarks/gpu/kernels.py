@@ -1,7 +1,7 @@
 """Kernel times against the bytes that must move and the measured bandwidth of a copy.
 
 Two clocks: a CUDA graph of many calls, where no launch is waited for but all that a call does counts (under capture Triton's
-backend makes a workspace per call and clears it), and the profiler's duration of the op's own kernels in ordinary calls.
+backend makes a workspace per call and clears it), and the profiler's sum of kernel durations in ordinary calls.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def milliseconds(function: Callable[[], Any], device: str, calls: int, rounds: i
 
 
 def kernel_milliseconds(function: Callable[[int], Any], calls: int) -> float:
-    """Median over calls of the device time of the kernels that have the op's name, from torch's profiler; GPUs only."""
+    """Device time of a call's kernels, the mean of many, from torch's profiler; GPUs only."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -55,15 +55,10 @@ def kernel_milliseconds(function: Callable[[int], Any], calls: int) -> float:
         for i in range(calls):
             function(i)
         torch.cuda.synchronize()
-    found = [
-        event.time_range.elapsed_us() / 1e3
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA and "slice_" in event.name
-    ]
-    if not found or len(found) % calls:
-        raise RuntimeError(f"the profiler saw {len(found)} kernels named slice_* in {calls} calls")
-    each = len(found) // calls
-    return each * quantiles(found)[1] if each == 1 else sum(found) / calls
+    on_device = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    if len(on_device) < calls:
+        raise RuntimeError(f"the profiler saw {len(on_device)} kernels in {calls} calls")
+    return sum(event.time_range.elapsed_us() for event in on_device) / calls / 1e3
 
 
 def copy_bandwidth(job: Job) -> float:
@@ -105,7 +100,11 @@ def gradient_times(
         with ops.use_backend(name):
             found[name] = {"graph": timed(ops.slice_grad)}
             if job.device == "cuda":
-                found[name]["kernel"] = kernel_milliseconds(lambda i: ops.slice_grad(*sets[i % copies]), 2 * calls)
+                try:
+                    found[name]["kernel"] = kernel_milliseconds(lambda i: ops.slice_grad(*sets[i % copies]), 2 * calls)
+                except RuntimeError as error:
+                    if (note := f"no kernel times: {error}") not in job.notes:
+                        job.notes.append(note)
     found["torch"] = {"graph": timed(plain_product)}
     return found
 

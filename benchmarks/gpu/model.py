@@ -106,6 +106,14 @@ def llama(device: str, shape: dict[str, Any]) -> nn.Module:
     return model.requires_grad_(False).train()
 
 
+def random_mask(base_layer: nn.Linear, r: int, **_: Any) -> Tensor:
+    """What peft's own mask for SHiRA is, drawn on the layer's device: drawn on the host it takes a minute for this model."""
+    weight = base_layer.weight
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = True
+    return mask.view(weight.shape)
+
+
 def peft_model(method: Method, model: nn.Module) -> nn.Module:
     """Raises MissingPeerError where peft, or the method in it, is missing."""
     try:
@@ -118,6 +126,8 @@ def peft_model(method: Method, model: nn.Module) -> nn.Module:
     if method.kind == "lora":
         options["lora_alpha"] = method.r
     config = getattr(peft, PEFT[method.kind])(**options)
+    if method.kind == "shira":
+        config.mask_fn = random_mask
     return peft.get_peft_model(model, config, autocast_adapter_dtype=method.fp32_adapters)
 
 
