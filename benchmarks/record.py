@@ -52,8 +52,15 @@ def where(device: str) -> dict[str, Any]:
         import triton
     except ImportError:
         triton = None
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "capability": f"{properties.major}.{properties.minor}", "processors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda,
+        }  # fmt: skip
     return {
         "device": device_name(device), "device_type": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "triton": triton.__version__ if triton else None, "python": platform.python_version(), "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d"), **gpu,
     }  # fmt: skip

@@ -72,9 +72,9 @@ def record_loss(waiting: list[Part], folder: Path, report: Report, what: str, sa
     part = waiting.pop(0)
     rows = folder / f"{part.name}.rows"
     kept = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
-    report.add(
-        part.name, {"status": "failed", "error": f"{what}\n{said}", "rows": kept, "notes": [], "bars": [], "seconds": 0}
-    )
+    result = {"status": "failed", "error": f"{what}\n{said}", "rows": kept, "notes": [], "bars": [], "seconds": 0}
+    (folder / f"{part.name}.json").write_text(json.dumps(result), encoding="utf-8")  # for the next worker to see
+    report.add(part.name, result)
 
 
 def supervise(
@@ -82,7 +82,8 @@ def supervise(
 ) -> None:
     """Run the parts in worker processes until each has a result. worker: the command, without its options."""
     end, waiting = time.time() + 60 * minutes, list(parts)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("TRITON_INTERPRET", None)
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"

@@ -20,19 +20,30 @@ HYPERPARAMETERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weigh
 KERNELS = ("triton", "cuda")
 
 
+def refusal(job: Job, name: str) -> str | None:
+    """Why a backend's kernels cannot run here, or None."""
+    if name in job.broken:
+        return "its correctness part ended in an error"
+    backend = ops.BACKENDS.get(name)
+    return backend.refusal(job.device, set(DTYPES.values())) if backend else "this commit does not have it"
+
+
 def backends(job: Job) -> list[str]:
     """The kernels that run here; a row says why another does not. Raises RuntimeError where none does."""
-    found = []
-    for name in KERNELS:
-        backend = ops.BACKENDS.get(name)
-        reason = backend.refusal(job.device, set(DTYPES.values())) if backend else "this commit does not have it"
-        if reason is None:
-            found.append(name)
-        else:
+    reasons = {name: refusal(job, name) for name in KERNELS}
+    for name, reason in reasons.items():
+        if reason is not None:
             job.row(backend=name, absent=reason)
+    found = [name for name, reason in reasons.items() if reason is None]
     if not found:
-        raise RuntimeError(f"none of {', '.join(KERNELS)} runs on {job.device}: {job.rows}")
+        raise RuntimeError(f"none of {', '.join(KERNELS)} runs on {job.device}: {reasons}")
     return found
+
+
+def available(job: Job, name: str) -> bool:
+    """Whether a part about one backend can run; if not, why is what the part reports."""
+    job.missing = refusal(job, name)
+    return job.missing is None
 
 
 def poison() -> None:
@@ -133,9 +144,15 @@ def tf32(allowed: bool) -> Iterator[None]:
 def plain_product(dy: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
     """torch's product of the same operands with a float32 result: what the kernel's error is measured by."""
     chosen = dy if rows is None else dy.index_select(1, rows)
-    if dy.is_cuda and dy.dtype != torch.float32 and min(*chosen.shape, x.shape[1]) > 0:
+    if not dy.is_cuda or dy.dtype == torch.float32 or dy.shape[0] == 0:
+        return chosen.t().float() @ x.float()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
         return torch.mm(chosen.t(), x, out_dtype=torch.float32)
-    return chosen.t().float() @ x.float()
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -167,14 +184,19 @@ def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gradients(job: Job) -> None:
+def gradients(job: Job, name: str = "triton") -> None:
     """slice_grad: shapes, layouts, positions, dtypes; the same bits on every run."""
-    names, cases = backends(job), SMALL if job.small else LARGE
-    tasks = [(d, case, name) for d in DTYPES for case in cases for name in names]
-    for dtype, case, name in job.within_time(tasks, 3.0):
+    if not available(job, name):
+        return
+    tasks = [(dtype, case) for dtype in DTYPES for case in (SMALL if job.small else LARGE)]
+    for dtype, case in job.within_time(tasks, 3.0):
         label = {"backend": name, "dtype": dtype}
         with job.attempt(**label, case=str(case)), ops.use_backend(name):
             job.row(**label, **gradient_row(case, DTYPES[dtype], job.device))
+
+
+def gradients_cuda(job: Job) -> None:
+    gradients(job, "cuda")
 
 
 # -- slice_adamw and slice_grad_adamw -----------------------------------------------------------------------------------
@@ -247,8 +269,10 @@ def update_row(
     }  # fmt: skip
 
 
-def updates(job: Job) -> None:
+def updates(job: Job, name: str = "triton") -> None:
     """slice_adamw and slice_grad_adamw: slice types, positions, both roundings; every bit of the weight accounted for."""
+    if not available(job, name):
+        return
     shape = (20, 33, 40) if job.small else (2048, 1000, 1031)
     cases = [
         (dtype, kind, scattered, seed, fused)
@@ -259,15 +283,17 @@ def updates(job: Job) -> None:
         for fused in (True, False)
         if not (scattered and kind == "all") and (seed is None or dtype == "bf16")
     ]
-    names = backends(job)
-    tasks = [(case, name) for case in cases for name in names]
-    for (dtype, kind, scattered, seed, fused), name in job.within_time(tasks, 3.0):
+    for dtype, kind, scattered, seed, fused in job.within_time(cases, 3.0):
         label = {
             "backend": name, "op": "slice_grad_adamw" if fused else "slice_adamw", "dtype": dtype, "slice": kind,
             "scattered": scattered, "stochastic": seed is not None,
         }  # fmt: skip
         with job.attempt(**label), ops.use_backend(name):
             job.row(**label, **update_row(shape, DTYPES[dtype], kind, scattered, seed, fused, job.device))
+
+
+def updates_cuda(job: Job) -> None:
+    updates(job, "cuda")
 
 
 # -- training ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.correctness import HYPERPARAMETERS, backends
+from benchmarks.gpu.correctness import HYPERPARAMETERS, available
 from benchmarks.gpu.job import Job
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 
@@ -172,20 +172,25 @@ def step_waits(moves: bool, device: str) -> str:
     return "no"
 
 
-def graphs(job: Job) -> None:
+def graphs(job: Job, name: str = "triton") -> None:
     """Capture and replay, moves, waits and streams, op by op."""
+    if not available(job, name):
+        return
     shape = (70, 40, 33) if job.small else (8192, 1024, 512)
-    for name in backends(job):
-        with ops.use_backend(name):
-            for op, run in RUNS.items():
-                with job.attempt(backend=name, op=op, what="replay equals eager"):
-                    wrong = replay_differs(run, shape, job.device)
-                    job.row(backend=name, op=op, what="replay equals eager", wrong=", ".join(wrong), ok=not wrong)
-                with job.attempt(backend=name, op=op, what="move"):
-                    job.row(backend=name, op=op, what="move", **move_row(run, shape, job.device))
-            with job.attempt(backend=name, op="slice_grad", what="two streams"):
-                job.row(backend=name, op="slice_grad", what="two streams", ok=not streams_differ(shape, job.device))
-            for moves in (False, True):
-                what = f"a whole training step waits, {'with' if moves else 'without'} a move"
-                with job.attempt(backend=name, op="SliceAdamW", what=what):
-                    job.row(backend=name, op="SliceAdamW", what=what, answer=step_waits(moves, job.device))
+    with ops.use_backend(name):
+        for op, run in RUNS.items():
+            with job.attempt(backend=name, op=op, what="replay equals eager"):
+                wrong = replay_differs(run, shape, job.device)
+                job.row(backend=name, op=op, what="replay equals eager", wrong=", ".join(wrong), ok=not wrong)
+            with job.attempt(backend=name, op=op, what="move"):
+                job.row(backend=name, op=op, what="move", **move_row(run, shape, job.device))
+        with job.attempt(backend=name, op="slice_grad", what="two streams"):
+            job.row(backend=name, op="slice_grad", what="two streams", ok=not streams_differ(shape, job.device))
+        for moves in (False, True):
+            what = f"a whole training step waits, {'with' if moves else 'without'} a move"
+            with job.attempt(backend=name, op="SliceAdamW", what=what):
+                job.row(backend=name, op="SliceAdamW", what=what, answer=step_waits(moves, job.device))
+
+
+def graphs_cuda(job: Job) -> None:
+    graphs(job, "cuda")

@@ -28,10 +28,14 @@ class Part:
 # Correctness first, after the build that it needs; then by importance.
 PARTS = (
     Part("build", "benchmarks.gpu.build:build", 75, on_cpu=False),
-    Part("gradients", "benchmarks.gpu.correctness:gradients", 60),
-    Part("updates", "benchmarks.gpu.correctness:updates", 45),
-    Part("graphs", "benchmarks.gpu.graphs:graphs", 20),
-    Part("training", "benchmarks.gpu.correctness:training", 25),
+    Part("gradients", "benchmarks.gpu.correctness:gradients", 55),
+    Part("updates", "benchmarks.gpu.correctness:updates", 35),
+    Part("graphs", "benchmarks.gpu.graphs:graphs", 15),
+    # parts of their own, so that a fault of one backend, which ends the process, leaves the other's results
+    Part("gradients_cuda", "benchmarks.gpu.correctness:gradients_cuda", 10),
+    Part("updates_cuda", "benchmarks.gpu.correctness:updates_cuda", 8),
+    Part("graphs_cuda", "benchmarks.gpu.graphs:graphs_cuda", 7),
+    Part("training", "benchmarks.gpu.correctness:training", 20),
     Part("layers", "benchmarks.gpu.layer_steps:layers", 55, least=10),
     Part("kernels", "benchmarks.gpu.kernels:kernels", 55, least=10),
     Part("model", "benchmarks.gpu.model:model", 105, least=20),
@@ -67,6 +71,7 @@ class Job:
     deadline: float  # time.time()
     modules: Path
     sink: Path | None = None  # rows go there at once, so that a crash loses none
+    broken: frozenset[str] = frozenset()  # backends whose correctness part ended in an error, as a lost device is
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bars: list[dict[str, Any]] = field(default_factory=list)

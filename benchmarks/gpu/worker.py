@@ -42,6 +42,17 @@ def device_is_lost(device: str) -> bool:
     return False
 
 
+def broken_backends(folder: Path) -> frozenset[str]:
+    """Backends of which an earlier part of their own has ended in an error or in the death of its process."""
+    found = set()
+    for part in PARTS:
+        path = folder / f"{part.name}.json"
+        backend = part.name.rpartition("_")[2]
+        if part.name.endswith("_cuda") and path.exists() and "error" in json.loads(path.read_text(encoding="utf-8")):
+            found.add(backend)
+    return frozenset(found)
+
+
 def run_part(part: Part, job: Job) -> dict:
     """The part's result; whatever it raises is in it."""
     start = time.perf_counter()
@@ -65,7 +76,14 @@ def work(parts: Sequence[Part], device: str, folder: Path, end: float, minutes: 
         if seconds > 0:
             deadline = time.time() + seconds
             (folder / "deadline").write_text(str(deadline), encoding="utf-8")
-            job = Job(device, device == "cpu", deadline, folder / "modules", folder / f"{part.name}.rows")
+            job = Job(
+                device,
+                device == "cpu",
+                deadline,
+                folder / "modules",
+                folder / f"{part.name}.rows",
+                broken_backends(folder),
+            )
             result = run_part(part, job)
         else:
             result = {"status": "skipped: no time left", "rows": [], "notes": [], "bars": [], "seconds": 0.0}
