@@ -41,7 +41,7 @@ class Report:
     def __init__(self, device: str, results: Path) -> None:
         self.found: dict[str, Any] = {"where": where(device), "parts": {}}
         name = f"{self.found['where']['device']}-{self.found['where']['commit'].replace('+', '-changed')}"
-        self.path = results / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
+        self.path = results / f"{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.json"
 
     def add(self, part: str, result: dict[str, Any]) -> None:
         self.found["parts"][part] = result

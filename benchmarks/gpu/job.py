@@ -76,6 +76,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     bars: list[dict[str, Any]] = field(default_factory=list)
     missing: str | None = None  # what this machine lacks for the part
+    incomplete: bool = False
 
     def left(self) -> float:
         return self.deadline - time.time()
@@ -93,6 +94,7 @@ class Job:
         for i, case in enumerate(cases):
             if i and self.left() < each:
                 self.notes.append(f"no time left for {len(cases) - i} of {len(cases)} cases")
+                self.incomplete = True
                 return
             yield case
 
@@ -119,6 +121,7 @@ class Job:
     def result(self, error: str | None = None) -> dict[str, Any]:
         """What the report keeps of the part."""
         failed = error is not None or any(row.get("ok") is False for row in self.rows)
-        status = "failed" if failed else f"missing: {self.missing}" if self.missing else "ok"
+        done = "ok, as far as it came" if self.incomplete else "ok"
+        status = "failed" if failed else f"missing: {self.missing}" if self.missing else done
         found = {"status": status, "rows": self.rows, "notes": self.notes, "bars": self.bars}
         return found if error is None else {**found, "error": error}
