@@ -171,12 +171,12 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
     for name in names:
         call = lambda: ops.slice_adamw(*arguments)
         with job.attempt(**label, backend=name), ops.use_backend(name):
-            add(name, "graph", milliseconds(captured(call, device), device, 1, rounds))
             add(name, "eager", milliseconds(call, device, 1, rounds))
+            add(name, "graph", milliseconds(captured(call, device), device, 1, rounds))
     options = {"fused": True, "capturable": True} if device == "cuda" else {"foreach": True}
     with job.attempt(**label, backend="torch"):
         theirs = CopyBack(weights, [(None, c) for c in cols], state[0], **options)
         for master, grad in zip(theirs.masters, state[1], strict=True):
             master.grad = grad
-        add("torch, copy-back", "graph", milliseconds(captured(theirs.step, device), device, 1, rounds))
         add("torch, copy-back", "eager", milliseconds(theirs.step, device, 1, rounds))
+        add("torch, copy-back", "graph", milliseconds(captured(theirs.step, device), device, 1, rounds))
