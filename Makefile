@@ -41,9 +41,9 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
 
-# No network and no build: the Triton kernels need neither.
+# No network, and nothing to install: csrc is built in a temporary folder if a compiler is there.
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.* slicefine/_CUDA.*

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -20,7 +21,9 @@ def quantiles(values: list[float]) -> list[float]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; "unknown" outside a checkout."""
+    """The commit of this checkout, with a + where files differ from it; $SLICEFINE_COMMIT if set; else "unknown"."""
+    if os.environ.get("SLICEFINE_COMMIT"):
+        return os.environ["SLICEFINE_COMMIT"]
     here = Path(__file__).parent
     try:
         found = subprocess.run(
@@ -49,8 +52,15 @@ def where(device: str) -> dict[str, Any]:
         import triton
     except ImportError:
         triton = None
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "capability": f"{properties.major}.{properties.minor}", "processors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda,
+        }  # fmt: skip
     return {
-        "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": device_name(device), "device_type": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "triton": triton.__version__ if triton else None, "python": platform.python_version(), "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d"), **gpu,
     }  # fmt: skip

@@ -28,14 +28,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CopyBack:
-    """torch.optim.AdamW(foreach=True) on float32 copies of the slices, each copied back into its weight."""
+    """torch.optim.AdamW on float32 copies of the slices, each copied back into its weight. options: foreach, fused, capturable."""
 
     def __init__(
-        self, weights: list[Tensor], indices: list[tuple[Tensor | None, Tensor | None]], masters: list[Tensor]
+        self,
+        weights: list[Tensor],
+        indices: list[tuple[Tensor | None, Tensor | None]],
+        masters: list[Tensor],
+        **options: bool,
     ) -> None:
         self.weights, self.indices = weights, indices
         self.masters = [nn.Parameter(master.detach().clone()) for master in masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, weight_decay=0.0, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, weight_decay=0.0, **(options or {"foreach": True}))
 
     @torch.no_grad()
     def step(self) -> None:
