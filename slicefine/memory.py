@@ -42,8 +42,8 @@ class _StorageTracker(TorchDispatchMode):
         super().__init__()
         self.live: dict[int, tuple[int, str]] = {}  # storage -> bytes, kind
         self.current = self.peak = 0
-        self.totals = dict.fromkeys(KINDS, 0)
-        self.at_peak = dict(self.totals)
+        self.totals: dict[str, int] = dict.fromkeys(KINDS, 0)
+        self.at_peak: dict[str, int] = dict(self.totals)
         self.logits_width = logits_width
 
     def follow(self, tensor: Tensor, kind: str = "temporaries") -> None:

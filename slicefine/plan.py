@@ -93,6 +93,7 @@ def _fakes(model: nn.Module) -> Iterator[FakeTensorMode]:
         return known[id(tensor)][1]
 
     for module in model.modules():
+        registry: Any
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
                 if tensor is not None:
@@ -184,11 +185,11 @@ def masked(r: int, targets: str | list[str] = "all-linear") -> Method:
     def prepare(model: nn.Module) -> Optimizer:
         found = find_targets(model, SliceConfig(r=r, target_modules=targets))
         model.requires_grad_(False)
-        weights = {id(t.module.weight): t.module.weight for t in found if not t.skipped}.values()
+        weights: list[Any] = list({id(t.module.weight): t.module.weight for t in found if not t.skipped}.values())
         for weight in weights:
             weight.requires_grad_(True)
         model.slicefine_masks = [(w, torch.zeros_like(w, dtype=torch.bool)) for w in weights]  # type: ignore[attr-defined]
-        return torch.optim.AdamW(list(weights), fused=True)
+        return torch.optim.AdamW(weights, fused=True)
 
     def after_backward(model: nn.Module) -> None:
         for weight, mask in model.slicefine_masks:  # type: ignore[attr-defined]

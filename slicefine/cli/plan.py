@@ -52,12 +52,10 @@ def load_workload(model: str, dtype: str) -> Any:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     if not Path(model).exists() and "/" not in model:
         try:
-            import timm
-        except ImportError:
-            timm = None
-        if timm is not None and timm.is_model(model):
             from slicefine.integrations import timm as of_timm
-
+        except ImportError:
+            of_timm = None
+        if of_timm is not None and of_timm.timm.is_model(model):
             return of_timm.workload(model, kind)
     from slicefine.integrations import transformers as of_transformers
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
+import timm as _timm
 import torch
 from torch import Tensor, nn
 
 from slicefine.plan import Workload
+
+timm: Any = _timm  # its names are attached at import, where no type checker sees them
 
 
 def workload(model: str, dtype: torch.dtype) -> Workload:
@@ -20,13 +22,14 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
         like = timm.list_models(f"*{model.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {model!r}" + (f"; some like it: {', '.join(like)}" if like else ""))
 
-    def build() -> nn.Module:
+    def build() -> Any:
         with torch.device("meta"):
             return timm.create_model(model, pretrained=False).to(dtype)
 
+    size = build().pretrained_cfg["input_size"]  # channels, height, width
+
     def inputs(batch: int, length: int) -> dict[str, Any]:
-        channels, height, width = build().pretrained_cfg["input_size"]
-        return {"x": torch.zeros(batch, channels, height, width, dtype=dtype)}
+        return {"x": torch.zeros(batch, *size, dtype=dtype)}
 
     def loss(output: Tensor, inputs: dict[str, Any]) -> Tensor:
         labels = torch.zeros(output.shape[0], dtype=torch.int64)

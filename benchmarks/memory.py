@@ -1,0 +1,87 @@
+"""Peak memory of a training step for every method, without a GPU: rows for machines, a table for people.
+
+python -m benchmarks.memory [--json FILE] [--model FOLDER_OR_ID ...] [--batch 4] [--seq 768] [--quick]
+
+Rows: {"model", "method", "targets", "r", "peak_bytes", "weights", "activations", "gradients", "moments", "logits", "temporaries",
+"mode", "trainable", "ratio_to_floor", ...}; mode is "eager" or "checkpointing". Estimates under fake tensors (`slicefine.plan`); what they
+cannot see is in `slicefine.plan.UNSEEN`. torch.compile is not measured: its partitioner decides what is saved on the device itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import where
+from slicefine import plan
+from slicefine.integrations import peft
+from slicefine.integrations.transformers import workload
+from slicefine.memory import KINDS
+
+MODELS = Path(__file__).parent / "models"
+PAIR = ["q_proj", "v_proj"]
+
+
+def methods(r: int, quick: bool) -> Iterator[plan.Method]:
+    """Ours, and peft's at equal targets and rank, in its default precision (float32 adapters) and in the model's."""
+    yield plan.floor()
+    for targets in (["all-linear"] if quick else ["all-linear", PAIR]):
+        yield plan.slices(r, targets=targets)
+        yield plan.slices(r, targets=targets, in_bwd=True)
+        yield plan.slices(r, "row", targets=targets)
+        yield plan.masked(r, targets=targets)
+        for name in ("LoRA",) if quick else ("LoRA", "LoRA-FA", "DoRA", "MiSS", "VeRA"):
+            yield peft.method(name, r, targets)
+            yield peft.method(name, r, targets, float32=False)
+        if not quick:
+            yield peft.method("IA3", r, targets)
+    yield plan.full()
+
+
+def rows(models: list[str], batch: int, length: int, r: int = 16, quick: bool = False) -> Iterator[dict[str, Any]]:
+    for model in models:
+        eager = workload(model, torch.bfloat16)
+        for made in (eager, plan.with_checkpointing(eager)):
+            floor = None
+            for method in methods(r, quick):
+                row = plan.estimate(made, method, batch, length).row()
+                floor = floor or row["peak_bytes"]
+                yield {**row, "model": Path(model).name, "dtype": "bf16", "ratio_to_floor": row["peak_bytes"] / floor}
+
+
+def line(row: dict[str, Any]) -> str:
+    parts = ", ".join(f"{kind} {row[kind] / 2**30:.2f}" for kind in KINDS if row[kind] >= 2**30 / 100)
+    return (
+        f"{row['model']:<14}{row['mode']:<14}{row['method']:<38}{row['targets']:<16}{row['trainable'] / 1e6:>9.1f} M"
+        f"{row['peak_bytes'] / 2**30:>8.2f} GiB {row['ratio_to_floor']:.3f} of the floor: {parts}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", nargs="+", default=[str(MODELS / "llama-3.2-3b")])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=768)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--quick", action="store_true", help="fewer methods")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by an old name
+    found = []
+    for row in rows(options.model, options.batch, options.seq, options.r, options.quick):
+        found.append(row)
+        print(line(row), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"where": where("cpu"), "rows": found}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
