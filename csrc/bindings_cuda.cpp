@@ -86,7 +86,8 @@ PYBIND11_MODULE(_CUDA, m) {
     std::vector<Slice> s = slices(tuples);
     std::vector<Moments8> m;
     for (const auto& t : states) m.push_back(moments8(t));
-    slice_adamw_8bit(s.data(), m.data(), int64_t(s.size()), address<const float>(codebook), step(options), launch(where));
+    slice_adamw_8bit(s.data(), m.data(), int64_t(s.size()), address<const float>(codebook), step(options),
+                     launch(where));
   });
   m.def("slice_grad_adamw", [](const GradTuple& in, const SliceTuple& s, const MomentsTuple& state,
                                const OptionsTuple& options, const LaunchTuple& where) {

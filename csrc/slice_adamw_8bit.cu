@@ -69,8 +69,8 @@ static __device__ __forceinline__ Quad dequantize(uint32_t word, float scale, co
   return q;
 }
 
-// The largest magnitude of a warp's values: without their sign, the bits of floats are in the order of the floats, a NaN
-// above all of them.
+// The largest magnitude of a warp's values: without their sign, the bits of floats are in the order of the floats, a
+// NaN above all of them.
 static __device__ __forceinline__ float largest_of_warp(const Quad (&x)[kQuads]) {
   uint32_t largest = 0;
 #pragma unroll

@@ -15,7 +15,8 @@ struct UpdateSlice {
   };
   __device__ __forceinline__ AdamWScalars<float> prepare() const { return adamw_scalars(step.constants, *slice.step); }
   __device__ __forceinline__ State load(int64_t element, int64_t row, int64_t col) const {
-    return {slice.master[element], moments.exp_avg[element], moments.exp_avg_sq[element], weight_offset(slice, row, col)};
+    return {slice.master[element], moments.exp_avg[element], moments.exp_avg_sq[element],
+            weight_offset(slice, row, col)};
   }
   __device__ __forceinline__ void store(const AdamWScalars<float>& scalars, int64_t element, float g, State s) const {
     s.p = adamw_update(s.p, g, s.m, s.v, scalars);
