@@ -70,7 +70,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 
-pybind11_add_module(_CUDA MODULE bindings_cuda.cpp slice_grad.cu slice_adamw.cu slice_grad_adamw.cu)
+pybind11_add_module(_CUDA MODULE bindings_cuda.cpp slice_grad.cu slice_adamw.cu slice_adamw_8bit.cu slice_grad_adamw.cu)
 list(TRANSFORM archs REPLACE "-real$" "")
 list(TRANSFORM archs PREPEND "sm_")
 list(JOIN archs ", " names)

@@ -9,6 +9,8 @@ struct fp16 { uint16_t bits; };
 
 enum class DType { f32 = 0, f64 = 1, bf16 = 2, fp16 = 3 };  // slicefine/_native.py holds the same numbers
 
+constexpr int64_t kQuantum = 256;  // moments in 8 bits that share a scale; slicefine/reference.py holds the same number
+
 template <typename T> struct Accumulate { using type = float; };
 template <> struct Accumulate<double> { using type = double; };
 template <typename T> using accumulate_t = typename Accumulate<T>::type;

@@ -21,8 +21,6 @@ struct Moments {
   double step;
 };
 
-constexpr int64_t kQuantum = 256;    // moments in 8 bits that share a scale; slicefine/reference.py holds the same number
-
 // AdamW's tensors for one slice with moments in 8 bits: codes contiguous [R, K], a scale per kQuantum of them.
 struct Moments8 {
   float* master;

@@ -62,18 +62,50 @@ def slice_adamw(
 ) -> None:
     """See `slicefine.reference.slice_adamw`; one launch for up to 300 slices."""
     grads = [g.to(torch.float32).contiguous() for g in grads]
-    slices = [
-        _slice("slice_adamw", *tensors)
-        for tensors in zip(masters, exp_avgs, exp_avg_sqs, grads, weights, rows, cols, steps, strict=True)
+    slices = _slices("slice_adamw", masters, grads, weights, rows, cols, steps)
+    states = [
+        _state("slice_adamw", weight, exp_avg=m, exp_avg_sq=v)
+        for weight, m, v in zip(weights, exp_avgs, exp_avg_sqs, strict=True)
     ]
-    for i, weight in enumerate(weights):
-        if weight.device != weights[0].device:
-            raise ValueError(
-                f"slice_adamw: weight 0 is on {weights[0].device}, weight {i} on {weight.device}; expected one device"
-            )
     options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
     if slices:
-        _CUDA.slice_adamw(slices, options, (*_launch(weights[0]), 0, 0))
+        _CUDA.slice_adamw(slices, states, options, (*_launch(weights[0]), 0, 0))
+
+
+def slice_adamw_8bit(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    codebook: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.reference.slice_adamw_8bit`; one launch for up to 270 slices."""
+    op = "slice_adamw_8bit"
+    grads = [g.to(torch.float32).contiguous() for g in grads]
+    slices = _slices(op, masters, grads, weights, rows, cols, steps)
+    states = [
+        (*_state(op, w, torch.uint8, exp_avg=m, exp_avg_sq=v), *_state(op, w, exp_avg_scale=ms, exp_avg_sq_scale=vs))
+        for w, m, v, ms, vs in zip(weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, strict=True)
+    ]
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    if slices:
+        if codebook.shape != (2, 256):
+            raise ValueError(f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)")
+        (book,) = _state(op, weights[0], codebook=codebook)
+        _CUDA.slice_adamw_8bit(slices, states, book, options, (*_launch(weights[0]), 0, 0))
 
 
 def slice_grad_adamw(
@@ -96,14 +128,15 @@ def slice_grad_adamw(
 ) -> None:
     """See `slicefine.reference.slice_grad_adamw`; the gradient stays on the chip, but for the partial sums of split tiles."""
     _check("slice_grad_adamw", {"grad_output": grad_output, "input": input}, {"rows": rows})
-    state = _slice("slice_grad_adamw", master, exp_avg, exp_avg_sq, None, weight, rows, cols, step)
+    place = _slice("slice_grad_adamw", master, None, weight, rows, cols, step)
+    state = _state("slice_grad_adamw", weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if weight.device != input.device:
         raise ValueError(f"slice_grad_adamw: the input is on {input.device}, the weight on {weight.device}")
     arguments, _keep = _grad_inputs(grad_output, input, rows)
     options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
     launch = _launch(input)
     partials, counters = _workspace(launch)
-    _CUDA.slice_grad_adamw(arguments, state, options, (*launch, partials.data_ptr(), counters.data_ptr()))
+    _CUDA.slice_grad_adamw(arguments, place, state, options, (*launch, partials.data_ptr(), counters.data_ptr()))
 
 
 def _check(op: str, tensors: dict[str, Tensor], indices: dict[str, Tensor | None]) -> None:
@@ -143,11 +176,21 @@ def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tup
     return arguments, (grad_output, input)
 
 
+def _slices(
+    op: str, masters: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[Tensor], *rest: Sequence
+) -> list:
+    """`_slice` of each, all on one device; rest: rows, cols, steps."""
+    for i, weight in enumerate(weights):
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"{op}: weight 0 is on {weights[0].device}, weight {i} on {weight.device}; expected one device"
+            )
+    return [_slice(op, *tensors) for tensors in zip(masters, grads, weights, *rest, strict=True)]
+
+
 def _slice(
     op: str,
     master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
     grad: Tensor | None,
     weight: Tensor,
     rows: Tensor | None,
@@ -155,18 +198,23 @@ def _slice(
     step: Tensor,
 ) -> tuple:
     _check(op, {"weight": weight}, {"rows": rows, "cols": cols})
-    state = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-    for name, tensor in state.items() if grad is None else (state | {"grad": grad}).items():
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != weight.device:
-            raise ValueError(
-                f"{op}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()} for shape "
-                f"{tuple(tensor.shape)}; expected contiguous float32 on {weight.device}"
-            )
+    addresses = _state(op, weight, master=master, step=step)
     return (
-        master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), 0 if grad is None else grad.data_ptr(),
-        weight.data_ptr(), 0 if rows is None else rows.data_ptr(), 0 if cols is None else cols.data_ptr(), step.data_ptr(),
+        addresses[0], 0 if grad is None else _state(op, weight, grad=grad)[0],
+        weight.data_ptr(), 0 if rows is None else rows.data_ptr(), 0 if cols is None else cols.data_ptr(), addresses[1],
         weight.stride(0), weight.stride(1), *master.shape, _DTYPES[weight.dtype],
     )  # fmt: skip
+
+
+def _state(op: str, weight: Tensor, dtype: torch.dtype = torch.float32, **tensors: Tensor) -> tuple[int, ...]:
+    """Addresses of tensors of this type on the weight's device."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != weight.device:
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}; expected contiguous {str(dtype).removeprefix('torch.')} on {weight.device}"
+            )
+    return tuple(tensor.data_ptr() for tensor in tensors.values())
 
 
 def refuses_a_device() -> str | None:

@@ -222,6 +222,16 @@ struct Exchange {
   const uint32_t* lane(int i) const { return emulator.fibers[size_t(warp + i)].registers[parity]; }
 };
 
+inline uint32_t reduce_max(uint32_t mask, uint32_t mine) {
+  if (mask != 0xFFFFFFFFu) fail("a reduction over a part of a warp");
+  const Exchange exchange(&mine, 1);
+  for (int i = 0; i < 32; ++i) {
+    if (emulator.fibers[size_t(exchange.warp + i)].exchanges < emulator.current->exchanges) fail("a reduction that not all lanes reach");
+    mine = std::max(mine, *exchange.lane(i));
+  }
+  return mine;
+}
+
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
   if (reinterpret_cast<uintptr_t>(shared) % 16) fail("ldmatrix at a misaligned address");
   uint32_t address[2];
@@ -280,4 +290,5 @@ inline void mma_m16n8k8_tf32(float* c, const uint32_t (&a)[4], const uint32_t (&
 inline void __syncthreads() { slicefine::cuda::syncthreads(); }
 inline bool __syncthreads_and(bool mine) { return slicefine::cuda::syncthreads_and(mine); }
 inline void __threadfence() {}
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t mine) { return slicefine::cuda::reduce_max(mask, mine); }
 inline int atomicAdd(int32_t* p, int32_t value) { return slicefine::cuda::atomic_add(p, value); }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops, reference
-from tests.test_ops import DTYPES, FEATURES, HYPERPARAMETERS, make_slices
+from tests.test_ops import DTYPES, FEATURES, HYPERPARAMETERS, make_slices, relaxed, some_slices
 
 
 def test_the_codebook_is_dynamic():
@@ -34,24 +36,21 @@ def test_rounding_is_to_the_nearest_value(count):
     assert not reference.dequantize_blockwise(*zeros, reference.dynamic_codebook()[0]).any()
 
 
-@pytest.mark.parametrize("seed", [None, 2**40 + 12345])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
-def test_slice_adamw_8bit(name, dtype, seed):
+def check_8bit(name, dtype, features, seed, maximize=False, shape=(21, 61)):
     """Masters as the float32 op from the same decoded moments; codes nearest to its moments, or beside a tie."""
-    rows, cols = [r for r, _ in FEATURES], [c for _, c in FEATURES]
-    masters, grads, moments, squares, weights = make_slices(dtype, FEATURES, (21, 61))
+    rows, cols = [r for r, _ in features], [c for _, c in features]
+    masters, grads, moments, squares, weights = make_slices(dtype, features, shape)
     book = reference.dynamic_codebook()
     m, ms = map(list, zip(*(reference.quantize_blockwise(t, book[0]) for t in moments), strict=True))
     v, vs = map(list, zip(*(reference.quantize_blockwise(t, book[1]) for t in squares), strict=True))
-    steps = [torch.tensor(float(1 + 7 * i)) for i in range(len(FEATURES))]
+    steps = [torch.tensor(float(1 + 7 * i)) for i in range(len(features))]
     before = [w.clone() for w in weights]
     expected = [
         [t.double() for t in masters], [g.double() for g in grads],
         [reference.dequantize_blockwise(a, b, book[0]).double() for a, b in zip(m, ms, strict=True)],
         [reference.dequantize_blockwise(a, b, book[1]).double() for a, b in zip(v, vs, strict=True)],
     ]  # fmt: skip
-    arguments = (*HYPERPARAMETERS.values(), False)
+    arguments = (*HYPERPARAMETERS.values(), maximize)
     reference.slice_adamw(*expected, [w.double() for w in weights], rows, cols, steps, *arguments, None)
     with ops.use_backend(name):
         ops.slice_adamw_8bit(masters, grads, m, v, ms, vs, book, weights, rows, cols, steps, *arguments, seed)
@@ -63,19 +62,38 @@ def test_slice_adamw_8bit(name, dtype, seed):
             nearest, exact_scales = reference.quantize_blockwise(values, values_book)
             torch.testing.assert_close(scales, exact_scales, rtol=1e-5, atol=0)
             apart = (codes.int() - nearest.int()).abs()
-            assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
+            assert apart.max() <= 1 and int((apart > 0).sum()) <= max(1, apart.numel() // 100)
         written = reference.read_slice(weight, rows[i], cols[i])
         stochastic = seed if dtype == torch.bfloat16 else None
         assert torch.equal(written, reference.round_to(masters[i], dtype, stochastic, i))
         outside = torch.ones(weight.shape, dtype=torch.bool)
         reference.write_slice(outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool))
         assert torch.equal(weight[outside], before[i][outside])
+        base = weight._base  # NaN around the weight
+        assert base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()
+    return masters, m, v, ms, vs, weights
+
+
+@pytest.mark.parametrize("seed", [None, 2**40 + 12345])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_adamw_8bit(name, dtype, seed):
+    for maximize in (False, True):
+        check_8bit(name, dtype, FEATURES, seed, maximize)
+
+
+@relaxed
+@given(some_slices(), st.sampled_from(DTYPES))
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_slice_adamw_8bit_anywhere(name, slices, dtype):
+    shape, features = slices
+    check_8bit(name, dtype, features, None, shape=shape)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_codes_are_the_nearest_over_the_whole_range(name):
     """Ratios of both signs over nine decades, dense near 1: the codes are the reference's."""
-    n = 200 if name == "cpu" else 8
+    n = 8 if name == "triton" else 200
     signs = torch.where(torch.rand(n, 256) < 0.5, -1.0, 1.0)
     grad = signs * torch.where(torch.rand(n, 256) < 0.5, torch.rand(n, 256), 10 ** (-9 * torch.rand(n, 256)))
     grad[:, 0], book = 1.0, reference.dynamic_codebook()

@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import test_8bit
 import test_ops
 import torch
 from hypothesis import given
@@ -26,9 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 H100, ONE = 132, 1  # processors: with one, no tile is split
 
 
-def build(
-    folder: Path, source: Path, units: tuple[str, ...] = ("slice_grad", "slice_adamw", "slice_grad_adamw")
-) -> Path:
+def build(folder: Path, source: Path, units: tuple[str, ...] = cuda_resources.UNITS) -> Path:
     """_CUDA for the host: the .cu files by g++ through the emulator, and the bindings as they are."""
     common = ["g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{source}"]
     python = [f"-I{sysconfig.get_paths()['include']}", f"-I{Path(torch.__file__).parent / 'include'}"]
@@ -211,6 +210,20 @@ def test_slice_adamw_anywhere_like_every_backend(gpu):
     test_ops.test_slice_adamw_anywhere(name="cuda")
 
 
+@pytest.mark.parametrize("seed", [None, 2**40 + 12345])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slice_adamw_8bit_like_every_backend(gpu, dtype, seed):
+    test_8bit.test_slice_adamw_8bit("cuda", dtype, seed)
+
+
+def test_slice_adamw_8bit_anywhere_like_every_backend(gpu):
+    test_8bit.test_slice_adamw_8bit_anywhere(name="cuda")
+
+
+def test_8bit_codes_are_the_nearest_like_every_backend(gpu):
+    test_8bit.test_codes_are_the_nearest_over_the_whole_range("cuda")
+
+
 @pytest.mark.parametrize("slice_type", ["column", "row", "block"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slice_grad_adamw_like_every_backend(gpu, dtype, slice_type):
@@ -252,6 +265,49 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
 def test_more_slices_than_one_launch_holds(gpu):
     features = [(None, torch.tensor([i % 5])) for i in range(650)]
     test_ops.check_adamw(_native_cuda, torch.bfloat16, features, seed=3, shape=(3, 5))
+    test_8bit.check_8bit("cuda", torch.bfloat16, features, seed=3, shape=(3, 5))
+
+
+def test_8bit_is_the_same_bits_in_every_order_and_at_every_address(gpu, monkeypatch):
+    """Blocks, warps and lanes in any order; tensors one element off the 16 bytes, sentinels on both sides of them."""
+    book, R, K = reference.dynamic_codebook(), 37, 61  # 2257 elements: two blocks of the launch, a quantum of 209
+    values = torch.randn(R, K), torch.randn(R, K), torch.randn(R, K), torch.rand(R, K)
+    results = []
+    for offset, seed in ((0, None), (1, "1"), (2, "2"), (3, "3")):
+        if seed:
+            monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", seed)
+        m, ms = reference.quantize_blockwise(values[2], book[0])
+        v, vs = reference.quantize_blockwise(values[3], book[1])
+        buffers = [torch.full((t.numel() + 8,), 77, dtype=t.dtype) for t in (values[0], values[1], m, v, ms, vs)]
+        master, grad, m, v, ms, vs = (
+            buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
+            for buffer, t in zip(buffers, (values[0], values[1], m, v, ms, vs), strict=True)
+        )
+        weight = torch.zeros(R, K, dtype=torch.bfloat16)
+        lists = [[t] for t in (master, grad, m, v, ms, vs)]
+        rest = [[t] for t in (weight, None, None, torch.tensor(5.0))]
+        _native_cuda.slice_adamw_8bit(*lists, book, *rest, *test_ops.HYPERPARAMETERS.values(), False, 77)
+        results.append([t.clone() for t in (master, m, v, ms, vs, weight)])
+        for buffer, t in zip(buffers, (master, grad, m, v, ms, vs), strict=True):
+            assert (buffer[:offset] == 77).all() and (buffer[offset + t.numel() :] == 77).all()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_8bit_zeros_stay_zeros_and_a_nan_shows(gpu):
+    """A quantum without a gradient beside one with a NaN in it: the scale tells, as the reference's does."""
+    book, grad = reference.dynamic_codebook(), torch.zeros(3, 256)
+    grad[1, 7], grad[2, 3] = float("nan"), 2.0
+    states = {}
+    for module in (reference, _native_cuda):
+        codes, scales = [torch.zeros(3, 256, dtype=torch.uint8) for _ in range(2)], [torch.zeros(3) for _ in range(2)]
+        lists = [[t] for t in (torch.ones(3, 256), grad, *codes, *scales)]
+        rest = [[t] for t in (torch.zeros(3, 256), None, None, torch.tensor(1.0))]
+        module.slice_adamw_8bit(*lists, book, *rest, *test_ops.HYPERPARAMETERS.values(), False, None)
+        states[module] = [reference.dequantize_blockwise(*pair) for pair in zip(codes, scales, book, strict=True)]
+    for mine, theirs in zip(states[_native_cuda], states[reference], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0, equal_nan=True)
+        assert not mine[0].any() and mine[1].isnan().all() and mine[2, 3] != 0
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -275,6 +331,16 @@ def no_launch(monkeypatch):
     monkeypatch.setattr(_native_cuda, "_CUDA", NoLaunch())
 
 
+def adamw_8bit(codebook: torch.Tensor | None = None, **states: torch.Tensor) -> None:
+    """slice_adamw_8bit of one 4 x 4 slice, of good tensors but for those that are named."""
+    two, codes, scale = torch.randn(4, 4), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1)
+    good = {"exp_avg": codes, "exp_avg_sq": codes, "exp_avg_scale": scale, "exp_avg_sq_scale": scale}
+    lists = [[t] for t in (two, two, *(good | states).values())]
+    rest = [[t] for t in (two, None, None, torch.tensor(1.0))]
+    book = reference.dynamic_codebook() if codebook is None else codebook
+    _native_cuda.slice_adamw_8bit(*lists, book, *rest, 1, 0, 0, 0, 0, False, None)
+
+
 def test_a_wrong_device_is_refused_before_a_launch(no_launch):
     two, one = torch.randn(3, 4), torch.tensor(1.0)
     with pytest.raises(ValueError, match="slice_grad: grad_output is on cpu; the cuda backend takes tensors on a CUDA"):
@@ -283,6 +349,8 @@ def test_a_wrong_device_is_refused_before_a_launch(no_launch):
         _native_cuda.slice_adamw(*([t] for t in (two, two, two, two, two, None, None, one)), 1, 0, 0, 0, 0, False, None)
     with pytest.raises(ValueError, match="slice_grad_adamw: grad_output is on cpu"):
         _native_cuda.slice_grad_adamw(two, two, two, two, two, two, None, None, one, 1, 0, 0, 0, 0, False, None)
+    with pytest.raises(ValueError, match="slice_adamw_8bit: weight is on cpu"):
+        adamw_8bit()
 
 
 def test_types_and_strides_are_refused_before_a_launch(no_launch, monkeypatch):
@@ -301,6 +369,16 @@ def test_types_and_strides_are_refused_before_a_launch(no_launch, monkeypatch):
         adamw(two.t(), one)
     with pytest.raises(ValueError, match=r"step is torch\.int64"):
         adamw(two, torch.tensor(1))
+    with pytest.raises(ValueError, match=r"exp_avg is torch\.float32 on cpu .* expected contiguous uint8"):
+        adamw_8bit(exp_avg=two)
+    with pytest.raises(ValueError, match=r"exp_avg_sq is torch\.uint8 on cpu with strides \(1, 4\)"):
+        adamw_8bit(exp_avg_sq=torch.zeros(4, 4, dtype=torch.uint8).t())
+    with pytest.raises(ValueError, match=r"exp_avg_scale is torch\.float64 .* expected contiguous float32"):
+        adamw_8bit(exp_avg_scale=torch.zeros(1).double())
+    with pytest.raises(ValueError, match=r"the codebook has shape \(256,\); expected \(2, 256\)"):
+        adamw_8bit(codebook=torch.zeros(256))
+    with pytest.raises(ValueError, match=r"codebook is torch\.float64 on cpu"):
+        adamw_8bit(codebook=torch.zeros(2, 256).double())
 
 
 def test_an_old_gpu_is_refused_by_name(monkeypatch):
@@ -351,21 +429,46 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_emulator_would_notice(gpu, fault, tmp_path, monkeypatch):
-    name, old, new = FAULTS[fault]
-    sources = tmp_path / "csrc"
+# none of them writes further than the sentinels of the tests reach
+FAULTS_8BIT = {
+    "books not waited for": ("slice_adamw_8bit.cu", "  __syncthreads();\n  if (!exists)", "  if (!exists)"),
+    "a scale for every lane": ("slice_adamw_8bit.cu", "__reduce_max_sync(0xFFFFFFFFu, largest)", "largest"),
+    "a reduction by some lanes": ("slice_adamw_8bit.cu", "  if (!exists) return;", "  if (!exists || valid_of(0) == 0) return;"),
+    "midpoints off the middle": ("slice_adamw_8bit.cu", "codebook[i - 1] + value) * 0.5f", "codebook[i - 1] + value) * 0.52f"),
+    "codes behind the slice": ("slice_adamw_8bit.cu", "v_codes.word[j], valid, words &&", "v_codes.word[j], valid ? 4 : 0, words &&"),
+}  # fmt: skip
+
+
+def build_with(fault: tuple[str, str, str], unit: str, folder: Path, healthy: Path):
+    """The module with one unit compiled from sources with a fault: (file, text, what stands there instead)."""
+    name, old, new = fault
+    sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     text = (sources / name).read_text()
     assert text.count(old) == 1
     (sources / name).write_text(text.replace(old, new))
-    shutil.copy(Path(gpu.module.__file__).parent / "bindings.o", tmp_path)
-    for unit in ("slice_adamw", "slice_grad_adamw"):
-        shutil.copy(Path(gpu.module.__file__).parent / f"{unit}.o", tmp_path)
+    for other in ("bindings", *cuda_resources.UNITS):
+        if other != unit:
+            shutil.copy(healthy / f"{other}.o", folder)
+    return load(build(folder, sources, (unit,)))
+
+
+@pytest.mark.parametrize("fault", FAULTS_8BIT)
+def test_the_8bit_tests_would_notice(gpu, fault, tmp_path, monkeypatch):
+    faulty = build_with(FAULTS_8BIT[fault], "slice_adamw_8bit", tmp_path, Path(gpu.module.__file__).parent)
+    monkeypatch.setattr(_native_cuda, "_CUDA", faulty)
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_8bit_is_the_same_bits_in_every_order_and_at_every_address(gpu, monkeypatch)
+        test_8bit.test_slice_adamw_8bit("cuda", torch.bfloat16, None)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulator_would_notice(gpu, fault, tmp_path, monkeypatch):
+    faulty = build_with(FAULTS[fault], "slice_grad", tmp_path, Path(gpu.module.__file__).parent)
     monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", "4")
     grad_output, input = torch.randn(500, 160).bfloat16(), torch.randn(500, 16).bfloat16()
     healthy = _native_cuda.slice_grad(grad_output, input)
-    monkeypatch.setattr(_native_cuda, "_CUDA", load(build(tmp_path, sources, ("slice_grad",))))
+    monkeypatch.setattr(_native_cuda, "_CUDA", faulty)
     try:
         result = _native_cuda.slice_grad(grad_output, input)
     except RuntimeError as error:
@@ -382,12 +485,14 @@ def test_the_emulator_would_notice(gpu, fault, tmp_path, monkeypatch):
 def test_no_kernel_spills():
     found = cuda_resources.rows(["sm_80", "sm_90", "sm_100", "sm_120"])
     print("\n" + cuda_resources.table(found))
-    assert len(found) == 4 * (2 * 4 * 2 + 1)  # targets x (2 ops x 4 kinds of arithmetic x 2 tiles + slice_adamw)
+    assert len(found) == 4 * (2 * 4 * 2 + 2)  # targets x (2 ops x 4 kinds of arithmetic x 2 tiles + 2 of AdamW alone)
     assert [r for r in found if r["spill_bytes"]] == []
     assert [r for r in found if r["shared_bytes"] > 1024 * cuda_resources.SHARED_KB[r["target"]]] == []
-    # two blocks of a gradient kernel fit a processor: registers (65,536 of them) and shared memory
+    # two blocks of a gradient kernel fit a processor, four of the others: registers (65,536 of them) and shared memory
     for r in found:
-        if r["kernel"] != "slice_adamw":
+        if r["kernel"] in ("slice_adamw", "slice_adamw_8bit"):
+            assert 4 * 256 * r["registers"] <= 65536
+        else:
             assert 2 * 128 * r["registers"] <= 65536
             assert 2 * r["shared_bytes"] <= 1024 * cuda_resources.SHARED_KB[r["target"]]
 

@@ -93,7 +93,7 @@ def test_csrc_knows_nothing_of_torch():
 def test_one_op_one_name_in_every_place():
     from slicefine import _native, _native_cuda, reference
 
-    for op in ("slice_grad", "slice_adamw", "slice_grad_adamw"):
+    for op in ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw"):
         assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "csrc" / f"{op}.cu").exists()
         assert (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
         assert all(callable(getattr(module, op)) for module in (reference, _native, _native_cuda))

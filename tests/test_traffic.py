@@ -14,7 +14,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 from slicefine_kernels import launch
 from slicefine_kernels.configs import grad_config, token_splits
 
-from slicefine import ops
+from slicefine import ops, reference
 
 ROOT = Path(__file__).parent.parent
 ADAMW = (1e-2, 0.9, 0.999, 1e-8, 0.0)
@@ -132,3 +132,21 @@ def test_slice_adamw_moves_the_bytes_of_the_model(dtype):
     assert (
         count["loaded"] + count["stored"] == layers * readme("slice_adamw", "bytes", R=R, K=K, e=dtype.itemsize) + table
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slice_adamw_8bit_moves_the_bytes_of_the_model(dtype):
+    R, K, layers = 64, 36, 3  # nine scales, a program for four
+    masters, grads = ([torch.rand(R, K) for _ in range(layers)] for _ in range(2))
+    codes = [[torch.zeros(R, K, dtype=torch.uint8) for _ in range(layers)] for _ in range(2)]
+    scales = [[torch.ones(R * K // 256) for _ in range(layers)] for _ in range(2)]
+    weights = [torch.randn(R, K).to(dtype) for _ in range(layers)]
+    nothing, steps = [None] * layers, [torch.tensor(1.0)] * layers
+    book = reference.dynamic_codebook()
+    with counting() as count:
+        ops.slice_adamw_8bit(masters, grads, *codes, *scales, book, weights, nothing, nothing, steps, *ADAMW)
+    programs = layers * -(-R * K // 1024)
+    table = programs * (14 * 8 + 4)
+    books = programs * 1024 * 2 * (1 + 2 * 8) * 4  # from a cache: both moments decoded, two values per step of a search
+    compulsory = layers * readme("slice_adamw_8bit", "bytes", R=R, K=K, e=dtype.itemsize)
+    assert count["loaded"] + count["stored"] == compulsory + table + books
