@@ -37,6 +37,9 @@ class Result:
     allocated: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(
+        default_factory=list
+    )  # of this process: what other work on the machine cannot stretch
     tokens: list[int] = field(default_factory=list)
     twin: dict[str, Any] = field(default_factory=dict)
 
@@ -61,11 +64,9 @@ class Runner:
         except Exception as error:
             result.status, result.error_msg = "canceled", f"{type(error).__name__}: {error}"
         result.train_time = time.perf_counter() - start - self.evaluating
-        result.twin["step_ms"] = dict(
-            zip(("p20", "p50", "p80"), quantiles([1e3 * s for s in result.seconds]), strict=True)
-            if result.seconds
-            else ()
-        )
+        for name, seconds in (("step_ms", result.seconds), ("step_cpu_ms", result.cpu_seconds)):
+            spread = quantiles([1e3 * s for s in seconds]) if seconds else [None] * 3
+            result.twin[name] = dict(zip(("p20", "p50", "p80"), spread, strict=True))
         return result
 
     def _run(self) -> None:
@@ -118,7 +119,7 @@ class Runner:
         self.result.twin["base_unchanged"] = None if after is None else after == before
 
     def _step(self, rows: list[list[int]], measure: bool) -> None:
-        result, start = self.result, time.perf_counter()
+        result, start, cpu_start = self.result, time.perf_counter(), time.process_time()
         batch = self._training_batch(rows)
         result.tokens.append(sum(len(ids) + 1 for ids in rows))  # and the end token
         with track_memory(self._held(), self.device) if measure else nullcontext() as report:
@@ -134,6 +135,7 @@ class Runner:
             result.allocated.append(torch.cuda.memory_allocated() - self.memory_at_start)
             result.reserved.append(torch.cuda.memory_reserved() - self.memory_at_start)
         result.seconds.append(time.perf_counter() - start)
+        result.cpu_seconds.append(time.process_time() - cpu_start)
 
     def _update(self, batch: dict[str, Tensor]) -> float:
         self.optimizer.zero_grad()
@@ -161,7 +163,7 @@ class Runner:
         return self._encode([template.format(query=row.query) + row.response for row in rows])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [ids[: self.params.max_seq_length] for ids in self.tokenizer(texts)["input_ids"]]
+        return self.tokenizer(texts, truncation=True, max_length=self.params.max_seq_length)["input_ids"]
 
     def _validate(self, step: int) -> None:
         result, start, n = self.result, time.perf_counter(), self.params.eval_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def file_size(model: nn.Module, experiment: Experiment) -> tuple[int, str]:
     """Bytes of what a user keeps after training, and how they were found."""
     if experiment.kind == "peft":
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file")  # a model that is not from the hub
             model.save_pretrained(folder)  # type: ignore[operator]
             return os.stat(Path(folder) / "adapter_model.safetensors").st_size, "adapter file, saved and measured"
     return count_parameters(model)[1] * next(
