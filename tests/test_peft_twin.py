@@ -21,21 +21,23 @@ from benchmarks.peft_twin.settings import PEFT_COMMIT, experiment_names, load_ex
 from benchmarks.peft_twin.tasks import Row, Task, accuracy, answer, batches, is_right, load_task
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "peft_twin"
-# huggingface/peft 5d602fd, method_comparison/MetaMathQA: log_results() and train() in utils.py and run.py, compared with its
-# 63 files in results/ (written before "peft_worktree_is_dirty" was added).
+# huggingface/peft 5d602fd, method_comparison/MetaMathQA: log_results() and train() in utils.py and run.py, compared with
+# its 63 files in results/ (written before "peft_worktree_is_dirty" was added).
 SCHEMA = {
-    "run_info": "created_at total_time experiment_name peft_branch peft_worktree_is_dirty train_config peft_config error_msg",
-    "train_info": "accelerator_memory_reserved_avg accelerator_memory_max accelerator_memory_reserved_99th train_time file_size "
-    "num_trainable_params num_total_params status metrics",
+    "run_info": "created_at total_time experiment_name peft_branch peft_worktree_is_dirty train_config peft_config "
+    "error_msg",
+    "train_info": "accelerator_memory_reserved_avg accelerator_memory_max accelerator_memory_reserved_99th train_time "
+    "file_size num_trainable_params num_total_params status metrics",
     "meta_info": "model_info dataset_info package_info system_info pytorch_info",
 }
 TRAIN_CONFIG = (
-    "model_id dtype max_seq_length batch_size batch_size_eval max_steps eval_steps compile use_gc query_template seed grad_norm_clip "
-    "optimizer_type optimizer_kwargs lr_scheduler use_amp autocast_adapter_dtype generation_kwargs attn_implementation init_kv_cache_prefix"
+    "model_id dtype max_seq_length batch_size batch_size_eval max_steps eval_steps compile use_gc query_template seed "
+    "grad_norm_clip optimizer_type optimizer_kwargs lr_scheduler use_amp autocast_adapter_dtype generation_kwargs "
+    "attn_implementation init_kv_cache_prefix"
 )
 VALID_METRICS = {
-    "step", "valid accuracy", "train loss", "train samples", "train time", "eval time", "tokens / sec", "mem allocated avg",
-    "mem reserved avg", "elapsed time",
+    "step", "valid accuracy", "train loss", "train samples", "train time", "eval time", "tokens / sec",
+    "mem allocated avg", "mem reserved avg", "elapsed time",
 }  # fmt: skip
 TEST_METRICS = {"step", "test accuracy", "train loss", "train samples", "train total tokens", "forgetting"}
 PACKAGE_INFO = {
@@ -46,10 +48,11 @@ PACKAGE_INFO = {
 SYSTEM_INFO = {"system", "release", "version", "machine", "processor", "accelerator"}
 # default_training_params.json of the same commit
 PEFT_DEFAULTS = {
-    "model_id": "meta-llama/Llama-3.2-3B", "dtype": "bfloat16", "max_seq_length": 768, "batch_size": 4, "batch_size_eval": 50,
-    "max_steps": 5000, "eval_steps": 250, "compile": False, "use_gc": False, "seed": 0, "grad_norm_clip": 1.0,
-    "optimizer_type": "AdamW", "optimizer_kwargs": {"lr": 1e-4, "weight_decay": 0.1}, "lr_scheduler": "cosine", "use_amp": False,
-    "autocast_adapter_dtype": True, "attn_implementation": None, "generation_kwargs": {"max_length": 800, "max_new_tokens": 300},
+    "model_id": "meta-llama/Llama-3.2-3B", "dtype": "bfloat16", "max_seq_length": 768, "batch_size": 4,
+    "batch_size_eval": 50, "max_steps": 5000, "eval_steps": 250, "compile": False, "use_gc": False, "seed": 0,
+    "grad_norm_clip": 1.0, "optimizer_type": "AdamW", "optimizer_kwargs": {"lr": 1e-4, "weight_decay": 0.1},
+    "lr_scheduler": "cosine", "use_amp": False, "autocast_adapter_dtype": True, "attn_implementation": None,
+    "generation_kwargs": {"max_length": 800, "max_new_tokens": 300},
     "query_template": "Question: {query} Think step by step.\nAnswer:", "init_kv_cache_prefix": None,
 }  # fmt: skip
 
@@ -283,8 +286,8 @@ def test_the_table_reads_pefts_own_files():
     theirs = {
         "run_info": {"experiment_name": "lora/llama-3.2-3B-rank32"},
         "train_info": {
-            "accelerator_memory_max": 22292725760, "train_time": 941.96, "file_size": 36715216, "num_trainable_params": 9175040,
-            "metrics": [last],
+            "accelerator_memory_max": 22292725760, "train_time": 941.96, "file_size": 36715216,
+            "num_trainable_params": 9175040, "metrics": [last],
         },
     }  # fmt: skip
     row = report.table([theirs]).splitlines()[-1]

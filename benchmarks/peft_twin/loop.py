@@ -47,7 +47,8 @@ class Result:
 class Runner:
     """One model on one task.
 
-    memory_at_start: bytes reserved on the GPU before the model was there. untracked: why memory cannot be tracked on a CPU.
+    memory_at_start: bytes reserved on the GPU before the model was there.
+    untracked: why memory cannot be tracked on a CPU.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class Runner:
             result.twin["peak_memory_tracked"] = report.peak_bytes
             result.twin["held_memory_tracked"] = report.bytes_before
             result.twin["peak_memory_tracked_by"] = (
-                f"slicefine.track_memory: storages that tensors hold in step {len(result.losses)}, the longest batch after the first"
+                f"slicefine.track_memory: storages that tensors hold in step {len(result.losses)}, "
+                "the longest batch after the first"
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

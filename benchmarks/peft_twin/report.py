@@ -152,7 +152,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One Markdown row per run. Peak memory is the accelerator's where there is one, else the tracked one (marked *)."""
+    """One Markdown row per run. Peak memory is the accelerator's where there is one, else what was tracked (*)."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     for run in runs:
         train, twin, last = run["train_info"], run.get("twin_info", {}), run["train_info"]["metrics"][-1]
@@ -160,9 +160,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         memory = f"{cuda / MIB:,.0f} MiB" if cuda is not None else f"{tracked / MIB:,.0f} MiB*" if tracked else "-"
         step = twin.get("step_ms", {}).get("p50")
         cells = [
-            run["run_info"]["experiment_name"], f"{100 * last['test accuracy']:.1f} %", memory, f"{train['train_time']:,.0f}",
-            f"{step:,.0f}" if step else "-", f"{train['file_size'] / MB:,.1f}", f"{train['num_trainable_params']:,d}",
-            f"{last['forgetting']:+.3f}",
+            run["run_info"]["experiment_name"], f"{100 * last['test accuracy']:.1f} %", memory,
+            f"{train['train_time']:,.0f}", f"{step:,.0f}" if step else "-", f"{train['file_size'] / MB:,.1f}",
+            f"{train['num_trainable_params']:,d}", f"{last['forgetting']:+.3f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

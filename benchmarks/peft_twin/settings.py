@@ -1,7 +1,7 @@
-"""What a run is made of: a setting (model, task, training parameters) and an experiment (one method), each read from JSON.
+"""What a run is made of: a setting (model, task, training parameters) and an experiment (one method), read from JSON.
 
-The training parameters have the keys, meaning and defaults of PEFT's MetaMathQA comparison (``PEFT_COMMIT``), so a file of
-either harness serves the other. Unknown keys, methods and experiments raise ValueError with the nearest name.
+The training parameters have the keys, meaning and defaults of PEFT's MetaMathQA comparison (``PEFT_COMMIT``), so a file
+of either harness serves the other. Unknown keys, methods and experiments raise ValueError with the nearest name.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def load_experiment(
 ) -> Experiment:
     """One experiment under a setting.
 
-    name: "method/variant", a folder with slice_config.json or PEFT's adapter_config.json (neither: full fine-tuning) and
-        perhaps training_params.json, whose keys replace the setting's.
+    name: "method/variant", a folder with slice_config.json or PEFT's adapter_config.json (neither: full fine-tuning)
+        and perhaps training_params.json, whose keys replace the setting's.
     max_steps: shortens the run; eval_steps follows where it would be longer.
     Raises ValueError for unknown experiments, methods and keys.
     """

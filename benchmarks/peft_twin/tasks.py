@@ -1,7 +1,7 @@
 """The data of a run, and when an answer is right: PEFT's exact match on what follows "The answer is: ".
 
-A task gives rows of query and response to train on, to validate and to test, and general text whose loss before and after
-training tells what was forgotten.
+A task gives rows of query and response to train on, to validate and to test, and general text whose loss before and
+after training tells what was forgotten.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def batches(rows: Any, batch_size: int, encode: Callable[[list[Row]], list[list[
 
 
 def movie_sentiment(folder: Path) -> Task:
-    """Movie-review sentences answered in words; general text is newspaper editorials. Both from vaderSentiment's sdist."""
+    """Movie-review sentences answered in words; general text is editorials. Both from vaderSentiment's sdist."""
     from examples import movie_reviews
 
     split = movie_reviews.load(folder)
@@ -107,7 +107,7 @@ def movie_sentiment(folder: Path) -> Task:
 
 
 def metamath_gsm8k(folder: Path) -> Task:
-    """PEFT's own: MetaMathQA up to 1,300 characters to train on, 50 rows of GSM8K's train set to validate, its test set."""
+    """PEFT's own: MetaMathQA up to 1,300 characters to train on, 50 of GSM8K's train set to validate, its test set."""
     try:
         from datasets import load_dataset
     except ImportError as error:
