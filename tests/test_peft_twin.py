@@ -21,7 +21,7 @@ from benchmarks.peft_twin.settings import PEFT_COMMIT, experiment_names, load_ex
 from benchmarks.peft_twin.tasks import Row, Task, accuracy, answer, batches, is_right, load_task
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "peft_twin"
-# huggingface/peft 5d602fd, method_comparison/MetaMathQA: log_results() and train() in utils.py and run.py, compared with
+# huggingface/peft 5d602fd, method_comparison/MetaMathQA: log_results() and train() in utils.py and run.py, against
 # its 63 files in results/ (written before "peft_worktree_is_dirty" was added).
 SCHEMA = {
     "run_info": "created_at total_time experiment_name peft_branch peft_worktree_is_dirty train_config peft_config "
@@ -240,7 +240,7 @@ def test_unknown_names_say_what_exists(capsys):
     assert "there are: " in capsys.readouterr().err
 
 
-# -- answers, batches, tables --------------------------------------------------------------------------------------------
+# -- answers, batches, tables ---------------------------------------------------------------------------------------
 
 
 def test_answers_are_read_as_peft_reads_them():
