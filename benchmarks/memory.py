@@ -32,7 +32,7 @@ PAIR = ["q_proj", "v_proj"]
 def methods(r: int, quick: bool) -> Iterator[plan.Method]:
     """Ours, and peft's at equal targets and rank, in its default precision (float32 adapters) and in the model's."""
     yield plan.floor()
-    for targets in (["all-linear"] if quick else ["all-linear", PAIR]):
+    for targets in ["all-linear"] if quick else ["all-linear", PAIR]:
         yield plan.slices(r, targets=targets)
         yield plan.slices(r, targets=targets, in_bwd=True)
         yield plan.slices(r, "row", targets=targets)
@@ -79,7 +79,9 @@ def main() -> int:
         found.append(row)
         print(line(row), flush=True)
         if options.json:
-            options.json.write_text(json.dumps({"where": where("cpu"), "rows": found}, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(
+                json.dumps({"where": where("cpu"), "rows": found}, indent=1) + "\n", encoding="utf-8"
+            )
     return 0
 
 

@@ -8,7 +8,7 @@ whatever the model's code does; what no such run can see is said in `UNSEEN`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ class Workload:
 
     build: () -> the model on the meta device. inputs: batch size, length -> keyword arguments, made of fake tensors.
     loss: what the model returned, inputs -> scalar. logits_width: size of the vocabulary, if it has one.
-    embeddings: model -> the module whose output gradients must reach for the frozen floor.
+    embeddings: model -> the module whose output gradients must reach for the frozen floor. context: entered for the step, where
+    the model's code must be told something about the data that values would tell it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Workload:
     loss: Callable[[Any, dict[str, Any]], Tensor]
     embeddings: Callable[[nn.Module], nn.Module]
     logits_width: int | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
     checkpointing: bool = False
 
 
@@ -134,7 +136,7 @@ def estimate(workload: Workload, method: Method, batch: int, length: int) -> Est
             [v for v in inputs.values() if isinstance(v, Tensor)], model=model, optimizer=optimizer,
             logits_width=workload.logits_width,
         )  # fmt: skip
-        with tracked as report:
+        with workload.context(), tracked as report:
             workload.loss(model(**inputs), inputs).backward()
             if optimizer is not None:
                 method.after_backward(model)
@@ -208,31 +210,33 @@ def _named(targets: str | list[str]) -> str:
 def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> int:
     """The largest size whose peak is within the budget, in bytes; 0 if not even 1 is.
 
-    peak: size -> bytes. Peaks grow almost linearly: the secant through the two sizes nearest to the budget says where to look. The
-    size returned has been evaluated and fits, and by the secant the one after it does not.
+    peak: size -> bytes, growing. Peaks grow almost linearly: the secant through the largest size that fits and the smallest that does
+    not says where to look, through the two largest or smallest while only one kind is known. The size returned has been evaluated
+    and fits; the one after it does not, by the secant at least.
     """
-    known = {start: peak(start)}
-    other = 2 * start if known[start] <= budget else max(1, start // 2)
-    for _ in range(12):
-        if other not in known:
-            known[other] = peak(other)
-        nearest = sorted(known, key=lambda size: abs(known[size] - budget))
-        near, far = nearest[0], next((size for size in nearest[1:] if known[size] != known[nearest[0]]), None)
-        if far is None:
-            return max((size for size, bytes_ in known.items() if bytes_ <= budget), default=0)
-        slope = (known[near] - known[far]) / (near - far)
-        other = max(0, int(near + (budget - known[near]) / slope))
-        if other == 0:
-            if 1 not in known:
-                known[1] = peak(1)
-            if known[1] > budget:
-                return 0
-            other = 1
-        if other in known and known[other] <= budget:
-            return other
-        if other in known:
-            other -= 1
-    raise RuntimeError(f"no size found within {budget} bytes; the peaks do not grow with the size: {known}")
+    known: dict[int, int] = {}
+    size = start
+    for _ in range(40):
+        known[size] = peak(size)
+        fits, beyond = ([s for s in sorted(known) if (known[s] <= budget) == wanted] for wanted in (True, False))
+        if not fits and 1 in known:
+            return 0
+        if len(known) == 1:
+            size = 2 * start if fits else max(1, start // 2)
+            continue
+        low, high = (fits[-1], beyond[0]) if fits and beyond else (fits[-2:] if fits else beyond[:2])
+        slope = (known[high] - known[low]) / (high - low)
+        size = int(low + (budget - known[low]) / slope) if slope > 0 else 2 * high
+        size = max(size, 1)
+        if fits and beyond:
+            size = min(size, high - 1)  # rounding, or a curve that bends the other way
+            if size <= low:
+                return low
+        elif size in known:
+            if fits:
+                return fits[-1]
+            size = max(1, beyond[0] - 1)
+    raise RuntimeError(f"no size found within {budget} bytes after {len(known)} tries; peaks by size: {known}")
 
 
 def advice(estimates: list[Estimate]) -> str:
@@ -256,20 +260,21 @@ def advice(estimates: list[Estimate]) -> str:
 
 
 def with_checkpointing(workload: Workload) -> Workload:
-    """The same with activation checkpointing, by the model's own `gradient_checkpointing_enable`."""
+    """The same with activation checkpointing, by the model's own method (transformers, timm); non-reentrant."""
+    calls: dict[str, Callable[[Any], Any]] = {
+        "activation_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
+        "gradient_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
+        "set_grad_checkpointing": lambda enable: enable(True),
+    }
 
     def build() -> nn.Module:
         model = workload.build()
-        enable = getattr(model, "gradient_checkpointing_enable", None) or getattr(model, "set_grad_checkpointing", None)
-        if enable is None:
-            raise ValueError(
-                f"{type(model).__name__} has neither gradient_checkpointing_enable() nor set_grad_checkpointing(): "
-                "it cannot be planned with activation checkpointing"
-            )
-        if enable.__name__ == "set_grad_checkpointing":
-            enable(True)
-        else:
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
+        for name, call in calls.items():
+            if hasattr(model, name):
+                call(getattr(model, name))
+                return model
+        raise ValueError(
+            f"{type(model).__name__} has none of {', '.join(calls)}: it cannot be planned with checkpointing"
+        )
 
     return replace(workload, build=build, checkpointing=True)

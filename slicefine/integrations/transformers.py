@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
+import transformers.masking_utils
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +22,8 @@ def conv1d(out_features: int, in_features: int) -> nn.Module:
         return Conv1D(out_features, in_features)
 
 
-# What a configuration is trained as, first match: its own architecture if it names one of these, else the first that exists.
+# What a configuration is trained as: its own architecture if it names one of these, else the first that exists for it, a
+# classifier before a language model for encoders.
 _AUTO = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForImageClassification")
 
 
@@ -47,8 +51,14 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
     image = auto is transformers.AutoModelForImageClassification
     return Workload(
         model, build, _image_inputs(config, dtype) if image else _text_inputs(auto), lambda output, inputs: output.loss,
-        _first_features, None if image else config.get_text_config().vocab_size,
+        _first_features, None if image else config.get_text_config().vocab_size, _one_sequence_in_a_row,
     )  # fmt: skip
+
+
+def _one_sequence_in_a_row() -> AbstractContextManager[Any]:
+    """transformers looks at positions for several sequences packed into a row; it finds none in ordinary batches, and then needs no
+    attention mask. Fake tensors have no values to look at, and it would play safe with masks and copies of keys and values."""
+    return mock.patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 def _auto_class(config: Any) -> Any:
@@ -57,7 +67,8 @@ def _auto_class(config: Any) -> Any:
         for name, auto in ending.items():
             if architecture.endswith(name.removeprefix("AutoModel")):
                 return auto
-    for auto in ending.values():
+    encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping  # many can decode too; few do
+    for auto in list(ending.values())[1 if encoder else 0 :]:
         if type(config) in auto._model_mapping:
             return auto
     raise ValueError(
