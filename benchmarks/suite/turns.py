@@ -1,0 +1,139 @@
+"""Methods measured in turns, and the rows that come of it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.record import quantiles
+from benchmarks.suite.registry import Case, Method
+from slicefine import track_memory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RATIOS = ("floor", "masked", "base")
+# every row has these; a value that does not apply is None
+KEYS = (
+    "part", "case", "method", "measures", "axis", "dtype", "tokens", "length", "in", "out", "depth", "width", "r", "targets", "equal",
+    "trainable", "mode", "device", "threads", "torch", "triton", "python", "peft", "commit", "date", "backend", "rounds", "p20_ms",
+    "p50_ms", "p80_ms", "base", *(f"ratio_to_{b}{q}" for b in RATIOS for q in ("", "_p20", "_p80")), "roofline_share", "peak_bytes",
+)  # fmt: skip
+
+
+@dataclass
+class Contestant:
+    """step(): what is timed. repeats: steps that one call makes. held(): tensors that count as its memory before a step.
+
+    nbytes, flops: what the call cannot do without, for shares of the roofline.
+    """
+
+    step: Callable[[], Any]
+    trainable: int = 0
+    held: Callable[[], Iterable[Tensor]] = tuple
+    repeats: int = 1
+    nbytes: int | None = None
+    flops: int | None = None
+
+
+def measure(
+    contestants: dict[str, Contestant], device: str, seconds: float, min_rounds: int, max_rounds: int, flush: bool
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant in each round; the order turns from round to round.
+
+    flush: write 64 Mi bytes (256 on a GPU) before each call, so that operands come from memory and not from a cache.
+    """
+    cuda = device == "cuda"
+    eraser = torch.empty((256 if cuda else 64) * 2**20, dtype=torch.uint8, device=device) if flush or cuda else None
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    gc.collect()
+    start = time.perf_counter()
+    for i in range(1 + max_rounds):  # the first round warms up
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            contestant = contestants[name]
+            if eraser is not None:
+                eraser.zero_()
+            passed = milliseconds(contestant.step, cuda) / contestant.repeats
+            if i > 0:
+                times[name].append(passed)
+        if i >= min_rounds and time.perf_counter() - start > seconds:
+            break
+    return times
+
+
+def milliseconds(step: Callable[[], Any], cuda: bool) -> float:
+    if cuda:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_memory(contestant: Contestant, device: str) -> int:
+    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out."""
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contestant.held()}
+    with track_memory(contestant.held(), device) as report:
+        contestant.step()
+    others = report.bytes_before - sum(own.values()) if device == "cuda" else 0
+    return report.peak_bytes - others
+
+
+def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile of the rounds' ratios: drift of the machine's speed cancels within a round."""
+    low, middle, high = quantiles([t / b for t, b in zip(times, base, strict=True)])
+    return low, middle, high
+
+
+def row_of(
+    case: Case, method: Method, contestant: Contestant, times: dict[str, list[float]], peak: int | None,
+    place: dict[str, Any], roofs: dict[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """One row. place: what `record.where` says, and the backend. roofs: bytes and flops per second of this machine."""
+    p20, p50, p80 = quantiles(times[method.name])
+    row: dict[str, Any] = dict.fromkeys(KEYS) | place
+    row |= {
+        "part": case.part, "case": case.name, "method": method.name, "measures": case.measures, "axis": case.axis, "dtype": case.dtype,
+        "tokens": case.tokens, "in": case.in_features, "out": case.out_features, "length": case.length, "depth": case.depth,
+        "width": case.width, "r": rank(case, method), "equal": method.equal, "trainable": contestant.trainable,
+        "targets": {"models": "all linears", "layers": "the layer", "moves": "all linears"}.get(case.part, "the slice"),
+        "mode": "eager", "rounds": len(times[method.name]), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "base": case.base, "peak_bytes": peak,
+    }  # fmt: skip
+    if case.part == "models":
+        row |= {"in": None, "out": None}
+    for name, base in (("floor", "frozen floor"), ("masked", "masked gradient"), ("base", case.base)):
+        if base in times:
+            low, middle, high = ratios(times[method.name], times[base])
+            row |= {f"ratio_to_{name}": middle, f"ratio_to_{name}_p20": low, f"ratio_to_{name}_p80": high}
+    if contestant.nbytes is not None and contestant.flops is not None:
+        needed = max(contestant.nbytes / roofs["bytes_per_s"], contestant.flops / roofs[f"flops_per_s_{case.dtype}"])
+        row["roofline_share"] = 1e3 * needed / p50
+    return row
+
+
+def rank(case: Case, method: Method) -> int | None:
+    """A case's r is that of every method that has one, where the case varies r; else the method has its own."""
+    return case.r if method.r is not None and (case.axis or case.part != "models") else method.r
+
+
+def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
+    """What this machine reaches: bytes per second of a long copy (read and write), flops per second of a square product."""
+    cuda = device == "cuda"
+    source = torch.zeros(bytes_to_copy, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = lambda step, repeats: min(milliseconds(step, cuda) for _ in range(repeats)) / 1e3
+    found = {"bytes_per_s": 2 * bytes_to_copy / best(lambda: target.copy_(source), 6)}
+    size = 8192 if cuda else 768
+    for name, dtype in DTYPES.items():
+        a = torch.randn(size, size, device=device).to(dtype)
+        found[f"flops_per_s_{name}"] = 2 * size**3 / best(lambda a=a: a @ a, 6)
+    return found
