@@ -79,7 +79,7 @@ def machine(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[s
     if device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    place = where(device)
+    place = {**where(device), "device_type": device}
     try:
         place["peft"] = version("peft")
     except PackageNotFoundError:
