@@ -37,11 +37,30 @@ def run_suite(tree: Path, arguments: list[str], output: Path) -> tuple[int, str]
     return done.returncode, done.stdout + done.stderr
 
 
-def rows_in(path: Path) -> list[dict[str, Any]]:
-    """The rows of a pytest-benchmark file; none if there is no file."""
+def entries_in(path: Path) -> list[dict[str, Any]]:
+    """What the suite left in a pytest-benchmark file: {"row", "roofs", "package"}; nothing if there is no file."""
     if not path.exists() or not path.stat().st_size:
         return []
-    return [b["extra_info"]["row"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
+    return [b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five digits, in rows and lists of them: no clock here tells more."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return (
+        [rounded(v) for v in value]
+        if isinstance(value, list)
+        else float(f"{value:.5g}")
+        if isinstance(value, float)
+        else value
+    )
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """A row per line."""
+    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
+    return head[:-2] + ',\n "rows": [\n' + ",\n".join(json.dumps(row) for row in content["rows"]) + "\n]}\n"
 
 
 def load() -> str:
@@ -65,18 +84,18 @@ def bench(arguments: list[str], command: str, results: Path, docs: Path) -> int:
             print(printed[-8000:])
             print("a check or a benchmark failed: no report (no speed without green)")
             return 1
-        benchmarks = json.loads(output.read_text(encoding="utf-8"))["benchmarks"]
-    rows = [b["extra_info"]["row"] for b in benchmarks]
+        entries = entries_in(output)
+    rows = [entry["row"] for entry in entries]
     first = rows[0]
     keys = ("device", "device_type", "threads", "torch", "triton", "python", "peft", "commit", "date", "backend")
     content = {
         "where": {key: first[key] for key in keys}, "command": command, "seconds": time.perf_counter() - start,
-        "load_before": before, "load_after": load(), "cores": os.cpu_count(), "roofs": benchmarks[0]["extra_info"]["roofs"], "rows": rows,
+        "load_before": before, "load_after": load(), "cores": os.cpu_count(), "roofs": entries[0]["roofs"], "rows": rows,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     stem = stem_of(content["where"])
     path = results / f"{stem}.json"
-    path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+    path.write_text(as_json(rounded(content)), encoding="utf-8")
     page = report.write(content, stem, docs)
     print(report.bar(rows), *report.shortfalls(rows), *report.verdict(rows), sep="\n")
     print(f"{content['seconds']:.0f} s. Written: {path}, {page}")

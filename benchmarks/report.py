@@ -119,26 +119,25 @@ def verdict(rows: list[Row]) -> list[str]:
         trained = [row for row in methods.values() if row["method"] != FLOOR]
         if not any(row["method"] in OURS for row in trained):
             continue
-        key = "cpu_ratio_to_floor" if trained[0].get("cpu_ratio_to_floor") is not None else "ratio_to_floor"
-        clock = "by time on the core" if key.startswith("cpu") else "by wall clock"
-        lines.append(ranking(trained, name, f"fastest, {clock}", lambda r: r[key], lambda r: spread(r, key, 3)))
-        if trained[0].get("cpu_ratio_to_floor") is not None:
-            lines.append(
-                ranking(
-                    trained, name, "fastest, by wall clock", lambda r: r["ratio_to_floor"], lambda r: spread(r, "ratio_to_floor", 3)
-                )
-            )  # fmt: skip
-        if all(row["peak_bytes"] for row in trained):
-            lines.append(
-                ranking(trained, name, "leanest", lambda r: r["peak_bytes"], lambda r: f"{mib(r['peak_bytes'])} MiB")
-            )
+        questions = {"fastest, by time on the core": "cpu_ratio_to_floor", "fastest, by wall clock": "ratio_to_floor"}
+        questions["leanest"] = "peak_bytes"
+        lines += [
+            ranking(trained, name, what, key)
+            for what, key in questions.items()
+            if all(r.get(key) is not None for r in trained)
+        ]
     return lines
 
 
-def ranking(rows: list[Row], case: str, what: str, value: Any, shown: Any) -> str:
-    order = sorted(rows, key=value)
+def ranking(rows: list[Row], case: str, what: str, key: str) -> str:
+    """One line: where the column slice stands by a key of the rows, and the reason where another method is ahead."""
+
+    def shown(row: Row) -> str:
+        return f"{mib(row[key])} MiB" if key == "peak_bytes" else spread(row, key, 3)
+
+    order = sorted(rows, key=lambda row: row[key])
     column = next(row for row in order if row["method"] == COLUMN)
-    ahead = [row for row in order if value(row) < value(column)]
+    ahead = [row for row in order if row[key] < column[key]]
     others = [row for row in ahead if row["method"] not in OURS]
     if not others:
         second = next(row for row in order if row["method"] not in OURS)
@@ -316,7 +315,11 @@ def write(report: dict[str, Any], stem: str, folder: Path) -> Path:
     rows, where = report["rows"], report["where"]
     draw_steps(rows, folder / f"{stem}-steps.png")
     draw_growth(rows, folder / f"{stem}-growth.png")
-    clock = "Wall clock; \"core\" is the time that the process had its core, which other programs do not lengthen." if where["device_type"] == "cpu" else "Times are the GPU's own, between events."
+    clock = (
+        'Wall clock; "core" is the time that the process had its core, which other programs do not lengthen.'
+        if where["device_type"] == "cpu"
+        else "Times are the GPU's own, between events."
+    )
     parts = [
         f"# Benchmarks: {where['device']}, commit {where['commit']}",
         f"`{report['command']}`, {report['seconds']:.0f} s, {where['date']}. {where['threads']} thread(s), torch {where['torch']}, Triton "

@@ -84,9 +84,7 @@ class Trainer:
         adamw: Callable[..., torch.optim.Optimizer] = functools.partial(
             torch.optim.AdamW, lr=LR, weight_decay=0.0, fused=True
         )
-        names = [
-            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in TARGETS
-        ]
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in TARGETS]
         if method.kind in PEFT:
             return self._peft(model, method, r, adamw)
         model.classifier.requires_grad_(True)
@@ -120,9 +118,7 @@ class Trainer:
             "vera": lambda: peft.VeraConfig(r=r, **shared),
             "ia3": lambda: peft.IA3Config(feedforward_modules=["dense"], **shared),
         }
-        adapted: Any = peft.get_peft_model(
-            model, build[method.kind](), autocast_adapter_dtype=method.fp32_adapters
-        )
+        adapted: Any = peft.get_peft_model(model, build[method.kind](), autocast_adapter_dtype=method.fp32_adapters)
         if method.kind == "lorafa":
             from peft.optimizers import create_lorafa_optimizer
 
@@ -183,4 +179,6 @@ def check(case: Case, device: str, made: dict[str, Contestant]) -> None:
         r = rank(case, method)
         for key, weight in trainers[method.name].model.state_dict().items():
             if key.startswith("encoder.encoder") and key.endswith("dense.weight"):
-                assert torch.equal(weight[:, r:], pretrained[key][:, r:]), f"{method.name} wrote outside its slice, {key}"
+                assert torch.equal(weight[:, r:], pretrained[key][:, r:]), (
+                    f"{method.name} wrote outside its slice, {key}"
+                )

@@ -127,7 +127,15 @@ def _models() -> list[Case]:
 
 
 def _growth() -> list[Case]:
-    shared = {"part": "models", "methods": GROWTH_METHODS, "depth": 2, "memory": True, "length": 32, "max_rounds": 9, "min_rounds": 4}
+    shared = {
+        "part": "models",
+        "methods": GROWTH_METHODS,
+        "depth": 2,
+        "memory": True,
+        "length": 32,
+        "max_rounds": 9,
+        "min_rounds": 4,
+    }
     over_r = [
         Case(name=f"growth-r{r}", measures="first two layers of the encoder", axis="r", r=r, tokens=1024, seconds=4.0, **shared)
         for r in (4, 8, 16, 32, 64)
@@ -164,4 +172,10 @@ def quick_cases() -> tuple[Case, ...]:
     ]  # fmt: skip
     layer = shrink(chosen["layer-384x1536-fp32"], tokens=256, seconds=1.0)
     ops = [shrink(chosen[f"{op}-r16-fp32"], seconds=0.3) for op in OPS]
-    return (encoder, *growth, layer, shrink(chosen["moves"], depth=1, seconds=0.5, measures="the same for one layer's 6 slices"), *ops)
+    return (
+        encoder,
+        *growth,
+        layer,
+        shrink(chosen["moves"], depth=1, seconds=0.5, measures="the same for one layer's 6 slices"),
+        *ops,
+    )
