@@ -51,6 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # peft's SHiRA makes sparse tensors
+    config.addinivalue_line("filterwarnings", "ignore:Sparse invariant checks:UserWarning")
     # it says that nothing was benchmarked where a check was red, and pyproject.toml makes an error of that
     config.addinivalue_line("filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 

@@ -112,16 +112,16 @@ def _layers() -> list[Case]:
 def _moves() -> list[Case]:
     methods = (Method("static", "static"), *(Method(f"interval {n}", "moving") for n in INTERVALS))
     what = f"SliceAdamW.step() for the encoder's 36 column slices, mean of {MOVES_STEPS} steps with their moves"
-    return [Case("moves", "moves", what, methods, seconds=6.0, min_rounds=3, max_rounds=11)]
+    return [Case("moves", "moves", what, methods, seconds=4.0, min_rounds=3, max_rounds=11)]
 
 
 def _models() -> list[Case]:
     step = "whole training step of all-MiniLM-L6-v2, batch 32 x 40 tokens"
     return [
-        Case("encoder-fp32", "models", step, ENCODER_METHODS, memory=True, seconds=80.0, max_rounds=21),
+        Case("encoder-fp32", "models", step, ENCODER_METHODS, memory=True, seconds=65.0, max_rounds=21),
         Case(
             "encoder-bf16", "models", step, (*ENCODER_METHODS[:8], LORA_FP32, *ENCODER_METHODS[8:]), "bf16", memory=True,
-            seconds=50.0, max_rounds=21,
+            seconds=40.0, max_rounds=21,
         ),
     ]  # fmt: skip
 
@@ -134,18 +134,18 @@ def _growth() -> list[Case]:
         "memory": True,
         "length": 32,
         "max_rounds": 9,
-        "min_rounds": 4,
+        "min_rounds": 3,
     }
     over_r = [
-        Case(name=f"growth-r{r}", measures="first two layers of the encoder", axis="r", r=r, tokens=1024, seconds=4.0, **shared)
+        Case(name=f"growth-r{r}", measures="first two layers of the encoder", axis="r", r=r, tokens=1024, seconds=2.5, **shared)
         for r in (4, 8, 16, 32, 64)
     ]  # fmt: skip
     over_tokens = [
-        Case(name=f"growth-tokens{n}", measures="first two layers of the encoder", axis="tokens", tokens=n, seconds=4.0, **shared)
+        Case(name=f"growth-tokens{n}", measures="first two layers of the encoder", axis="tokens", tokens=n, seconds=2.5, **shared)
         for n in (256, 512, 1024, 2048)
     ]  # fmt: skip
     over_width = [
-        Case(name=f"growth-width{w}", measures="two BERT layers, random weights", axis="width", width=w, tokens=512, seconds=4.0, **shared)
+        Case(name=f"growth-width{w}", measures="two BERT layers, random weights", axis="width", width=w, tokens=512, seconds=2.5, **shared)
         for w in (192, 384, 768)
     ]  # fmt: skip
     return over_r + over_tokens + over_width
