@@ -23,6 +23,7 @@ WHY = {
     "slice block": "a block trains r x r entries of a layer, a column slice r x out",
     "IA3": "IA3 trains one vector per layer and has no product for a weight's gradient",
     "VeRA": "VeRA trains two vectors per layer",
+    "LoRA-FA": "LoRA-FA keeps n x r values of a layer, as the column slice does, and has adapters and moments in the weights' dtype; slices have float32 masters",
     "masked gradient": "that is dense arithmetic, which no slice should lose to: within the noise of this run or a fault",
     "dense AdamW": "that is dense arithmetic, which no slice should lose to: within the noise of this run or a fault",
 }
@@ -122,9 +123,9 @@ def verdict(rows: list[Row]) -> list[str]:
         questions = {"fastest, by time on the core": "cpu_ratio_to_floor", "fastest, by wall clock": "ratio_to_floor"}
         questions["leanest"] = "peak_bytes"
         lines += [
-            ranking(trained, name, what, key)
+            ranking([row for row in trained if row.get(key) is not None], name, what, key)
             for what, key in questions.items()
-            if all(r.get(key) is not None for r in trained)
+            if methods.get(COLUMN, {}).get(key) is not None
         ]
     return lines
 

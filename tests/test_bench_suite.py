@@ -187,7 +187,7 @@ def test_the_report_of_a_stored_run(stored, tmp_path):
     assert "column r=16 / frozen floor | <= 1.05 | 1.100 (1.100-1.100)" in page and "**no**" in page
     assert "LoRA r=16 / column | >= 1.2 | 1.5" in page  # 1.7 / 1.1
     assert "encoder-fp32, leanest: **yes**, slice column 101.0 MiB" in page
-    assert "against r (1024 tokens, width 384)" in page and "interval 500" in page and "share of roofline" in page
+    assert "against r (512 tokens, width 384)" in page and "interval 500" in page and "share of roofline" in page
     assert {p.suffix for p in (tmp_path / "docs").iterdir()} == {".md", ".png"}
     assert all(p.stat().st_size > 5000 for p in (tmp_path / "docs").glob("*.png"))
 

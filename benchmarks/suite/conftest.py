@@ -120,7 +120,8 @@ def run_case(case: Case, device: str, place: dict[str, Any], roofs: dict[str, fl
     part = importlib.import_module(f"benchmarks.suite.{case.part}")
     contestants = part.contestants(case, device)
     part.check(case, device, contestants)
-    times = measure(contestants, device, case.seconds, case.min_rounds, case.max_rounds, flush=case.part == "ops")
+    warmup = 0 if case.part == "models" else 1  # a model's check has made two steps
+    times = measure(contestants, device, case.seconds, case.min_rounds, case.max_rounds, case.part == "ops", warmup)
     rows = {}
     for method in case.methods:
         peak = peak_memory(contestants[method.name], device) if case.memory else None

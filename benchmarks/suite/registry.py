@@ -92,7 +92,7 @@ MOVES_STEPS = 500
 def _ops() -> list[Case]:
     return [
         Case(
-            f"{op}-r{r}-{dtype}", "ops", f"{op}, column slice", OP_METHODS, dtype, in_features=1024, out_features=2048, r=r, seconds=0.5,
+            f"{op}-r{r}-{dtype}", "ops", f"{op}, column slice", OP_METHODS, dtype, in_features=1024, out_features=2048, r=r, seconds=0.25,
             max_rounds=21,
         )
         for op in OPS for dtype in ("fp32", "bf16", "fp16") for r in (1, 8, 16, 64)
@@ -103,7 +103,7 @@ def _layers() -> list[Case]:
     return [
         Case(
             f"layer-{n_in}x{n_out}-{dtype}", "layers", "forward, backward and update of one linear layer", LAYER_METHODS, dtype,
-            in_features=n_in, out_features=n_out, seconds=2.0, max_rounds=15,
+            in_features=n_in, out_features=n_out, seconds=1.2, max_rounds=15,
         )
         for n_in, n_out in ((384, 1536), (1536, 384), (1024, 1024)) for dtype in ("fp32", "bf16")
     ]  # fmt: skip
@@ -118,10 +118,10 @@ def _moves() -> list[Case]:
 def _models() -> list[Case]:
     step = "whole training step of all-MiniLM-L6-v2, batch 32 x 40 tokens"
     return [
-        Case("encoder-fp32", "models", step, ENCODER_METHODS, memory=True, seconds=65.0, max_rounds=21),
+        Case("encoder-fp32", "models", step, ENCODER_METHODS, memory=True, seconds=50.0, max_rounds=21),
         Case(
             "encoder-bf16", "models", step, (*ENCODER_METHODS[:8], LORA_FP32, *ENCODER_METHODS[8:]), "bf16", memory=True,
-            seconds=40.0, max_rounds=21,
+            seconds=30.0, max_rounds=21,
         ),
     ]  # fmt: skip
 
@@ -137,15 +137,15 @@ def _growth() -> list[Case]:
         "min_rounds": 3,
     }
     over_r = [
-        Case(name=f"growth-r{r}", measures="first two layers of the encoder", axis="r", r=r, tokens=1024, seconds=2.5, **shared)
+        Case(name=f"growth-r{r}", measures="first two layers of the encoder", axis="r", r=r, tokens=512, seconds=2.0, **shared)
         for r in (4, 8, 16, 32, 64)
     ]  # fmt: skip
     over_tokens = [
-        Case(name=f"growth-tokens{n}", measures="first two layers of the encoder", axis="tokens", tokens=n, seconds=2.5, **shared)
+        Case(name=f"growth-tokens{n}", measures="first two layers of the encoder", axis="tokens", tokens=n, seconds=2.0, **shared)
         for n in (256, 512, 1024, 2048)
     ]  # fmt: skip
     over_width = [
-        Case(name=f"growth-width{w}", measures="two BERT layers, random weights", axis="width", width=w, tokens=512, seconds=2.5, **shared)
+        Case(name=f"growth-width{w}", measures="two BERT layers, random weights", axis="width", width=w, tokens=512, seconds=2.0, **shared)
         for w in (192, 384, 768)
     ]  # fmt: skip
     return over_r + over_tokens + over_width

@@ -47,7 +47,13 @@ Times = dict[str, list[float]]
 
 
 def measure(
-    contestants: dict[str, Contestant], device: str, seconds: float, min_rounds: int, max_rounds: int, flush: bool
+    contestants: dict[str, Contestant],
+    device: str,
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+    flush: bool,
+    warmup: int = 1,
 ) -> tuple[Times, Times]:
     """Milliseconds of each contestant in each round, by the wall clock and, on a CPU, of this process on its core.
 
@@ -61,17 +67,17 @@ def measure(
     names = list(contestants)
     gc.collect()
     start = time.perf_counter()
-    for i in range(1 + max_rounds):  # the first round warms up
+    for i in range(warmup + max_rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             contestant = contestants[name]
             if eraser is not None:
                 eraser.zero_()
             passed, worked = milliseconds(contestant.step, cuda)
-            if i > 0:
+            if i >= warmup:
                 wall[name].append(passed / contestant.repeats)
                 if not cuda:
                     cpu[name].append(worked / contestant.repeats)
-        if i >= min_rounds and time.perf_counter() - start > seconds:
+        if i + 1 - warmup >= min_rounds and time.perf_counter() - start > seconds:
             break
     return wall, cpu
 
@@ -91,11 +97,19 @@ def milliseconds(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - start), 1e3 * worked
 
 
-def peak_memory(contestant: Contestant, device: str) -> int:
-    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out."""
+def peak_memory(contestant: Contestant, device: str) -> int | None:
+    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out.
+
+    None where a step makes sparse tensors (SHiRA's), whose storages `track_memory` cannot follow on a CPU.
+    """
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contestant.held()}
-    with track_memory(contestant.held(), device) as report:
-        contestant.step()
+    try:
+        with track_memory(contestant.held(), device) as report:
+            contestant.step()
+    except NotImplementedError as error:
+        if "Sparse" not in str(error):
+            raise
+        return None
     others = report.bytes_before - sum(own.values()) if device == "cuda" else 0
     return report.peak_bytes - others
 
