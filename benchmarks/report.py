@@ -23,7 +23,10 @@ WHY = {
     "slice block": "a block trains r x r entries of a layer, a column slice r x out",
     "IA3": "IA3 trains one vector per layer and has no product for a weight's gradient",
     "VeRA": "VeRA trains two vectors per layer",
-    "LoRA-FA": "LoRA-FA keeps n x r values of a layer, as the column slice does, and has adapters and moments in the weights' dtype; slices have float32 masters",
+    "LoRA-FA": "LoRA-FA keeps n x r values of a layer's input, as the column slice does; in bfloat16 its adapters and moments are bfloat16, "
+    "a slice's float32",
+    "MiSS": "MiSS keeps n x r values of a layer's input, as the column slice does; in bfloat16 its adapters and moments are bfloat16, "
+    "a slice's float32",
     "masked gradient": "that is dense arithmetic, which no slice should lose to: within the noise of this run or a fault",
     "dense AdamW": "that is dense arithmetic, which no slice should lose to: within the noise of this run or a fault",
 }
