@@ -10,6 +10,8 @@ help:
 	@echo "make demo-full  the same, with LoRA and full fine-tuning"
 	@echo "make test       build and run every test"
 	@echo "make lint       ruff and pyright"
+	@echo "make bench      times and peak memory beside masked gradients, AdamW and peft's methods: JSON, report, plots (under 6 minutes)"
+	@echo "                make bench BASE=main compares this checkout with another commit"
 	@echo "make wheel      a wheel for this platform in dist/"
 	@echo "make gpu        on a machine with a GPU: every kernel against the oracle, then timings"
 	@echo "make clean      remove what the others made"
@@ -37,6 +39,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# BASE=REV: two commits; ARGS: more options (python -m benchmarks.bench --help)
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.bench $(if $(BASE),--base $(BASE)) $(ARGS)
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
@@ -48,4 +54,4 @@ gpu:
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.* slicefine/_CUDA.*
 
-.PHONY: help demo demo-full test lint wheel gpu clean
+.PHONY: help demo demo-full test lint bench wheel gpu clean

@@ -1,0 +1,34 @@
+"""One linear layer, forward, backward and update: the contestants of benchmarks/layers.py, and row and block slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks import layers
+from benchmarks.suite.registry import Case, Method
+from benchmarks.suite.turns import DTYPES, Contestant
+
+
+def contestants(case: Case, device: str) -> dict[str, Contestant]:
+    torch.manual_seed(0)
+    dtype = DTYPES[case.dtype]
+    linear = nn.Linear(case.in_features, case.out_features, bias=False).to(device, dtype)
+    x = torch.randn(case.tokens, case.in_features, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(case.tokens, case.out_features, device=device).to(dtype)
+
+    def build(method: Method) -> Contestant:
+        kind = "slice_bwd" if method.in_bwd else method.kind
+        made = layers.contestant(kind, linear, case.r, method.slice_type)
+        trainable = sum(p.numel() for p in made.layer.parameters() if p.requires_grad)
+        call: Callable[[], None] = lambda: made.step(x, dy)
+        return Contestant(call, trainable)
+
+    return {method.name: build(method) for method in case.methods}
+
+
+def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
+    """The slice trains as the masked baseline does. Raises AssertionError."""
+    layers.agreement((case.in_features, case.out_features), case.tokens, DTYPES[case.dtype], case.r, device)
