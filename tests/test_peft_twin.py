@@ -144,11 +144,7 @@ def test_pefts_methods_run_through_the_same_loop(name, tmp_path):
     check_schema(json.loads(report.write(values, tmp_path).read_text()))
     info = values["twin_info"]
     assert info["base_metrics_by"] == "disable_adapter" and info["base_unchanged"] is True
-    assert (
-        ("not tracked" in info["peak_memory_tracked_by"])
-        == (info["peak_memory_tracked"] is None)
-        == name.startswith("shira")
-    )
+    assert (info["peak_memory_tracked"] is None) == torch.cuda.is_available()
     assert 0 < values["train_info"]["file_size"] < 4 * values["train_info"]["num_total_params"]
 
 

@@ -45,8 +45,7 @@ def run_experiment(
     memory_at_start = torch.cuda.max_memory_reserved() if cuda else 0
     base, tokenizer = load(experiment.params, device)
     model, shown = methods.apply_method(base, experiment)
-    untracked = methods.UNTRACKED.get((experiment.peft_values or {}).get("peft_type", ""))
-    result = Runner(model, tokenizer, task, experiment.params, memory_at_start, untracked).run()
+    result = Runner(model, tokenizer, task, experiment.params, memory_at_start).run()
     size, how = methods.file_size(model, experiment)
     run = {
         "created_at": created, "total_time": time.perf_counter() - start, "device": device, "file_size": size,

@@ -48,7 +48,6 @@ class Runner:
     """One model on one task.
 
     memory_at_start: bytes reserved on the GPU before the model was there.
-    untracked: why memory cannot be tracked on a CPU.
     """
 
     def __init__(
@@ -58,9 +57,7 @@ class Runner:
         task: Task,
         params: TrainParams,
         memory_at_start: int = 0,
-        untracked: str | None = None,
     ) -> None:
-        self.untracked = untracked
         self.model, self.tokenizer, self.task, self.params = model, tokenizer, task, params
         self.memory_at_start, self.device = memory_at_start, next(model.parameters()).device
         self.result = Result()
@@ -240,9 +237,6 @@ class Runner:
     def _longest_step(self, plan: list[list[list[int]]]) -> int | None:
         """The step whose memory is tracked on a CPU: the largest padded batch once the optimizer has its state."""
         if self.device.type != "cpu":  # a GPU's allocator tells, for the whole run
-            return None
-        if self.untracked is not None:
-            self.result.twin["peak_memory_tracked_by"] = f"not tracked: {self.untracked}"
             return None
         sizes = [len(rows) * max(map(len, rows)) for rows in plan]
         later = range(1, len(sizes)) if len(sizes) > 1 else range(1)

@@ -18,7 +18,6 @@ from slicefine import SliceAdamW, get_slice_model
 from slicefine.model import slice_layers
 
 WARMUP_SHARE = 0.1
-UNTRACKED = {"SHIRA": "slicefine.track_memory cannot follow sparse tensors, which peft's SHiRA makes"}
 PACKAGE = "package:"  # package:module/file.gguf
 
 
