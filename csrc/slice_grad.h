@@ -7,7 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -46,6 +46,13 @@ SLICEFINE_HD typename Vector<accumulate_t<T>>::type load_vector(const T* p) {
   return v;
 }
 
+#if defined(__AVX512F__)
+SLICEFINE_HD Vector<float>::type load_vector(const fp16* p) {
+  static_assert(kLanes == 16, "one 256-bit load of float16");
+  return (Vector<float>::type)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
 template <typename A>
 struct Tile {
   typename Vector<A>::type value[kThin][kVectors];
@@ -62,14 +69,15 @@ struct Multiply {
 
   // tile [kThin, kWide] += thin packed [count, kThin]^T @ wide [count, kWide]
   static void add(Tile<A>& tile, const T* wide, int64_t stride, const Packed* thin, int64_t count) {
-    Tile<A> acc = tile;
+    Tile<A> acc = {};  // a sum of its own for each block of tokens: the error of one long sum grows with its length
     for (int64_t t = 0; t < count; ++t, wide += stride, thin += kThin) {
       typename Vector<A>::type w[kVectors];
       for (int j = 0; j < kVectors; ++j) w[j] = load_vector(wide + j * kLanes);
       for (int p = 0; p < kThin; ++p)
         for (int j = 0; j < kVectors; ++j) acc.value[p][j] += thin[p] * w[j];
     }
-    tile = acc;
+    for (int p = 0; p < kThin; ++p)
+      for (int j = 0; j < kVectors; ++j) tile.value[p][j] += acc.value[p][j];
   }
 
   static int place(int feature) { return feature; }  // of a wide feature among a tile row's accumulators
@@ -91,7 +99,7 @@ struct Multiply<bf16> {
   static void add(Tile<float>& tile, const bf16* wide, int64_t stride, const Packed* thin, int64_t count) {
     __m512 acc[kThin][2];
     for (int p = 0; p < kThin; ++p)
-      for (int j = 0; j < 2; ++j) acc[p][j] = (__m512)tile.value[p][j];
+      for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_setzero_ps();
     for (int64_t t = 0; t < count; t += 2, wide += 2 * stride, thin += kThin) {
       const __m512i a = _mm512_loadu_si512(wide), b = t + 1 < count ? _mm512_loadu_si512(wide + stride) : _mm512_setzero_si512();
       const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
@@ -102,7 +110,7 @@ struct Multiply<bf16> {
       }
     }
     for (int p = 0; p < kThin; ++p)
-      for (int j = 0; j < 2; ++j) tile.value[p][j] = (typename Vector<float>::type)acc[p][j];
+      for (int j = 0; j < 2; ++j) tile.value[p][j] += (typename Vector<float>::type)acc[p][j];
   }
 
   // unpack works within 128-bit lanes: features 0-3, 8-11, ... are in the first vector, 4-7, 12-15, ... in the second

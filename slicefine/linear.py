@@ -187,6 +187,9 @@ class SliceLinear(nn.Linear):
 
     def synchronise(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
+        weight, master = self._parameters["weight"], self._parameters["slice_weight"]
+        if not self._awaiting_weight and (weight._version, master._version) == self._versions:  # type: ignore[union-attr]
+            return
         if self._awaiting_weight:
             self._check_belongs()
         if self.slice_weight.device != self.slice_rows.device:
@@ -391,9 +394,10 @@ class _SliceLinearFunction(torch.autograd.Function):
                 updater.before_backward(ctx.layer)
         weight, kept, rows, cols = ctx.saved_tensors
         grad_input = grad_bias = grad_slice = None
-        if needs_input:
-            grad_input = grad_output.matmul(weight.to(grad_output.dtype))
+        # once for both products: attention hands back a transposed gradient, which each of them would copy
         flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if needs_input:
+            grad_input = flat.mm(weight.to(flat.dtype)).view(*grad_output.shape[:-1], weight.shape[1])
         if needs_bias:
             grad_bias = flat.sum(0)
         if needs_slice:

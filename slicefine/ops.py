@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -151,6 +151,21 @@ def _tell_once(device: str, name: str, skipped: tuple[tuple[str, str], ...]) -> 
 def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> ModuleType:
     """The module whose ops run for tensors of these dtypes on this device; op: one that not every backend has."""
     forced = _forced_name()
+    key = (forced, device, frozenset(dtypes), op)
+    name, module = _chosen.get(key, (None, None))
+    if name is None or module is None or BACKENDS[name].load()[0] is not module:
+        first, name, module = _choose(forced, device, dtypes, op)
+        if first:
+            _chosen[key] = name, module
+    return module
+
+
+# the first choices made before: every backward asks, and finding out takes longer than a small slice's gradient
+_chosen: dict[tuple[str | None, str, frozenset[torch.dtype], str | None], tuple[str, ModuleType]] = {}
+
+
+def _choose(forced: str | None, device: str, dtypes: set[torch.dtype], op: str | None) -> tuple[bool, str, ModuleType]:
+    """(whether nothing had to be skipped, name, module)."""
     candidates = (forced,) if forced else _PREFERENCE.get(device, ("reference",))
     skipped = []
     for name in candidates:
@@ -159,7 +174,7 @@ def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> Modu
             _tell_once(device, name, tuple(skipped))
             module, _ = BACKENDS[name].load()
             assert module is not None
-            return module
+            return not skipped, name, module
         skipped.append((name, reason))
     table = "\n".join(f"  {name}: {b.refusal(device, dtypes, op) or 'available'}" for name, b in BACKENDS.items())
     raise RuntimeError(f"backend {forced!r} was asked for and cannot run here. What exists:\n{table}")
@@ -233,11 +248,15 @@ def _check_slice(
 
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     _check_operands("slice_grad", grad_output, input)
-    module = select(grad_output.device.type, {grad_output.dtype})
-    with torch.autocast(
-        grad_output.device.type, enabled=False
-    ):  # a backward inside autocast still accumulates in float32
+    device = grad_output.device.type
+    module = select(device, {grad_output.dtype})
+    with _without_autocast(device):
         return module.slice_grad(grad_output, input, rows)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A backward inside autocast still accumulates in float32."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _slice_adamw(
@@ -288,8 +307,9 @@ def _slice_grad_adamw(
 ) -> None:  # fmt: skip
     _check_operands("slice_grad_adamw", grad_output, input)
     _check_slice("slice_grad_adamw", master, (exp_avg, exp_avg_sq), weight, rows, cols, step)
-    module = select(grad_output.device.type, {grad_output.dtype, weight.dtype})
-    with torch.autocast(grad_output.device.type, enabled=False):
+    device = grad_output.device.type
+    module = select(device, {grad_output.dtype, weight.dtype})
+    with _without_autocast(device):
         module.slice_grad_adamw(
         grad_output, input, master, exp_avg, exp_avg_sq, weight, rows, cols, step,
         lr, beta1, beta2, eps, weight_decay, maximize, seed,

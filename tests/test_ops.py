@@ -69,6 +69,16 @@ def test_slice_grad(name, operands):
     assert_as_good_as_torch(result, exact, chosen.float().t() @ input.float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_long_sums_stay_as_precise_as_torchs(name, dtype):
+    grad_output, input = torch.randn(8192, 40).to(dtype), torch.randn(8192, 16).to(dtype)
+    exact = reference.slice_grad(grad_output.double(), input.double())
+    with ops.use_backend(name):
+        result = ops.slice_grad(grad_output, input)
+    assert_as_good_as_torch(result, exact, grad_output.float().t() @ input.float())
+
+
 @pytest.mark.skipif(_native._C is None, reason="no compiled module")
 @pytest.mark.parametrize("isa", _native._C.isas() if _native._C else [])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
