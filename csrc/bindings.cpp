@@ -66,9 +66,9 @@ GradInputs grad_inputs(const GradTuple& t) {
           address<const int64_t>(std::get<5>(t)), std::get<6>(t), std::get<7>(t), DType(std::get<8>(t)), address(std::get<9>(t))};
 }
 
-Slice slice(const SliceTuple& t, int64_t first_row = 0) {
+Slice slice(const SliceTuple& t) {
   return {address(std::get<0>(t)), std::get<1>(t), std::get<2>(t), address<const int64_t>(std::get<3>(t)),
-          address<const int64_t>(std::get<4>(t)), std::get<5>(t), std::get<6>(t), DType(std::get<7>(t)), first_row};
+          address<const int64_t>(std::get<4>(t)), std::get<5>(t), std::get<6>(t), DType(std::get<7>(t)), 0};
 }
 
 Moments moments(const MomentsTuple& t) {
@@ -96,13 +96,18 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     current.slice_grad(grad_inputs(in), address(out), threads);
   });
-  m.def("slice_adamw", [](const std::vector<SliceTuple>& slices, const std::vector<MomentsTuple>& states, const OptionsTuple& opts, int threads) {
+  // table: 13 numbers a slice: W, its strides, rows, cols, R, K, dtype, master, exp_avg, exp_avg_sq, grad, step
+  m.def("slice_adamw", [](uintptr_t table, int64_t count, const OptionsTuple& opts, int threads) {
     py::gil_scoped_release release;
     std::vector<Slice> s;
     std::vector<Moments> m;
-    for (const auto& t : slices) s.push_back(slice(t, s.empty() ? 0 : s.back().first_row + s.back().R));
-    for (const auto& t : states) m.push_back(moments(t));
-    current.slice_adamw(s.data(), m.data(), int64_t(s.size()), options(opts), threads);
+    s.reserve(count), m.reserve(count);
+    for (const int64_t* e = address<const int64_t>(table); int64_t(s.size()) < count; e += 13) {
+      s.push_back({address(e[0]), e[1], e[2], address<const int64_t>(e[3]), address<const int64_t>(e[4]), e[5], e[6], DType(e[7]),
+                   s.empty() ? 0 : s.back().first_row + s.back().R});
+      m.push_back({address(e[8]), address(e[9]), address(e[10]), address(e[11]), double(*address<const float>(e[12]))});
+    }
+    current.slice_adamw(s.data(), m.data(), count, options(opts), threads);
   });
   m.def("slice_adamw_8bit", [](const std::vector<SliceTuple>& slices, const std::vector<Moments8Tuple>& states, uintptr_t codebook,
                                const OptionsTuple& opts, int threads) {

@@ -7,6 +7,7 @@ The module knows nothing of torch, so a build serves every torch release. If it 
 from __future__ import annotations
 
 import importlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,11 +57,30 @@ def slice_adamw(
     seed: int | None,
 ) -> None:
     """See `slicefine.reference.slice_adamw`."""
-    grads = [g.to(p.dtype).contiguous() for g, p in zip(grads, masters, strict=True)]
-    slices = [_slice(*args) for args in zip(weights, masters, rows, cols, strict=True)]
-    states = [_moments(*args) for args in zip(masters, exp_avgs, exp_avg_sqs, steps, grads, strict=True)]
+    # one array of numbers for the whole call: a hundred small tuples would take as long to convert as the update itself
+    table: list[int] = []
+    keep = []
+    for p, g, m, v, w, r, c, step in zip(
+        masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, steps, strict=True
+    ):
+        if g.dtype != p.dtype or not g.is_contiguous():
+            g = g.to(p.dtype).contiguous()
+            keep.append(g)
+        if step.dtype != torch.float32:
+            step = step.float()
+            keep.append(step)
+        if not (p.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
+            _check_contiguous(master=p, exp_avg=m, exp_avg_sq=v)
+        stride_row, stride_col = w.stride()
+        R, K = p.shape
+        table += (
+            w.data_ptr(), stride_row, stride_col, 0 if r is None else _index(r), 0 if c is None else _index(c), R, K,
+            _DTYPES[w.dtype], p.data_ptr(), m.data_ptr(), v.data_ptr(), g.data_ptr(), step.data_ptr(),
+        )  # fmt: skip
+    numbers = array("q", table)
     options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    _C.slice_adamw(slices, states, options, torch.get_num_threads())
+    _C.slice_adamw(numbers.buffer_info()[0], len(masters), options, torch.get_num_threads())
+    del keep
 
 
 def slice_adamw_8bit(

@@ -97,19 +97,11 @@ def milliseconds(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - start), 1e3 * worked
 
 
-def peak_memory(contestant: Contestant, device: str) -> int | None:
-    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out.
-
-    None where a step makes sparse tensors (SHiRA's), whose storages `track_memory` cannot follow on a CPU.
-    """
+def peak_memory(contestant: Contestant, device: str) -> int:
+    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out."""
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contestant.held()}
-    try:
-        with track_memory(contestant.held(), device) as report:
-            contestant.step()
-    except NotImplementedError as error:
-        if "Sparse" not in str(error):
-            raise
-        return None
+    with track_memory(contestant.held(), device) as report:
+        contestant.step()
     others = report.bytes_before - sum(own.values()) if device == "cuda" else 0
     return report.peak_bytes - others
 
