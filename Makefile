@@ -31,8 +31,9 @@ demo: $(VENV)/.installed
 demo-full: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --full
 
+# Two processes, a file of tests in one of them (what a file builds is built once); benchmarks have a command of their own.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The three ops: schemas, fakes, and the choice of a backend.
+"""The ops: schemas, fakes, and the choice of a backend.
 
 `torch.ops.slicefine.slice_grad`, `.slice_adamw` and `.slice_grad_adamw` are what the rest of the package calls. PyTorch's
 dispatcher finds the device; on it the first backend runs that is available and takes the dtype:

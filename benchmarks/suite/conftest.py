@@ -86,8 +86,8 @@ def machine(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[s
         place["peft"] = version("peft")
     except PackageNotFoundError:
         place["peft"] = None
-    backend = next((name for name, b in ops.BACKENDS.items() if b.refusal(device, {torch.float32}) is None), None)
-    place["backend"] = os.environ.get("SLICEFINE_BACKEND", backend)
+    module = ops.select(device, {torch.float32})
+    place["backend"] = next(name for name, backend in ops.BACKENDS.items() if backend.load()[0] is module)
     return device, place, roofs(device)
 
 
