@@ -29,6 +29,9 @@ def run_suite(tree: Path, arguments: list[str], output: Path) -> tuple[int, str]
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
     }  # fmt: skip
     environment.pop("TRITON_INTERPRET", None)
+    environment.pop(
+        "PYTEST_XDIST_WORKER", None
+    )  # from tests in several processes; pytest-benchmark would switch itself off
     command = [
         sys.executable, "-m", "pytest", "benchmarks/suite", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-columns=median",
         f"--benchmark-json={output}", *arguments,
