@@ -43,4 +43,8 @@ SLICEFINE_HD void store(fp16* p, float x) {
   p->bits = uint16_t(half | sign);
 }
 
+// A positive second moment never rounds to zero: the first moment of such an element survives, and its next step would be
+// tens of times too large. Among signed codes 0 is the most negative and no positive value's.
+SLICEFINE_HD uint32_t nonzero_code(uint32_t code, float value) { return code + (code == 0 && value > 0.0f ? 1u : 0u); }
+
 }  // namespace slicefine

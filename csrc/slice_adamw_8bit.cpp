@@ -51,10 +51,10 @@ static void quantize(const float* values, const Codebook& book, uint8_t* codes, 
   float largest = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
     const float magnitude = std::fabs(values[i]);
-    largest = magnitude > largest ? magnitude : largest;
+    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;  // a NaN stays, as in the reference
   }
   const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
-  for (int64_t i = 0; i < count; ++i) codes[i] = book.nearest(values[i] * inverse);
+  for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(nonzero_code(book.nearest(values[i] * inverse), values[i]));
   *scale = largest;
 }
 

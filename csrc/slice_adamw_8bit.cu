@@ -90,7 +90,7 @@ static __device__ __forceinline__ Codes quantize(const Quad (&x)[kQuads], float 
   for (int j = 0; j < kQuads; ++j) {
     codes.word[j] = 0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) codes.word[j] |= nearest_code(book, x[j].value[i] * inverse) << 8 * i;
+    for (int i = 0; i < kVector; ++i) codes.word[j] |= nonzero_code(nearest_code(book, x[j].value[i] * inverse), x[j].value[i]) << 8 * i;
   }
   return codes;
 }

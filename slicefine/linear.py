@@ -49,7 +49,7 @@ class SliceLinear(nn.Linear):
     slice_cols: Tensor
     axis: str
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
-    _versions: tuple[int, int]  # of weight and slice_weight when they last agreed
+    _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
 
     def __init__(
         self,
@@ -183,18 +183,17 @@ class SliceLinear(nn.Linear):
     @property
     def slice_changed(self) -> bool:
         """Whether something has written to slice_weight since the weight last followed it."""
-        return self.slice_weight._version != self._versions[1]
+        return self.slice_weight._version != self._versions[2]
 
     def synchronise(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
-        weight, master = self._parameters["weight"], self._parameters["slice_weight"]
-        if not self._awaiting_weight and (weight._version, master._version) == self._versions:  # type: ignore[union-attr]
+        if not self._awaiting_weight and _versions_of(self) == self._versions:
             return
         if self._awaiting_weight:
             self._check_belongs()
         if self.slice_weight.device != self.slice_rows.device:
             return  # tied to a layer that is being moved to another device, as this one will be
-        if self.weight._version != self._versions[0]:
+        if _versions_of(self)[:2] != self._versions[:2]:
             # also when both were written to, as by weight averaging, which knows nothing of positions
             self.read_back()
         elif self.slice_changed:
@@ -239,7 +238,7 @@ class SliceLinear(nn.Linear):
         if not compiling:
             self.synchronise()
         device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        if ops.autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
         updater = self.updater
         if updater is not None:
@@ -334,11 +333,20 @@ class SliceLinear(nn.Linear):
             register(self)
 
 
+def _versions_of(layer: SliceLinear) -> tuple[int, int, int]:
+    """Which weight it is, how often it has been written to, and how often slice_weight."""
+    weight, master = layer._parameters.get("weight"), layer._parameters.get("slice_weight")
+    if weight is None or master is None:  # replicas of nn.DataParallel and parametrized weights keep theirs elsewhere
+        weight, master = layer.weight, layer.slice_weight
+    return id(weight), weight._version, master._version
+
+
 def note_agreement(layers: Iterable[SliceLinear]) -> None:
     """Note that weight and master of these layers agree; the layers are all those that share them."""
     for layer in layers:
-        versions = (layer._parameters["weight"]._version, layer._parameters["slice_weight"]._version)  # type: ignore[union-attr]
-        layer.__dict__["_versions"] = versions  # nn.Module's __setattr__ takes longer than a small slice's update
+        layer.__dict__["_versions"] = _versions_of(
+            layer
+        )  # nn.Module's __setattr__ takes longer than a small slice's update
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -367,7 +375,7 @@ class _SliceLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
-        if weight.dtype != input.dtype and torch.is_autocast_enabled(input.device.type):
+        if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
             cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         else:
             cast_weight = weight

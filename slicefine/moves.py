@@ -134,7 +134,8 @@ def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
     """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on the CPU."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(current.device if isinstance(current, Tensor) else parameter.device)
+    where = current.device if isinstance(current, Tensor) else parameter.device
+    return value.to(where, copy=True)  # a checkpoint in memory may hold the remembered tensor too
 
 
 def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -203,7 +203,7 @@ _library.define(
 )
 
 
-def _check_operands(op: str, grad_output: Tensor, input: Tensor) -> None:
+def _check_operands(op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None) -> None:
     if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
         raise ValueError(
             f"{op}: grad_output has shape {tuple(grad_output.shape)} and input {tuple(input.shape)}; "
@@ -211,6 +211,19 @@ def _check_operands(op: str, grad_output: Tensor, input: Tensor) -> None:
         )
     if grad_output.dtype != input.dtype:
         raise TypeError(f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype")
+    if grad_output.device != input.device:
+        raise ValueError(
+            f"{op}: grad_output is on {grad_output.device}, the input on {input.device}; expected one device"
+        )
+    if rows is not None:
+        _check_index(op, "rows", rows, grad_output.device)
+
+
+def _check_index(op: str, name: str, index: Tensor, device: torch.device) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1 or index.device != device:
+        raise TypeError(
+            f"{op}: {name} is {index.dtype} of shape {tuple(index.shape)} on {index.device}; expected (features,) int64 on {device}"
+        )
 
 
 def _check_slice(
@@ -225,12 +238,14 @@ def _check_slice(
     shape = (weight.shape[0] if rows is None else rows.numel(), weight.shape[1] if cols is None else cols.numel())
     expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = weight.device
-    fits = rows is None or rows.device == device, cols is None or cols.device == device, step.device == device
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index is not None and (index.dtype != torch.int64 or index.device != device):
+            _check_index(op, name, index, device)
     for t in (master, *states):
         if t.shape != shape or t.dtype != expected or t.device != device:
             break
     else:
-        if all(fits):
+        if step.device == device:
             return
     if any(t.shape != shape for t in (master, *states)):
         raise ValueError(
@@ -246,8 +261,14 @@ def _check_slice(
     raise ValueError(f"{op}: the weight is on {device}, other tensors of its slice are on {', '.join(odd)}")
 
 
+def _check_one_device(op: str, tensors: list[Tensor]) -> None:
+    if len({t.device for t in tensors}) > 1:
+        devices = ", ".join(sorted({str(t.device) for t in tensors}))
+        raise ValueError(f"{op}: one call works on one device; got tensors on {devices}")
+
+
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
-    _check_operands("slice_grad", grad_output, input)
+    _check_operands("slice_grad", grad_output, input, rows)
     device = grad_output.device.type
     module = select(device, {grad_output.dtype})
     with _without_autocast(device):
@@ -256,7 +277,12 @@ def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """A backward inside autocast still accumulates in float32."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a type of device; never for those that have none, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _slice_adamw(
@@ -266,6 +292,7 @@ def _slice_adamw(
 ) -> None:  # fmt: skip
     for p, g, m, v, w, r, c, t in zip(masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, steps, strict=True):
         _check_slice("slice_adamw", p, (g, m, v), w, r, c, t)
+    _check_one_device("slice_adamw", weights)
     if masters:
         module = select(masters[0].device.type, {w.dtype for w in weights})
         module.slice_adamw(
@@ -286,11 +313,19 @@ def _slice_adamw_8bit(
     for p, g, (*codes, m, v), w, r, c, t in zip(masters, grads, moments, weights, rows, cols, steps, strict=True):
         _check_slice("slice_adamw_8bit", p, (g,), w, r, c, t)
         blocks = (-(-p.numel() // BLOCK_8BIT),)
-        if any(x.dtype != torch.uint8 or x.shape != p.shape for x in codes) or any(x.shape != blocks for x in (m, v)):
+        wrong = any(x.dtype != torch.uint8 or x.shape != p.shape for x in codes)
+        wrong |= any(x.dtype != torch.float32 or x.shape != blocks for x in (m, v)) or w.dtype == torch.float64
+        if wrong or any(x.device != w.device for x in (*codes, m, v)):
             raise ValueError(
                 f"slice_adamw_8bit: a slice of shape {tuple(p.shape)} has moments {[(str(x.dtype), tuple(x.shape)) for x in codes]} and "
-                f"scales {[tuple(x.shape) for x in (m, v)]}; expected uint8 of the slice's shape and scales of shape {blocks}"
+                f"scales {[(str(x.dtype), tuple(x.shape)) for x in (m, v)]} for a {w.dtype} weight on {w.device}; expected uint8 of the slice's shape and "
+                f"scales of shape {blocks} in float32, a float32, bfloat16 or float16 weight, all on one device"
             )
+    _check_one_device("slice_adamw_8bit", [*weights, codebook] if weights else [])
+    if codebook.dtype != torch.float32 or codebook.shape != (2, 256):
+        raise ValueError(
+            f"slice_adamw_8bit: codebook is {codebook.dtype} of shape {tuple(codebook.shape)}; expected float32 (2, 256)"
+        )
     if masters:
         module = select(masters[0].device.type, {w.dtype for w in weights}, "slice_adamw_8bit")
         module.slice_adamw_8bit(
@@ -305,8 +340,14 @@ def _slice_grad_adamw(
     rows: Tensor | None, cols: Tensor | None, step: Tensor,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool = False, seed: int | None = None,
 ) -> None:  # fmt: skip
-    _check_operands("slice_grad_adamw", grad_output, input)
+    _check_operands("slice_grad_adamw", grad_output, input, rows)
     _check_slice("slice_grad_adamw", master, (exp_avg, exp_avg_sq), weight, rows, cols, step)
+    found = (grad_output.shape[1] if rows is None else rows.numel(), input.shape[1])
+    if found != master.shape or weight.device != input.device:
+        raise ValueError(
+            f"slice_grad_adamw: grad_output {tuple(grad_output.shape)} and input {tuple(input.shape)} on {input.device} make a gradient of "
+            f"shape {found}; the slice has shape {tuple(master.shape)} on {weight.device} (input: only the columns of the slice)"
+        )
     device = grad_output.device.type
     module = select(device, {grad_output.dtype, weight.dtype})
     with _without_autocast(device):

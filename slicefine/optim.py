@@ -112,11 +112,11 @@ class SliceAdamW(Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         device, dtype = parameter.device, parameter.dtype if self.optim_bits == 32 else torch.uint8
+        if self.optim_bits == 8 and parameter.dtype == torch.float64:
+            raise TypeError(
+                "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and float16 weights"
+            )
         if not state:
-            if self.optim_bits == 8 and parameter.dtype == torch.float64:
-                raise TypeError(
-                    "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and float16 weights"
-                )
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
@@ -251,7 +251,7 @@ class SliceAdamW(Optimizer):
             grad = ops.slice_grad(grad_output, input, layer.rows)
             self._deferred[parameter] = self._deferred[parameter] + grad if parameter in self._deferred else grad
         else:
-            state, group = self._state(parameter), self.param_groups[self._group_index[parameter]]
+            state, group = self._state(parameter), self._group_of(parameter)
             state["step"] += 1
             ops.slice_grad_adamw(
                 grad_output, input, layer.active(parameter.detach()), layer.active(state["exp_avg"]),
@@ -260,6 +260,18 @@ class SliceAdamW(Optimizer):
             )  # fmt: skip
             self._mark_trained(parameter, layers_of(parameter))
         parameter.grad = _AppliedGradient(parameter)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter group, found again where ``param_groups`` has been edited since."""
+        index = self._group_index.get(parameter, 0)
+        if index >= len(self.param_groups) or not any(p is parameter for p in self.param_groups[index]["params"]):
+            self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+            if parameter not in self._group_index:
+                raise RuntimeError(
+                    f"a slice of shape {tuple(parameter.shape)} got a gradient, but no parameter group of its optimizer holds it any more; "
+                    "build a new optimizer, or freeze the slice (slice_weight.requires_grad_(False))"
+                )
+        return self.param_groups[self._group_index[parameter]]
 
     def _flush_deferred(self) -> None:
         """Update the slices of weights that were used several times, now that every use has had its turn."""

@@ -152,12 +152,15 @@ def dynamic_codebook() -> Tensor:
 
 
 def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest magnitude of the block."""
+    """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest magnitude of the block; a positive
+    value of an unsigned book is never zero."""
     flat = values.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
     scales = blocks.abs().amax(1)
     ratios = blocks * torch.where(scales > 0, 1.0 / scales, 0.0).unsqueeze(1)
     codes = torch.bucketize(ratios, (book[:-1] + book[1:]) / 2)
+    # A second moment that rounds to zero beside a first moment that does not makes the next step tens of times too large.
+    codes = torch.where((codes == 0) & (blocks > 0), 1, codes)
     return codes.to(torch.uint8).flatten()[: len(flat)].view(values.shape), scales
 
 

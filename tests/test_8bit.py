@@ -196,3 +196,51 @@ def test_what_8_bits_cannot_do_is_said():
             [p], [p], [p], [p], [p], [p], reference.dynamic_codebook(), [torch.zeros(3, 2)], [None], [None], [torch.tensor(1.0)],
             *HYPERPARAMETERS.values(),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_small_gradients_beside_a_large_one_take_no_huge_steps(name):
+    """A block of 256 in which one element's gradient is thousands of times the others': the others move as with 32 bits."""
+    moved = {}
+    for bits in (8, 32):
+        layer = get_slice_model(
+            nn.Sequential(nn.Linear(16, 16, bias=False)), SliceConfig(r=16, switch_interval=None, target_modules=["0"])
+        )
+        optimizer = SliceAdamW(layer.parameters(), lr=1e-3, optim_bits=bits)
+        slice_weight, generator = layer[0].slice_weight, torch.Generator().manual_seed(0)
+        before = slice_weight.detach().clone()
+        with ops.use_backend(name):
+            for _ in range(100):
+                grad = 3e-4 * torch.randn(16, 16, generator=generator)
+                grad[0, 0] = torch.randn(1, generator=generator)
+                slice_weight.grad = grad
+                optimizer.step()
+        moved[bits] = (slice_weight.detach() - before).abs().flatten()[1:].mean().item()
+    assert 0.2 * moved[32] < moved[8] < 1.5 * moved[32]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_nan_shows_in_the_moments(name):
+    grad = torch.randn(4, 100)
+    grad[0, 3] = float("nan")
+    m, v, ms, vs = (
+        torch.zeros(4, 100, dtype=torch.uint8),
+        torch.zeros(4, 100, dtype=torch.uint8),
+        torch.zeros(2),
+        torch.zeros(2),
+    )
+    with ops.use_backend(name):
+        ops.slice_adamw_8bit(
+            [torch.zeros(4, 100)], [grad], [m], [v], [ms], [vs], reference.dynamic_codebook(), [torch.zeros(4, 100)], [None], [None],
+            [torch.tensor(1.0)], *HYPERPARAMETERS.values(),
+        )  # fmt: skip
+    assert ms.isnan().tolist() == vs.isnan().tolist() == [True, False]
+
+
+def test_a_model_cast_to_float64_is_refused():
+    _, model, optimizer = train(8, steps=2)
+    model.double()
+    model(torch.randn(3, 64).double()).sum().backward()
+    with pytest.raises(TypeError, match="optim_bits=8 takes float32"):
+        optimizer.step()

@@ -397,3 +397,22 @@ def test_a_failed_move_to_a_device_leaves_the_layer_whole(monkeypatch):
         layer._apply(fail)
     layer(torch.randn(2, 11)).sum().backward()
     assert layer.slice_weight.grad is not None
+
+
+def test_a_replaced_weight_is_noticed():
+    """Also when the new parameter has been written to as often as the old one."""
+    layer = SliceLinear(8, 6, config=SliceConfig(r=2, switch_interval=None))
+    layer.weight = nn.Parameter(torch.full((6, 8), 5.0), requires_grad=False)
+    assert torch.equal(layer(torch.ones(1, 8)), torch.full((1, 6), 40.0) + layer.bias)
+    assert torch.equal(layer.slice_weight, torch.full((6, 2), 5.0))
+
+
+def test_a_replica_of_data_parallel_runs_and_trains_the_original():
+    layer = SliceLinear(8, 6, config=SliceConfig(r=2, switch_interval=None))
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        setattr(replica, name, parameter.clone())
+    for name, buffer in layer._buffers.items():
+        setattr(replica, name, buffer.clone())
+    replica(torch.randn(3, 8)).sum().backward()
+    assert layer.slice_weight.grad is not None and bool(layer.slice_weight.grad.any())

@@ -407,3 +407,32 @@ def test_the_environment_variable_chooses(monkeypatch):
     assert ops.select("cpu", {torch.float32}) is reference
     monkeypatch.delenv("SLICEFINE_BACKEND")
     assert ops.select("cpu", {torch.float32}) is _native
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_arguments_that_would_be_memory_faults_are_refused(name):
+    p, w, step = torch.zeros(3, 2), torch.zeros(3, 4), torch.tensor(1.0)
+    update = lambda cols, weights: ops.slice_adamw(
+        *([p] * len(weights) for _ in range(4)), weights, [None] * len(weights), [cols] * len(weights), [step] * len(weights),
+        *HYPERPARAMETERS.values(),
+    )  # fmt: skip
+    with ops.use_backend(name):
+        with pytest.raises(
+            TypeError, match=r"cols is torch\.int32 of shape \(2,\) on cpu; expected \(features,\) int64"
+        ):
+            update(torch.arange(2, dtype=torch.int32), [w])
+        with pytest.raises(TypeError, match=r"rows is torch\.int32"):
+            ops.slice_grad(torch.randn(5, 3), torch.randn(5, 2), torch.arange(2, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"input: only the columns of the slice"):
+            ops.slice_grad_adamw(
+                torch.randn(5, 3),
+                torch.randn(5, 4),
+                p,
+                p.clone(),
+                p.clone(),
+                w,
+                None,
+                torch.arange(2),
+                step,
+                *HYPERPARAMETERS.values(),
+            )

@@ -23,7 +23,7 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 @triton.jit
 def _nearest_code(ratio, book_ptr):
     """The number of midpoints below the ratio: binary search in the 256 ascending values of a codebook."""
-    code = (ratio * 0.0).to(tl.int32)
+    code = tl.zeros(ratio.shape, dtype=tl.int32)
     for bit in tl.static_range(8):
         trial = code + (128 >> bit)
         middle = (tl.load(book_ptr + trial - 1) + tl.load(book_ptr + trial)) * 0.5
@@ -35,8 +35,13 @@ def _nearest_code(ratio, book_ptr):
 def _quantize(values, codes, scales, mask, scale_mask, book_ptr):
     """values [BLOCKS, 256] -> their codes and scales [BLOCKS], stored."""
     scale = tl.max(tl.abs(values), axis=1)
+    # a NaN stays, as in the reference
+    scale = tl.where(tl.max((values != values).to(tl.int32), axis=1) > 0, float("nan"), scale)
     inverse = 1.0 / tl.where(scale > 0, scale, 1.0)  # a block of zeros keeps its zeros
-    tl.store(codes, _nearest_code(values * inverse[:, None], book_ptr).to(tl.uint8), mask=mask)
+    code = _nearest_code(values * inverse[:, None], book_ptr)
+    # a positive second moment never rounds to zero (csrc/numeric.h, nonzero_code)
+    code = tl.where((code == 0) & (values > 0.0), 1, code)
+    tl.store(codes, code.to(tl.uint8), mask=mask)
     tl.store(scales, scale, mask=scale_mask)
 
 
