@@ -1,6 +1,6 @@
 """The ops: schemas, fakes, and the choice of a backend.
 
-`torch.ops.slicefine.slice_grad`, `.slice_adamw` and `.slice_grad_adamw` are what the rest of the package calls. PyTorch's
+`torch.ops.slicefine.slice_grad`, `.slice_adamw`, `.slice_adamw_8bit` and `.slice_grad_adamw` are what the rest of the package calls. PyTorch's
 dispatcher finds the device; on it the first backend runs that is available and takes the dtype:
 
     cpu:    cpu, reference          cuda:   triton, cuda, reference          any other device: reference

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: the real csrc/*.cu run on the host by tests/cuda_on_host.h, and compiled for every target.
 
-On a machine with a GPU, benchmarks/gpu.py is what runs them there.
+On a machine with a GPU, benchmarks/gpu is what runs them there.
 """
 
 from __future__ import annotations
