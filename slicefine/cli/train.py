@@ -266,7 +266,7 @@ def _chunks(rows: list[Row], size: int) -> list[list[Row]]:
 def _write_model(
     model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], output: Path
 ) -> None:
-    model.save_pretrained(output)  # the weights are the truth: nothing to merge
+    model.save_pretrained(output, whole_model=True)  # the weights are the truth: nothing to merge
     task.save(output)
     slices.save(output / "slice_config.json")
     (output / "training.json").write_text(
