@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from slicefine import ops
 from slicefine.config import SliceConfig
-from slicefine.ledger import Ledger
+from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
@@ -118,7 +118,10 @@ class SliceLinear(nn.Linear):
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
         self.ledger = Ledger(self.spec) if config.keep_originals else None
-        self._trained: list[Tensor] | None = None
+        self._trained: list[Tensor] | None = (
+            None  # while disabled: what the ledger's pieces held, and the weight's version
+        )
+        self._trained_version = 0
         self.place()
 
     # -- the active slice -------------------------------------------------------------------------------------------
@@ -251,9 +254,10 @@ class SliceLinear(nn.Linear):
             return
         self.synchronise()
         ledger = self.required_ledger("be disabled")
+        version = self.weight._version
         trained = ledger.exchange(self.weight_matrix, ledger.originals())
         for layer in {self, *layers_of(self.slice_weight)}:
-            layer._trained = trained
+            layer._trained, layer._trained_version = trained, version
         self.mark_synchronised()
 
     def enable(self) -> None:
@@ -261,6 +265,8 @@ class SliceLinear(nn.Linear):
         if self._trained is None:
             return
         self.required_ledger("be enabled").write(self.weight_matrix, self._trained)
+        # a graph built before may go on to its backward, as in preference training with the base as reference
+        set_version(self.weight, self._trained_version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer._trained = None
         self.mark_synchronised()

@@ -362,6 +362,7 @@ def _unload(layer: SliceLinear) -> nn.Module:
         "fan_in_fan_out",
         "ledger",
         "_trained",
+        "_trained_version",
     }
     kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
     if layer.fan_in_fan_out:
