@@ -174,6 +174,11 @@ class SliceModel(AdapterModel):
             _set_trainable(self, trained)
         return self
 
+    def unload(self) -> nn.Module:
+        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up."""
+        self.revert()
+        return self.merge_and_unload()
+
     @classmethod
     def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """``SliceModel.from_pretrained(base, folder, adapter_name="default", is_trainable=False, verify=True)``.
