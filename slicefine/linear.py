@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from slicefine import ops
 from slicefine.config import SliceConfig
+from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
@@ -116,6 +117,11 @@ class SliceLinear(nn.Linear):
         self._scores_task = -1
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
+        self.ledger = Ledger(self.spec) if config.keep_originals else None
+        self._trained: list[Tensor] | None = (
+            None  # while disabled: what the ledger's pieces held, and the weight's version
+        )
+        self._trained_version = 0
         self.place()
 
     # -- the active slice -------------------------------------------------------------------------------------------
@@ -158,12 +164,16 @@ class SliceLinear(nn.Linear):
                 setattr(self, name, index.to(buffer.device))
         if self.spec.slice_type == "row_column":
             self.slice_weight.zero_()  # the unused tail
-        self.active(self.slice_weight).copy_(read_slice(self.weight_matrix, self.rows, self.cols))
+        truth = read_slice(self.weight_matrix, self.rows, self.cols)
+        self.active(self.slice_weight).copy_(truth)
+        if self.ledger is not None:
+            self.ledger.record(truth, self.rows, self.cols)
         self.mark_synchronised()
 
     @torch.no_grad()
     def write_through(self) -> None:
         """``weight[slice] = cast(slice_weight)``, to nearest."""
+        self.require_enabled("an optimizer step")
         write_slice(self.weight_matrix, self.rows, self.cols, self.active(self.slice_weight).to(self.weight.dtype))
         self.mark_synchronised()
 
@@ -187,7 +197,7 @@ class SliceLinear(nn.Linear):
 
     def synchronise(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
-        if not self._awaiting_weight and _versions_of(self) == self._versions:
+        if (not self._awaiting_weight and _versions_of(self) == self._versions) or self.disabled:
             return
         if self._awaiting_weight:
             self._check_belongs()
@@ -231,6 +241,50 @@ class SliceLinear(nn.Linear):
         self._scores_task = task
         self.scores[axis] = self.scores.get(axis, 0) + gradient_scores(grad_output, input, self.spec, axis)
 
+    # -- on and off -------------------------------------------------------------------------------------------------
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the weight stands at its original values while training is set aside."""
+        return self._trained is not None
+
+    def disable(self) -> None:
+        """Put the original values back, bit for bit, and keep the trained ones on the host until `enable`."""
+        if self._trained is not None:
+            return
+        self.synchronise()
+        ledger = self.required_ledger("be disabled")
+        version = self.weight._version
+        trained = ledger.exchange(self.weight_matrix, ledger.originals())
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer._trained, layer._trained_version = trained, version
+        self.mark_synchronised()
+
+    def enable(self) -> None:
+        """Undo `disable`, bit for bit; the master keeps the extra bits that it had."""
+        if self._trained is None:
+            return
+        self.required_ledger("be enabled").write(self.weight_matrix, self._trained)
+        # a graph built before may go on to its backward, as in preference training with the base as reference
+        set_version(self.weight, self._trained_version)
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer._trained = None
+        self.mark_synchronised()
+
+    def required_ledger(self, purpose: str) -> Ledger:
+        if self.ledger is None:
+            raise RuntimeError(
+                f"a slice cannot {purpose}: its original values were not kept (SliceConfig(keep_originals=False)). Train with "
+                "keep_originals=True, the default."
+            )
+        return self.ledger
+
+    def require_enabled(self, doing: str) -> None:
+        if self.disabled:
+            raise RuntimeError(
+                f"{doing} while the slices are disabled would be lost: leave disable_adapter() (or set_adapter back) first"
+            )
+
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
@@ -241,15 +295,17 @@ class SliceLinear(nn.Linear):
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
         updater = self.updater
-        if updater is not None:
+        if updater is not None and not self.disabled:
             if compiling:
                 raise RuntimeError("optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it")
             updater.before_forward(self)
-        layer = None
-        if updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
+        layer, master = None, self.slice_weight
+        if self.disabled:
+            updater, master = None, master.detach()
+        elif updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
             layer = self
         return _SliceLinearFunction.apply(
-            input, self.weight_matrix, self.bias, self.slice_weight, self.rows, self.cols, layer
+            input, self.weight_matrix, self.bias, master, self.rows, self.cols, layer
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -258,8 +314,10 @@ class SliceLinear(nn.Linear):
     # -- state: same keys as nn.Linear, consistent after copies and casts --------------------------------------------
 
     def slice_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the weight: schedule and master; tensors and numbers only."""
-        return {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
+        """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and numbers only."""
+        self.require_enabled("saving the state of slices")
+        state = {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
+        return state if self.ledger is None else {**state, "ledger": self.ledger.state_dict()}
 
     @torch.no_grad()
     def load_slice_state(self, state: dict[str, Any]) -> None:
@@ -269,8 +327,13 @@ class SliceLinear(nn.Linear):
                 f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
                 "build the model with the saved SliceConfig"
             )
+        self.require_enabled("loading the state of slices")
         self.synchronise()
         self.schedule.load_state_dict(state["schedule"])
+        if "ledger" not in state:
+            self.ledger = None  # nobody can tell any more what the originals were
+        elif self.ledger is not None:
+            self.ledger.load_state_dict(state["ledger"])
         self.place()
         self.slice_weight.copy_(state["master"])
         self._awaiting_weight = True
@@ -284,6 +347,7 @@ class SliceLinear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        self.require_enabled("loading weights")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -292,6 +356,9 @@ class SliceLinear(nn.Linear):
         for other in layers_of(self.slice_weight):
             other.weight = self.weight  # load_state_dict(assign=True) would untie them
         self.read_back()
+        if self.ledger is not None and self.schedule.steps == 0:  # nothing has trained: these are the originals
+            self.ledger.clear()
+            self.ledger.record(read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols)
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
@@ -312,7 +379,12 @@ class SliceLinear(nn.Linear):
             applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
             master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
         if not weight.is_meta:
-            self.read_back()
+            if self.ledger is not None:
+                self.ledger.cast(weight.dtype)
+            if self._trained is None:
+                self.read_back()
+            else:
+                self._trained = [values.to(weight.dtype) for values in self._trained]
         self.mark_synchronised()
         return self
 

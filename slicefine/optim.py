@@ -96,6 +96,8 @@ class SliceAdamW(Optimizer):
         if self.optimizer_in_bwd:
             self._flush_deferred()
         layers = slices_of(self)
+        for shared in layers.values():
+            shared[0].require_enabled("an optimizer step")
         for group in self.param_groups:
             slices, others = [], []
             for parameter in group["params"]:
