@@ -47,7 +47,7 @@ class Point:
 
 def ftc_curve(
     make_model: Callable[[], nn.Module], samples: Samples, edits: Sequence[int], sizes: Mapping[str, Sequence[int]], *,
-    config: SliceConfig | None = None, layers: int = 2, steps: int = 1500, lr: float | None = None, seeds: Sequence[int] = (0,),
+    config: SliceConfig | None = None, layers: int = 2, steps: int = 1500, lr: float = 1e-2, seeds: Sequence[int] = (0,),
 ) -> list[Point]:  # fmt: skip
     """The fine-tuning capacity of methods, measured by one protocol.
 
@@ -79,10 +79,11 @@ def ftc_curve(
 
 def _measure(
     model: nn.Module, method: str, size: int, samples: Samples, N: int, config: SliceConfig | None, layers: int, steps: int,
-    lr: float | None, seed: int,
+    lr: float, seed: int,
 ) -> Point:  # fmt: skip
     trial = Trial(model, method, size, config, layers, seed=seed)
-    fit = trial.fit(samples, None, steps=steps, lr=lr, seed=seed)
+    order = _order(len(samples), seed)
+    fit = trial.fit(samples[order[:N]], samples[order[N:]] if N < len(samples) else None, steps=steps, lr=lr, seed=seed)
     return Point(method, size, trial.trainable, N, len(samples), seed, fit.solved, fit.wrong, fit.steps)
 
 
@@ -90,11 +91,16 @@ def relabelled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
     """N samples, the first of a seeded order, get another label, uniformly chosen."""
     if not 1 <= N <= len(samples):
         raise ValueError(f"N is {N}; there are {len(samples)} samples")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(samples), generator=generator)[:N]
+    chosen = _order(len(samples), seed)[:N]
     labels = samples.labels.clone()
-    labels[chosen] = (labels[chosen] + torch.randint(1, classes, (N,), generator=generator)) % classes
+    other = torch.randint(1, classes, (N,), generator=torch.Generator().manual_seed(seed + 1))
+    labels[chosen] = (labels[chosen] + other) % classes
     return Samples(samples.inputs, labels)
+
+
+def _order(K: int, seed: int) -> torch.Tensor:
+    """A seeded order of the samples; the first N are edited."""
+    return torch.randperm(K, generator=torch.Generator().manual_seed(seed))
 
 
 def smallest(points: Sequence[Point]) -> dict[tuple[str, int], dict[str, Any]]:

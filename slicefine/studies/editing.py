@@ -1,7 +1,7 @@
 """Train a few weights until listed answers are right: slices, LoRA and side networks by one protocol.
 
-The loss is a hinge on the margin by which the wanted class wins, over the edits and the answers to keep; the model runs in
-evaluation mode, so that what is trained is what is served.
+The loss is a hinge on the margin by which the wanted class wins, its mean over the edits and the answers to keep (weighting few edits
+as much as many answers was tried and solved less); the model runs in evaluation mode, so that what is trained is what is served.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slicefine.studies.side import AdditiveSide, default_feature, features_of
 from slicefine.targets import find_targets, output_head
 
 METHODS = ("slice", "lora", "side")
-LR = {"slice": 2e-3, "lora": 2e-3, "side": 1e-2}
+LR = {"slice": 2e-3, "lora": 1e-3, "side": 1e-2}
 _WHOLE = 1024  # plain tensors up to this many samples train as one batch
 
 

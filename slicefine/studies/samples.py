@@ -37,18 +37,15 @@ class Samples:
     def __getitem__(self, index: Tensor | slice) -> Samples:
         return Samples(take(self.inputs, index), self.labels[index])
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[Samples]:
-        """One epoch in random order; of like length where inputs have padding, in random order again."""
+    def batches(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """The rows of each batch of one epoch, in random order; of like length where inputs have padding."""
         order = torch.randperm(len(self), generator=generator)
         if isinstance(self.inputs, dict) and "attention_mask" in self.inputs:
             length = self.inputs["attention_mask"].sum(1)
             windows = [w[length[w].argsort(stable=True)] for w in order.split(25 * size)]
             chunks = [c for w in windows for c in w.split(size)]
-            chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
-        else:
-            chunks = list(order.split(size))
-        for chunk in chunks:
-            yield self[chunk]
+            return [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
+        return list(order.split(size))
 
 
 def joined(parts: list[Samples]) -> Samples:
