@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from slicefine.cli import env as env_verb
+from slicefine.cli.capacity import capacity
+from slicefine.cli.continual import continual
+from slicefine.cli.patch import patch
 from slicefine.cli.plan import plan
 from slicefine.cli.train import train
 
@@ -17,6 +20,9 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(train)
 app.command()(plan)
+app.command()(capacity)
+app.command()(patch)
+app.command()(continual)
 
 
 @app.command()

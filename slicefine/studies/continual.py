@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,11 +109,12 @@ class Run:
 def run(
     make_model: Callable[[], nn.Module], tasks: list[Task], mode: str, size: int = 16, *, recipe: Recipe | None = None,
     config: SliceConfig | None = None, joint: bool = False, alone: bool = False, base_test: Samples | None = None,
+    save: Path | None = None,
 ) -> Run:  # fmt: skip
     """Train on the tasks in their order; test on all of them after each.
 
     make_model: the pretrained model, afresh each time. size: r of the slices; in mode ``full`` only a label. config: the slices' other
-    choices. joint, alone: train the references too. Raises ValueError for a mode that does not fit.
+    choices. joint, alone: train the references too. save: a folder for the deltas of mode ``attach``, one folder a task. Raises ValueError for a mode that does not fit.
     """
     recipe = recipe or Recipe()
     _check(tasks, mode, recipe)
@@ -125,6 +127,8 @@ def run(
         learner.learn(number)
         matrix.append([learner.test(t) for t in range(len(tasks))])
     proof = learner.proof() if mode == "attach" else None
+    if save is not None and learner.deltas is not None:
+        learner.deltas.save(save)
     drop = None if base_test is None or before is None else before - learner.accuracy(base_test)
     result = Run(
         mode, size, recipe.seed, learner.trainable, learner.model_parameters, matrix, learner.output_drift(),

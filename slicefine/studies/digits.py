@@ -66,3 +66,16 @@ def _turned(images: Tensor, angle: float) -> Tensor:
     matrix = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])]).expand(len(images), 2, 3)
     grid = nn.functional.affine_grid(matrix, [len(images), 1, 8, 8], align_corners=False)
     return nn.functional.grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+
+
+def pretrained(*widths: int, seed: int = 0, epochs: int = 20) -> nn.Sequential:
+    """A `perceptron` trained on the upright digits."""
+    model, train = perceptron(*widths, seed=seed), load(seed)[0]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in train.batches(32, generator):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(_tensor(train)[rows]), train.labels[rows]).backward()
+            optimizer.step()
+    return model

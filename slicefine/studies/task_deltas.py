@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 from torch import nn
 
-from slicefine.delta import Delta, DeltaError
+from slicefine.delta import CONFIG_FILE, Delta, DeltaError
+from slicefine.files import write_text
 from slicefine.studies.side_file import base_sha256
 
 
@@ -37,6 +42,13 @@ class TaskDeltas:
         if self.attached is not None:
             self.deltas[self.attached].revert_from(self.model)
             self.attached = None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """One delta a task, each in a folder of its name; `Delta.load` and `add` bring them back."""
+        for task, delta in self.deltas.items():
+            own = Path(folder) / re.sub(r"[^A-Za-z0-9._-]+", "-", task)
+            delta.save(own)
+            write_text(own / CONFIG_FILE, delta.config_json())
 
     def check(self) -> None:
         """Detach and raise DeltaError unless every tensor of the model has the bits it had at first."""
