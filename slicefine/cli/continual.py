@@ -153,6 +153,8 @@ def _digits(name: str, over: str, sizes: list[int]) -> tuple[Any, Any, Any, Any]
 
 def _files(files: _Files) -> tuple[Any, Any]:
     """(make_model, tasks) of data files and a Hugging Face model."""
+    import copy
+
     import torch
 
     from slicefine.cli import studying
@@ -182,19 +184,15 @@ def _files(files: _Files) -> tuple[Any, Any]:
     widest = max(kinds, key=lambda k: len(labels_of(parts[kinds.index(k)][0], files.label)))
     place = studying.device_of(files.device)
 
-    def make() -> Any:
-        torch.manual_seed(0)
-        model, _ = widest.load(files.model or "", torch.float32)
-        return model.to(place)
-
-    make()
+    torch.manual_seed(0)
+    base = widest.load(files.model, torch.float32)[0].to(place)
     tasks = []
     for path, kind, (rows, held) in zip(paths, kinds, parts, strict=True):
         for name in ("tokenizer", "processor"):
             if hasattr(widest, name):
                 setattr(kind, name, getattr(widest, name))
         tasks.append(Task(Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held)))
-    return make, tasks
+    return lambda: copy.deepcopy(base), tasks
 
 
 def _line(run: Any) -> str:
