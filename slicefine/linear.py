@@ -23,7 +23,7 @@ from slicefine.ledger import Ledger
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
-from slicefine.sharding import check_sharding, check_whole, is_sharded, local, shard_ledger, sum_over_shards
+from slicefine.sharding import check_conversion, check_sharding, check_whole, is_sharded, local, shard_ledger, shard_values, sum_over_shards
 from slicefine.slices import SliceSchedule, SliceSpec
 
 
@@ -49,7 +49,8 @@ class SliceLinear(nn.Linear):
     slice_rows: Tensor
     slice_cols: Tensor
     axis: str
-    sharded: bool = False  # by fully_shard
+    weight_sharded: bool = False  # by fully_shard, which replaces one parameter after the other
+    sharded: bool = False  # both the weight and slice_weight
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
     _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
 
@@ -320,7 +321,11 @@ class SliceLinear(nn.Linear):
         """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and numbers only."""
         self.require_enabled("saving the state of slices")
         state = {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
-        return state if self.ledger is None else {**state, "ledger": self.ledger.state_dict()}
+        if self.ledger is not None:
+            state["ledger"] = self.ledger.state_dict()
+            if self.sharded:
+                state["ledger"]["values"] = [shard_values(v, self.slice_weight) for v in state["ledger"]["values"]]
+        return state
 
     @torch.no_grad()
     def load_slice_state(self, state: dict[str, Any]) -> None:
@@ -341,7 +346,9 @@ class SliceLinear(nn.Linear):
         if "ledger" not in state:
             self.ledger = None  # nobody can tell any more what the originals were
         elif self.ledger is not None:
-            self.ledger.load_state_dict(state["ledger"])
+            values = [local(value) for value in state["ledger"]["values"]]
+            self.ledger.load_state_dict({**state["ledger"], "values": values})
+            self.ledger.check_covers(self.schedule.visited)
         self.place()
         self.slice_weight.copy_(state["master"])
         self._awaiting_weight = True
@@ -370,6 +377,8 @@ class SliceLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
+        if self.sharded:
+            check_conversion(self, fn)
         master = self._parameters.pop("slice_weight")
         assert master is not None
         try:
@@ -378,11 +387,12 @@ class SliceLinear(nn.Linear):
             self._parameters["slice_weight"] = master
         weight = self.weight
         # the same Parameter object: an optimizer may hold it
-        master.data = (
-            master.data.to(weight.device, _master_dtype(weight.dtype))
-            if not weight.is_meta
-            else torch.empty_like(master.data, device="meta")
-        )
+        if not self.sharded:
+            master.data = (
+                master.data.to(weight.device, _master_dtype(weight.dtype))
+                if not weight.is_meta
+                else torch.empty_like(master.data, device="meta")
+            )
         if master.grad is not None:
             applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
             master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
@@ -416,6 +426,8 @@ class SliceLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "weight" and is_sharded(value):
+            self.weight_sharded = True
         if name == "slice_weight":
             register(self)
             if not self.sharded and is_sharded(value):

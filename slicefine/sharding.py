@@ -8,6 +8,7 @@ it is sharded, because a master whose weight is elsewhere would silently train n
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,10 +68,16 @@ def check_sharding(layer: SliceLinear) -> None:
 def check_whole(layer: SliceLinear) -> None:
     """Raise RuntimeError before a forward pass that would not use the weight of the layer, or would train what it never reads."""
     parameters = layer._parameters
-    if "slice_weight" not in parameters and not getattr(layer, "_is_replica", False):
+    master = parameters.get("slice_weight")
+    if type(master) is Tensor and master._is_view():
         raise RuntimeError(
-            "the slice_weight of this layer is not its parameter any more: FullyShardedDataParallel (FSDP1) has flattened it, and the weight "
+            "the slice_weight of this layer is a view of a flat parameter: FullyShardedDataParallel (FSDP1) has taken it, and the weight "
             "would never follow it. Use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or one process."
+        )
+    if layer.weight_sharded and not layer.sharded:
+        raise RuntimeError(
+            "the weight of this layer is sharded and its slice_weight is not, so neither could follow the other; shard both (fully_shard "
+            "without ignored_params)"
         )
     if is_sharded(parameters.get("weight")):
         raise RuntimeError(
@@ -95,6 +102,32 @@ def shard_ledger(layer: SliceLinear) -> None:
         for piece in layer.ledger.pieces:
             # the sharded extent is whole in every piece: slices are cut along the features that they have all of
             piece.values = piece.values.narrow(dim, min(offsets[dim], shape[dim]), sizes[dim]).clone()
+
+
+def check_conversion(layer: SliceLinear, convert: Callable[[Tensor], Tensor]) -> None:
+    """Raise RuntimeError if a sharded layer is to change its dtype or device: optimizer and FSDP2 hold the shards as they are."""
+    before = torch.empty(0, dtype=layer.weight.dtype, device=local(layer.weight).device)
+    after = convert(before)
+    if (after.dtype, after.device) != (before.dtype, before.device):
+        raise RuntimeError(
+            f"a sharded slice cannot go from {before.dtype} on {before.device} to {after.dtype} on {after.device}; cast or move the model "
+            "before fully_shard (its mp_policy chooses the dtype to compute in)"
+        )
+
+
+def shard_values(values: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of what the processes hold of a piece of the ledger, cut as ``like``, a layer's master, is."""
+    from torch.distributed.tensor import DTensor
+
+    master: Any = like
+    shape = list(values.shape)
+    for _, feature in _cuts(master, False):
+        dim = ("out", "in").index(feature)
+        shape[dim] = master.shape[dim]
+    stride = (shape[1], 1)
+    return DTensor.from_local(
+        values.to(local(like).device), master.device_mesh, master.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )  # fmt: skip
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
