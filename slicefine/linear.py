@@ -49,6 +49,7 @@ class SliceLinear(nn.Linear):
     slice_cols: Tensor
     axis: str
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
+    plain_class: type[nn.Module] = nn.Linear  # what merging gives back
     _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
 
     def __init__(
@@ -76,6 +77,7 @@ class SliceLinear(nn.Linear):
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
         layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
+        layer.plain_class = type(linear)
         assert isinstance(linear.weight, Tensor)
         shape = tuple(linear.weight.shape)
         layer.out_features, layer.in_features = shape[::-1] if layer.fan_in_fan_out else shape
@@ -234,6 +236,11 @@ class SliceLinear(nn.Linear):
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
+        input, layer = self.before_product(input)
+        return slice_product(input, self.weight_matrix, self.bias, self.slice_weight, self.rows, self.cols, layer)
+
+    def before_product(self, input: Tensor) -> tuple[Tensor, SliceLinear | None]:
+        """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.synchronise()
@@ -248,9 +255,7 @@ class SliceLinear(nn.Linear):
         layer = None
         if updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
             layer = self
-        return _SliceLinearFunction.apply(
-            input, self.weight_matrix, self.bias, self.slice_weight, self.rows, self.cols, layer
-        )  # fmt: skip
+        return input, layer
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slice_type={self.spec.slice_type}, r={self.spec.r}, switch_interval={self.schedule.interval}"
@@ -411,6 +416,9 @@ class _SliceLinearFunction(torch.autograd.Function):
         if needs_slice:
             grad_slice = _slice_gradient(ctx, flat, kept.reshape(-1, kept.shape[-1]), rows, cols)
         return grad_input, None, grad_bias, grad_slice, None, None, None
+
+
+slice_product = _SliceLinearFunction.apply
 
 
 def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:

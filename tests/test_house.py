@@ -21,6 +21,8 @@ FLOORS = [
     {"ops"},
     {"scores", "moves"},
     {"linear"},
+    {"parameters"},
+    {"attention", "experts"},
     {"optim", "targets", "memory"},
     {"model"},
     {"plan"},
