@@ -73,12 +73,14 @@ class SliceMultiheadAttention(HoldsSlices):
         else:
             attn_mask = _additive(attn_mask, "attn_mask", query.dtype, None)
             is_causal = is_causal and key_padding_mask is None
-        arrange = {}  # one object that is given twice stays one, which spares a projection
-        for x in (query, key, value):
-            arrange[id(x)] = x.unsqueeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
+        arrange = lambda x: x.unsqueeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
+        # one tensor that is given twice stays one, which spares a projection
+        q = arrange(query)
+        k = q if key is query else arrange(key)
+        v = k if value is key else arrange(value)
         if not batched:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        q, k, v = self._project(*(arrange[id(x)] for x in (query, key, value)))
+        q, k, v = self._project(q, k, v)
         output, weights = self._attend(q, k, v, attn_mask, key_padding_mask, need_weights, is_causal)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)

@@ -54,7 +54,12 @@ class SliceExperts(HoldsSlices):
             raise RuntimeError("experts spread over processes (expert parallelism) cannot hold slices; load them whole")
         tokens, k = top_k_index.shape
         expert, order = torch.sort(top_k_index.flatten(), stable=True)
-        offsets = torch.bincount(expert, minlength=self.num_experts).cumsum(0)
+        counts = torch.bincount(expert, minlength=self.num_experts)
+        if len(counts) > self.num_experts:
+            raise RuntimeError(
+                f"a token asks for expert {len(counts) - 1}; there are experts 0 to {self.num_experts - 1}"
+            )
+        offsets = counts.cumsum(0)
         hidden = self._project(
             "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // k], expert, offsets
         )
