@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
+import torch.nn.utils.prune
+from families import FAMILIES, SUPPORT, Family, committed_table, table
 from torch import Tensor, nn
 
 from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
@@ -274,3 +275,59 @@ def test_a_subclass_of_linear_comes_back_as_what_it_was():
 
     model = nn.Sequential(Named(8, 8))
     assert type(get_slice_model(model, SliceConfig(r=4)).merge_and_unload()[0]) is Named
+
+
+def test_the_support_matrix_is_the_registry():
+    assert committed_table() == table(), "run python tests/families.py"
+    trained = next(mark for mark in test_family.pytestmark if mark.name == "parametrize" and mark.args[0] == "family")
+    assert trained.args[1] is FAMILIES and len({f.name for f in FAMILIES}) == len(FAMILIES)
+
+
+class Odd(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    torch.nn.utils.prune.identity(layer, "weight")
+    return layer
+
+
+def replaced() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x
+    return layer
+
+
+REFUSED = {
+    "an embedding": (lambda: nn.Embedding(9, 8), {}),
+    "a convolution": (lambda: nn.Conv2d(3, 8, 2), {}),
+    "an LSTM": (lambda: nn.LSTM(8, 8), {}),
+    "a norm": (lambda: nn.LayerNorm(8), {}),
+    "a block of layers": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), {}),
+    "a quantised layer": (lambda: quantised_by("int8 parameter")[0], {}),
+    "a weight on the meta device": (lambda: nn.Linear(8, 8, device="meta"), {}),
+    "a pruned or parametrised weight": (pruned, {}),
+    "a layer whose forward was replaced": (replaced, {}),
+    "a linear layer with a forward of its own": (lambda: Odd(8, 8), {}),
+    "row slices of experts": (
+        lambda: build(next(f for f in FAMILIES if f.parameters)).model.layers[0].mlp.experts,
+        {"target_modules": [], "target_parameters": ["gate_up_proj"], "slice_type": "row"},
+    ),
+    "a name that does not exist": (lambda: nn.Linear(8, 8), {"target_modules": ["00"]}),
+}
+
+
+def test_the_messages_of_the_support_matrix_are_the_ones_given():
+    rows = [
+        line.strip("|").split("|") for line in SUPPORT.read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
+    said = {row[0].strip(): row[1].strip().strip("`") for row in rows if len(row) == 2 and "`" in row[1]}
+    assert said.keys() == REFUSED.keys()
+    for what, (make, options) in REFUSED.items():
+        model = nn.Sequential(make(), nn.Linear(8, 8))
+        with pytest.raises(ValueError) as error:
+            get_slice_model(model, SliceConfig(r=4, **{"target_modules": ["0"], **options}))
+        assert said[what] in str(error.value)
+        assert not hasattr(model, "slice_config") and not any(isinstance(m, SliceLinear) for m in model.modules())
