@@ -80,7 +80,11 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
                 Target(name, module, _rank(config, name), _obstacle(module, name, users, config, False, True))
             )
             continue
-        if not name or _excluded(config, name) or not (is_linear(module) if everything else _listed(config, name)):
+        if (
+            not name
+            or _excluded(config, name)
+            or not (is_linear(module) or _quantised(module) if everything else _listed(config, name))
+        ):
             continue
         if everything and module is head:
             if name in _HEAD_NAMES:  # a language model's head is pretrained; this one may be new
@@ -98,6 +102,8 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
             )
         )
     targets += _named_parameters(model, config, users, {target.name for target in targets})
+    if config.tied_weights == "share":
+        _check_shared(targets, model, users)
     if not any(target.module is not head for target in targets):
         if is_linear(model):
             raise ValueError(
@@ -172,21 +178,19 @@ def _obstacle(
     if isinstance(module, SliceLinear):
         raise ValueError(f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()")
     weight = getattr(module, "weight", None)
-    if not is_linear(module):
+    if reason := _quantised(module):
         return _refuse(
-            everything, f"{name} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D become slices"
+            False,
+            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train floating-point weights. Load the "
+            "model unquantised, or leave the layer out (exclude_modules)",
         )
+    if not is_linear(module):
+        return _refuse(everything, f"{name} is a {type(module).__name__}; {_what_instead(module, name)}")
     if not isinstance(weight, nn.Parameter):
         return _refuse(
             False,
             f"the weight of {name} is a {type(weight).__name__} and no parameter of its own (pruned, or parametrised); make it "
             "permanent first, or leave the layer out (exclude_modules)",
-        )
-    if not weight.dtype.is_floating_point:
-        return _refuse(
-            False,
-            f"{name} is a {type(module).__name__} with a quantised weight ({weight.dtype}); slices "
-            "train floating-point weights. Load the model unquantised, or leave the layer out (exclude_modules)",
         )
     if weight.is_meta:
         return _refuse(False, f"{name} has its weight on the meta device, without values; load the weights first")
@@ -208,8 +212,70 @@ def _obstacle(
         )
     others = [user for user in users[weight] if user != name]
     if others and config.tied_weights == "skip":
-        return f"its weight is tied to {', '.join(others)}"
+        return f"its weight is tied to {', '.join(others)}; untie them, or tied_weights='share' where all of them are linear layers"
     return None
+
+
+_QUANTISERS = (
+    "torchao",
+    "bitsandbytes",
+    "optimum",
+    "gptqmodel",
+    "auto_gptq",
+    "awq",
+    "hqq",
+    "quanto",
+    "compressed_tensors",
+    "aqlm",
+)
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """How the weight of a linear layer is quantised, found without importing any library that does it; None if it is not."""
+    weight = getattr(module, "weight", None)
+    for kind in (type(module), type(weight)):
+        if kind.__module__.split(".")[0] in _QUANTISERS and "linear" in type(module).__name__.lower():
+            return f"{kind.__module__}.{kind.__name__}"
+        path = kind.__module__.split(".")
+        if path[:3] == ["torch", "ao", "nn"] and "quantized" in path and kind.__name__ in ("Linear", "LinearReLU"):
+            return f"{kind.__module__}.{kind.__name__}"
+    for packed in ("qweight", "weight_packed"):
+        if isinstance(getattr(module, packed, None), torch.Tensor):
+            return packed
+    if is_linear(module) and isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
+        return str(weight.dtype)
+    return None
+
+
+def _what_instead(module: nn.Module, name: str) -> str:
+    """What to do with a module that was named and is no linear layer."""
+    whole = f"modules_to_save=[{name!r}] trains it whole"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return f"an embedding looks rows up and has no slice of columns to train cheaply. Leave it frozen, or {whole}"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"convolutions do not become slices (a 1x1 convolution can be written as nn.Linear). Leave it frozen, or {whole}"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return (
+            f"recurrent layers run in one fused kernel that gives no slice of a gradient. Leave it frozen, or {whole}"
+        )
+    inside = [n for n, m in module.named_modules() if is_linear(m)]
+    if inside:
+        return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Linear layers inside: {_some(inside)}"
+    return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Leave it frozen, or {whole}"
+
+
+def _check_shared(targets: list[Target], model: nn.Module, users: dict[nn.Parameter, list[str]]) -> None:
+    """tied_weights="share": every use of the weight must be a slice, or its share of the gradient would be lost."""
+    sliced, modules = {target.name for target in targets if target.skipped is None}, dict(model.named_modules())
+    for target in targets:
+        weight: Any = getattr(target.module, "weight", None)
+        if target.skipped is None and target.parameter is None:
+            for other in users.get(weight, ()):
+                if other not in sliced and modules[other] is not target.module:
+                    raise ValueError(
+                        f"the weight of {target.name} is tied to {other} ({type(modules[other]).__name__}), which does not become a "
+                        "slice, so the gradient of that use would be lost. Use tied_weights='skip', or untie them."
+                    )
 
 
 def _named_parameters(

@@ -1,11 +1,13 @@
 """The model families that slicefine is tested with, as data: tests/test_models.py trains each, docs/support.md lists them.
 
-Sizes are tiny and weights random: nothing is downloaded. A family that is added here is trained by the test as it stands.
+Sizes are tiny and weights random: nothing is downloaded. A family that is added here is trained by the test as it stands;
+``python tests/families.py`` then writes the table of docs/support.md anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 TEXT = {
@@ -120,3 +122,27 @@ FAMILIES = [
         "`target_parameters`, column slices", parameters=["experts.gate_up_proj", "experts.down_proj"],
     ),
 ]  # fmt: skip
+
+
+SUPPORT = Path(__file__).parent.parent / "docs" / "support.md"
+BEGIN, END = "<!-- families: written by python tests/families.py -->", "<!-- end of families -->"
+
+
+def table() -> str:
+    """The table of families in docs/support.md."""
+    lines = ["| family | kind | model tested | slices | weights sliced | particular |", "|---|---|---|---|--:|---|"]
+    for f in FAMILIES:
+        model = f"transformers `{f.model}`" if f.config else f"timm `{f.model}`"
+        slices = "column" if f.parameters else "column, row"
+        lines.append(f"| {f.name} | {f.kind} | {model} | {slices} | {f.layers} | {f.note} |")
+    return "\n".join(lines)
+
+
+def committed_table() -> str:
+    return SUPPORT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+
+
+if __name__ == "__main__":
+    text = SUPPORT.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    SUPPORT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")

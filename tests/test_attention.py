@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model, list_targets, track_memory
@@ -205,6 +206,40 @@ def test_it_is_nn_multihead_attention_before_while_and_after():
     assert type(merged.attention) is nn.MultiheadAttention and repr(merged) == repr(Net())
     assert list(merged.state_dict()) == keys and merged.attention.__dict__.keys() == Net().attention.__dict__.keys()
     assert all(torch.equal(a, b) for a, b in zip(merged(*inputs("self")), trained, strict=True))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_bit_equal_to_pytorch_with_frozen_weights(kind, batch_first):
+    """With batch_first PyTorch's own last bits differ between a weight that asks for a gradient and a frozen one, as slices have."""
+    plain = Net(batch_first=batch_first).requires_grad_(False)
+    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+    for need_weights in (False, True):
+        ours, theirs = (m(*inputs(kind, batch_first), need_weights=need_weights) for m in (model, plain))
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_one_compilation_for_all_moves():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.linear = nn.MultiheadAttention(E, HEADS, batch_first=True), nn.Linear(E, E)
+
+        def forward(self, x: Tensor, m: Tensor) -> Tensor:
+            y, _ = self.attention(x, x, x, need_weights=False)
+            y, _ = self.attention(y, m, m)
+            return self.linear(y)
+
+    model = get_slice_model(Both(), SliceConfig(r=4, switch_interval=1))
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer, x, m = SliceAdamW(model.parameters(), lr=1e-2), torch.randn(N, L, E), torch.randn(N, S, E)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x, m), model(x, m))
+        compiled(x, m).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
 
 
 def _saved(model: nn.Module) -> nn.Module:
