@@ -31,6 +31,12 @@ class Classifier(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng"] = torch.get_rng_state()  # dropout's; Lightning keeps none
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        torch.set_rng_state(checkpoint["rng"])
+
 
 def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightning.Trainer:
     """trainer_options: more of lightning.Trainer's."""
@@ -41,6 +47,7 @@ def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightnin
         common.encoded(args, tokenizer),  # type: ignore[arg-type]
         batch_size=args.batch_size,
         collate_fn=DataCollatorWithPadding(tokenizer),
+        generator=torch.Generator().manual_seed(0),  # or starting a loader would draw from the generator that dropout uses
     )
     values = {
         "default_root_dir": str(args.output), "max_steps": args.steps, "accumulate_grad_batches": args.accumulate,

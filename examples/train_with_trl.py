@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None, **training: Any) -> SFTTrainer:
     values = {
         "output_dir": str(args.output), "max_steps": args.steps, "per_device_train_batch_size": args.batch_size,
         "gradient_accumulation_steps": args.accumulate, "learning_rate": args.lr, "max_length": 128, "logging_steps": 10,
-        "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available(), **training,
+        "report_to": "none", "bf16": torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(), **training,
     }  # fmt: skip
     trainer = SFTTrainer(
         model,
