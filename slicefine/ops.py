@@ -16,6 +16,7 @@ import importlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from slicefine import reference
 from slicefine.reference import BLOCK_8BIT
 
 _log = logging.getLogger("slicefine")
@@ -65,7 +67,7 @@ def _load_reference() -> tuple[ModuleType | None, str | None]:
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
-    native = importlib.import_module("slicefine._native")
+    native = sys.modules.get("slicefine._native") or importlib.import_module("slicefine._native")
     return (native, None) if native.unavailable is None else (None, native.unavailable)
 
 
@@ -204,10 +206,10 @@ _library.define(
 
 
 def _check_operands(op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None) -> None:
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+    shape, other = grad_output.shape, input.shape
+    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
         raise ValueError(
-            f"{op}: grad_output has shape {tuple(grad_output.shape)} and input {tuple(input.shape)}; "
-            "expected (n, out) and (n, K) with the same n"
+            f"{op}: grad_output has shape {tuple(shape)} and input {tuple(other)}; expected (n, out) and (n, K) with the same n"
         )
     if grad_output.dtype != input.dtype:
         raise TypeError(f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype")
@@ -270,9 +272,41 @@ def _check_one_device(op: str, tensors: list[Tensor]) -> None:
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     _check_operands("slice_grad", grad_output, input, rows)
     device = grad_output.device.type
-    module = select(device, {grad_output.dtype})
+    slice_grad = select(device, {grad_output.dtype}).slice_grad
+    if not autocast_enabled(device):
+        return slice_grad(grad_output, input, rows)
     with _without_autocast(device):
-        return module.slice_grad(grad_output, input, rows)
+        return slice_grad(grad_output, input, rows)
+
+
+def _unwatched(tensor: Tensor) -> bool:
+    """Whether a call on this tensor may go straight to a backend: an ordinary tensor on the CPU, and no compiler, mode or profiler
+    that wants to see the op.
+
+    PyTorch's dispatcher takes a few microseconds for an op in Python, and ten times as much after a matrix product has emptied the
+    caches: together a fifth of what a slice costs beside a frozen layer on the CPU. A GPU's kernels run meanwhile.
+    """
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+def gradient_of_slice(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`slice_grad`, on the shortest way there is; for the backward of a layer."""
+    return (_slice_grad if _unwatched(grad_output) else slice_grad)(grad_output, input, rows)
+
+
+def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+    """What the gradient of a column slice needs of its input: see `slicefine.reference.take_columns`."""
+    if _unwatched(input):
+        module = select("cpu", {input.dtype})
+        if hasattr(module, "take_columns"):
+            return module.take_columns(input, cols)
+    return reference.take_columns(input, cols)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
