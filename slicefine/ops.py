@@ -5,7 +5,7 @@ dispatcher finds the device; on it the first backend runs that is available and 
 
     cpu:    cpu, reference          cuda:   triton, cuda, reference          any other device: reference
 
-``SLICEFINE_BACKEND=name`` or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
+``SLICEFINE_BACKEND=name`` (read at the first op) or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
 a CUDA graph on a thread of its own); what is forced and cannot run raises an error, it never falls back.
 """
 
@@ -140,8 +140,14 @@ def _known(name: str, where: str) -> str:
 def _forced_name() -> str | None:
     if _forced is not None:
         return _forced
-    name = os.environ.get("SLICEFINE_BACKEND")
+    name = _environments_name()
     return _known(name, "SLICEFINE_BACKEND") if name else None
+
+
+@functools.cache
+def _environments_name() -> str | None:
+    """Read once, at the first op: a look into os.environ takes as long as a small slice's update."""
+    return os.environ.get("SLICEFINE_BACKEND")
 
 
 @functools.cache
@@ -159,6 +165,8 @@ def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> Modu
         first, name, module = _choose(forced, device, dtypes, op)
         if first:
             _chosen[key] = name, module
+            if forced is None and name == "cpu" and len(dtypes) == 1:
+                _compiled[next(iter(dtypes))] = module
     return module
 
 
@@ -279,34 +287,37 @@ def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) 
         return slice_grad(grad_output, input, rows)
 
 
-def _unwatched(tensor: Tensor) -> bool:
-    """Whether a call on this tensor may go straight to a backend: an ordinary tensor on the CPU, and no compiler, mode or profiler
-    that wants to see the op.
+def _direct(tensor: Tensor) -> ModuleType | None:
+    """The compiled module, where a call with this tensor may go straight to it: an ordinary tensor on the CPU, no backend forced,
+    and no compiler, mode or profiler that wants to see the op.
 
     PyTorch's dispatcher takes a few microseconds for an op in Python, and ten times as much after a matrix product has emptied the
     caches: together a fifth of what a slice costs beside a frozen layer on the CPU. A GPU's kernels run meanwhile.
     """
-    return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._autograd._profiler_enabled()
-    )
+    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
+        return None
+    module = _compiled.get(tensor.dtype) if _forced is None and not _modes() and not _profiling() else None
+    return module if module is not None and module.unavailable is None else None
+
+
+# dtype -> the compiled module, where `select` has chosen it for the CPU without being forced to
+_compiled: dict[torch.dtype, Any] = {}
+_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gradient_of_slice(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
-    """`slice_grad`, on the shortest way there is; for the backward of a layer."""
-    return (_slice_grad if _unwatched(grad_output) else slice_grad)(grad_output, input, rows)
+    """`slice_grad` by the shortest way there is; for the backward of a layer."""
+    module = _direct(grad_output)
+    if module is None:
+        return slice_grad(grad_output, input, rows)
+    _check_operands("slice_grad", grad_output, input, rows)
+    return module.slice_grad(grad_output, input, rows)
 
 
 def take_columns(input: Tensor, cols: Tensor) -> Tensor:
     """What the gradient of a column slice needs of its input: see `slicefine.reference.take_columns`."""
-    if _unwatched(input):
-        module = select("cpu", {input.dtype})
-        if hasattr(module, "take_columns"):
-            return module.take_columns(input, cols)
-    return reference.take_columns(input, cols)
+    return (_direct(input) or reference).take_columns(input, cols)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
