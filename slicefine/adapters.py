@@ -385,7 +385,8 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
             (layer.out_features, layer.in_features), layer.fan_in_fan_out, "", patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
         )  # fmt: skip
     _note_whole(model)
-    whole = dict(adapters.whole)
+    # copies: a later revert changes what the register holds, and a delta stays what it was
+    whole = {key: WholeDelta(w.old, w.new, w.replaces) for key, w in adapters.whole.items()}
     originals = {k: restored[id(v)] for k, v in model.state_dict(keep_vars=True).items() if id(v) in restored}
     originals.update({key: w.old for key, w in whole.items() if w.replaces})
     hashes = base_hashes(model, {key for key, w in whole.items() if not w.replaces}, originals)

@@ -208,15 +208,15 @@ def _print(result: Any) -> None:
     from slicefine.studies.sweep import ATTACHED
 
     table = Table(title=f"{len(result.tasks)} tasks: {', '.join(result.tasks)}")
-    columns = ["mode", result.over, "AA", "AF", "LA", "BWT", "JA", "AF / LA", "output drift", "weight drift", "trained"]
+    columns = ["mode", result.over, "AA", "AF", "LA", "BWT", "JA", "trained"]
     for column in columns:
         table.add_column(column, justify="right")
     shown = lambda value: "–" if value is None else f"{value:.3f}"
     for mode in result.modes:
         for size in result.sizes(mode):
             m = result.mean(mode, size)
-            cells = [shown(m[k]) for k in ("AA", "AF", "LA", "BWT", "JA", "AF_by_LA")]
-            table.add_row(mode, str(size), *cells, shown(m["output_drift"]["mean"]), shown(m["weight_drift"]), f"{m['parameters']:,d}")  # fmt: skip
+            cells = [shown(m[k]) for k in ("AA", "AF", "LA", "BWT", "JA")]
+            table.add_row(mode, str(size), *cells, f"{m['parameters']:,d}")
     console = Console()
     console.print(table)
     for formula in FORMULAS:
@@ -224,7 +224,7 @@ def _print(result: Any) -> None:
     for mode in result.modes:
         if trends := result.trends(mode):
             law = trends["weight_drift"]
-            fit = f"weight drift = {law['gamma']:.3g} {result.over}^-{law['beta']:.3g} (R² {law['r2']:.3f}); " if law else ""
+            fit = f"weight drift = {law['gamma']:.3g} {result.over}^{-law['beta']:+.3g} (R² {law['r2']:.3f}); " if law else ""
             console.print(f"{mode}: {fit}knee at {trends['knee']} ({trends['knee_is']})", highlight=False, markup=False)
         if mode == "attach":
             console.print(ATTACHED, highlight=False, markup=False)

@@ -104,7 +104,7 @@ def _trends(page: Page, sweep: Sweep, mode: str) -> None:
     for key, what in (("weight_drift", "relative weight drift"), ("AF", "AF")):
         law: dict[str, Any] | None = trends[key]
         if law is not None:
-            page.text(f"{what} = {law['gamma']:.3g} {sweep.over}^-{law['beta']:.3g}, R² {law['r2']:.3f} over {law['points']} sizes")
+            page.text(f"{what} = {law['gamma']:.3g} {sweep.over}^{-law['beta']:+.3g}, R² {law['r2']:.3f} over {law['points']} sizes")
     page.table(trends["gains_AA"], "what AA gains by each step to the next size")
     page.table(trends["gains_less_forgetting"], "by how much AF falls")
     page.text(f"Knee: {sweep.over} {trends['knee']} ({trends['knee_is']}).", note=True)
