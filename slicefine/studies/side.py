@@ -154,8 +154,9 @@ class AdditiveSide(nn.Module):
         if here != features.device:
             self.to(features.device)
         change = self(features).to(logits.dtype)
-        # where g is zero the answer keeps its bits, also a zero's sign
-        total = torch.where(change == 0, logits, logits + change)
+        total = logits + change
+        if not change.requires_grad:  # where g is zero the answer keeps its bits, also a zero's sign
+            total = torch.where(change == 0, logits, total)
         if result is logits:
             return total
         result.logits = total
@@ -177,9 +178,6 @@ class AdditiveSide(nn.Module):
                         f"two knots of the exact side network fall together in {probe.dtype}; keep it in float64"
                     )
         return super()._apply(fn, recurse)
-
-    def __deepcopy__(self, memo: dict) -> AdditiveSide:
-        raise TypeError("a side belongs to the model that it is attached to; save it and load it for another one")
 
 
 def exact_side(
