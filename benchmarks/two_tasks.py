@@ -1,7 +1,7 @@
 """Two real text tasks on one real encoder, one after the other; and a hot-fix of the classifier that the first one makes.
 
-    python -m benchmarks.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment, then authors of tweets
-    python -m benchmarks.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then slicefine patch in four ways
+python -m benchmarks.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment, then authors of tweets
+python -m benchmarks.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then slicefine patch in four ways
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def continual(folder: Path) -> dict[str, Any]:
     files = {}
     for name in ("movie", "tweets"):
         train, test = rows_of(name, folder)
-        files[name] = write_csv(folder / f"{name}.csv", train[:TRAIN]), write_csv(folder / f"{name}-test.csv", test[:TEST])
+        files[name] = (
+            write_csv(folder / f"{name}.csv", train[:TRAIN]),
+            write_csv(folder / f"{name}-test.csv", test[:TEST]),
+        )
     out = folder / "two-tasks.json"
     verb(
         "continual", "--model", encoder(), "--tasks", ",".join(f[0] for f in files.values()), "--eval-tasks", ",".join(f[1] for f in files.values()),
