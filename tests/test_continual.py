@@ -134,9 +134,18 @@ def test_disjoint_slices_touch_places_of_their_own(base, rotated):
     seen = {}
     for mode in ("same", "disjoint"):
         models = []
-        run(lambda into=models: into.append(copy.deepcopy(base)) or into[-1], rotated[:2], mode, 51, recipe=short, config=ROWS)
-        seen[mode] = (models[0][0].weight != base[0].weight).any(1).nonzero().flatten().tolist()
-    assert seen["same"] == list(range(51)) and seen["disjoint"] == list(range(102))
+        run(
+            lambda into=models: into.append(copy.deepcopy(base)) or into[-1],
+            rotated[:2],
+            mode,
+            51,
+            recipe=short,
+            config=ROWS,
+        )
+        seen[mode] = set((models[0][0].weight != base[0].weight).any(1).nonzero().flatten().tolist())
+    # a row whose ReLU never fires gets no gradient, so not every row of a place moves
+    assert seen["same"] <= set(range(51)) and seen["disjoint"] <= set(range(102))
+    assert len(seen["same"]) > 40 and len(seen["disjoint"] - set(range(51))) > 40
     with pytest.raises(ValueError, match="needs a place of its own for each of 4 tasks"):
         run(lambda: copy.deepcopy(base), rotated, "disjoint", 100, recipe=short, config=ROWS)
 

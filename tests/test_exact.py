@@ -129,10 +129,10 @@ def test_float32_keeps_its_bound_and_half_precision_is_refused():
 
 def test_samples_that_cannot_be_told_apart_are_named():
     x, edits, _ = problem(2, 50)
-    twin = torch.cat([x, x[list(edits)[0]][None]])
-    with pytest.raises(ValueError, match=f"samples {list(edits)[0]} and 50 have the same features"):
+    twin = torch.cat([x, x[next(iter(edits))][None]])
+    with pytest.raises(ValueError, match=f"samples {next(iter(edits))} and 50 have the same features"):
         exact_side(twin, edits)
-    same = {**edits, 50: edits[list(edits)[0]]}  # a twin that wants the same is no conflict
+    same = {**edits, 50: edits[next(iter(edits))]}  # a twin that wants the same is no conflict
     assert exact_side(twin, same).neurons <= 6
     with pytest.raises(ValueError, match="all samples have the same features"):
         exact_side(torch.ones(5, 3), {0: torch.ones(1)})
@@ -215,4 +215,6 @@ def test_bad_bounds_are_refused(arguments):
 
 def test_the_networks_are_what_they_say():
     x, edits, _ = problem(8, 100)
-    assert isinstance(exact_side(x, edits).network, Bumps) and isinstance(exact_side(x, edits, layers=3).network, Zigzags)
+    assert isinstance(exact_side(x, edits).network, Bumps) and isinstance(
+        exact_side(x, edits, layers=3).network, Zigzags
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -299,9 +300,11 @@ def test_rho_falls_with_the_slice_and_rises_with_the_edits(trained):
     model, samples, _ = trained
     for kind in ("column", "row"):
         config = SliceConfig(target_modules=["2"], slice_type=kind)
-        rows = [[p.rho for p in predict_sizes(model, edits_of(samples, N)[0], [4, 8, 16, 32, 64], config)] for N in (2, 8)]
+        rows = [
+            [p.rho for p in predict_sizes(model, edits_of(samples, N)[0], [4, 8, 16, 32, 64], config)] for N in (2, 8)
+        ]
         for row in rows:
-            assert all(a > b for a, b in zip(row, row[1:], strict=False)), row
+            assert all(a > b for a, b in pairwise(row)), row
         assert all(few < many for few, many in zip(*rows, strict=True))
     assert [verdict(r) for r in (0.5, 1.0, 1.7, 2.6, float("inf"))] == ["comfortable", "comfortable", "borderline", "too small", "too small"]  # fmt: skip
     with pytest.raises(ValueError, match="slice_type is 'block'"):

@@ -64,7 +64,9 @@ def _run(
     else:
         N, outputs, features, predictions = _predict(edits, model, sizes, slice_type, target_modules, task_name, max_length)  # fmt: skip
     bounds = [ftc_bounds(N, N + keep, layers, outputs, features) for layers in (2, 3)]
-    table = Table(title=f"a side network that corrects {N:,d} of {N + keep:,d} answers, {outputs} outputs, {features} features")
+    table = Table(
+        title=f"a side network that corrects {N:,d} of {N + keep:,d} answers, {outputs} outputs, {features} features"
+    )
     for column in ("layers", "neurons", "parameters", "bytes (float64)"):
         table.add_column(column, justify="right")
     for b in bounds:
@@ -80,7 +82,9 @@ def _run(
         for p in predictions:
             table.add_row(str(p.r), f"{p.parameters:,d}", f"{p.rho:.2f}", p.verdict)
         console.print(table)
-        console.print("The verdict was right to within a factor of 2 in r where it was measured; it says nothing of answers to keep.")
+        console.print(
+            "The verdict was right to within a factor of 2 in r where it was measured; it says nothing of answers to keep."
+        )
     return {"bounds": [asdict(b) for b in bounds], "predictions": [asdict(p) for p in predictions]}
 
 

@@ -109,7 +109,9 @@ def _run(
             made = Recipe(**recipe, lr=lr, optimizer="sgd" if over == "width" else "adamw")
         else:
             if over == "width":
-                raise UserError("--sweep width=: a pretrained model has one width; sweep rank=, or take --tasks digits-permuted")
+                raise UserError(
+                    "--sweep width=: a pretrained model has one width; sweep rank=, or take --tasks digits-permuted"
+                )
             make, tasks = _files(files)
             base_test, targets = None, "all-linear"
             made = Recipe(**recipe, lr=1e-3 if lr is None else lr, warmup=0.1, clip=1.0, head="classifier", bf16=bf16)
@@ -132,7 +134,9 @@ def _with_head(recipe: Any, make: Any) -> Any:
     head = output_head(model)
     names = [n for n, m in model.named_modules() if m is head]
     if not names:
-        raise UserError(f"{type(model).__name__} has no module called score or classifier to give each task a head of its own")
+        raise UserError(
+            f"{type(model).__name__} has no module called score or classifier to give each task a head of its own"
+        )
     return replace(recipe, head=names[0])
 
 
@@ -224,7 +228,11 @@ def _print(result: Any) -> None:
     for mode in result.modes:
         if trends := result.trends(mode):
             law = trends["weight_drift"]
-            fit = f"weight drift = {law['gamma']:.3g} {result.over}^{-law['beta']:+.3g} (R² {law['r2']:.3f}); " if law else ""
+            fit = (
+                f"weight drift = {law['gamma']:.3g} {result.over}^{-law['beta']:+.3g} (R² {law['r2']:.3f}); "
+                if law
+                else ""
+            )
             console.print(f"{mode}: {fit}knee at {trends['knee']} ({trends['knee_is']})", highlight=False, markup=False)
         if mode == "attach":
             console.print(ATTACHED, highlight=False, markup=False)

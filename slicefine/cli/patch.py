@@ -80,7 +80,9 @@ def _run(
     if report is not None:
         from slicefine.studies.report import patch_page
 
-        patch_page(made, "Patch", f"{model_name}, {len(rows)} edits, mode {made.mode}, method {made.method}").write(report)
+        patch_page(made, "Patch", f"{model_name}, {len(rows)} edits, mode {made.mode}, method {made.method}").write(
+            report
+        )
 
 
 def said(patch: Any) -> str:

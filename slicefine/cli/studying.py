@@ -39,7 +39,7 @@ def encode(task: Task, rows: list[Row]) -> Samples:
         tokenizer.padding_side, size = "right", len(rows)
     parts = []
     for start in range(0, len(rows), size):
-        batch = task.batch(rows[start : start + 512])
+        batch = task.batch(rows[start : start + size])
         labels = batch.pop("labels")
         parts.append(Samples(batch["pixel_values"] if set(batch) == {"pixel_values"} else batch, labels))
     return joined(parts)
@@ -49,8 +49,9 @@ def trained_classifier(task: Task, model: str) -> nn.Module:
     """A classifier with the head and the label names that it was trained with."""
     from transformers import AutoConfig
 
+    path = Path(model).expanduser()
     try:
-        names = AutoConfig.from_pretrained(str(Path(model).expanduser()) if Path(model).expanduser().exists() else model).id2label
+        names: Any = AutoConfig.from_pretrained(str(path) if path.exists() else model).id2label
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: no configuration there: {error}") from error
     task.labels = [names[i] for i in sorted(names)]

@@ -108,7 +108,8 @@ def smallest(points: Sequence[Point]) -> dict[tuple[str, int], dict[str, Any]]:
     result: dict[tuple[str, int], dict[str, Any]] = {}
     for key in dict.fromkeys((p.method, p.N) for p in points):
         mine = [p for p in points if (p.method, p.N) == key]
-        best = [min((p for p in mine if p.seed == s and p.solved), key=lambda p: p.size, default=None) for s in {p.seed for p in mine}]  # fmt: skip
-        worst = None if None in best else max(best, key=lambda p: p.size)  # pyright: ignore[reportOptionalMemberAccess]
+        best = {s: min((p for p in mine if p.seed == s and p.solved), key=lambda p: p.size, default=None) for s in {p.seed for p in mine}}  # fmt: skip
+        solved = [p for p in best.values() if p is not None]
+        worst = max(solved, key=lambda p: p.size) if len(solved) == len(best) else None
         result[key] = {"size": worst and worst.size, "parameters": worst and worst.parameters}
     return result

@@ -170,7 +170,9 @@ class _Learner:
     ) -> None:
         self.model, self.tasks, self.mode, self.recipe = model, tasks, mode, recipe
         whole = [recipe.head] if recipe.head else None
-        self.config = replace(config, r=size, modules_to_save=config.modules_to_save or whole) if mode != "full" else config
+        self.config = (
+            replace(config, r=size, modules_to_save=config.modules_to_save or whole) if mode != "full" else config
+        )
         self.trainable, self.model_parameters = 0, sum(p.numel() for p in model.parameters())
         self.drifts: list[float] = []
         self.after_training: dict[int, Tensor] = {}
@@ -237,7 +239,9 @@ class _Learner:
         except ValueError as error:
             if self.mode != "disjoint":
                 raise
-            raise ValueError(f"mode 'disjoint' needs a place of its own for each of {len(self.tasks)} tasks: {error}") from error
+            raise ValueError(
+                f"mode 'disjoint' needs a place of its own for each of {len(self.tasks)} tasks: {error}"
+            ) from error
         model: Any = self.model
         self.trainable = model.get_nb_trainable_parameters()[0]
 
@@ -263,7 +267,10 @@ class _Learner:
         outside = [p for p in parameters if not any(p is q for q in inside)]
         if self.heads is not None:
             outside += [p for p in self.heads.parameters() if not any(p is q for q in outside)]
-        groups = [{"params": inside, "lr": recipe.lr}, *([{"params": outside, "lr": recipe.head_lr}] if outside else [])]
+        groups = [
+            {"params": inside, "lr": recipe.lr},
+            *([{"params": outside, "lr": recipe.head_lr}] if outside else []),
+        ]
         return SliceAdamW(groups, lr=recipe.lr, weight_decay=0.0)
 
     def _steps(self, samples: int) -> int:
@@ -281,9 +288,7 @@ class _Learner:
                 self._step(optimizer, step, total, loss)
                 step += 1
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, step: int, total: int, loss: Callable[[], Tensor]
-    ) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, step: int, total: int, loss: Callable[[], Tensor]) -> None:
         recipe = self.recipe
         if recipe.warmup is not None:
             warm = max(1, round(recipe.warmup * total))

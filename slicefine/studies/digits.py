@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,11 +40,9 @@ def permuted(tasks: int, seed: int = 0) -> list[tuple[str, Samples, Samples]]:
 
 def rotated(angles: Sequence[float], seed: int = 0) -> list[tuple[str, Samples, Samples]]:
     """(name, train, test) of each task: the images turned by an angle in degrees, bilinear."""
-    parts = load(seed)
-    return [
-        (f"{angle:g} degrees", *(Samples(_turned(_tensor(part), angle), part.labels) for part in parts))
-        for angle in angles
-    ]  # fmt: skip
+    train, test = load(seed)
+    turned = lambda part, angle: Samples(_turned(_tensor(part), angle), part.labels)
+    return [(f"{angle:g} degrees", turned(train, angle), turned(test, angle)) for angle in angles]
 
 
 def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -51,7 +50,7 @@ def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = [64, *widths, 10]
-        parts = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        parts = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*parts[:-1])
 
 

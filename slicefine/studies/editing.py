@@ -119,9 +119,7 @@ class Trial:
                     return Fit(step, True, 0)
         return Fit(steps, False, wrong)
 
-    def _fit_side(
-        self, edits: Samples, keep: Samples | None, steps: int, lr: float, margin: float, seed: int
-    ) -> Fit:
+    def _fit_side(self, edits: Samples, keep: Samples | None, steps: int, lr: float, margin: float, seed: int) -> Fit:
         everything = joined([edits, keep]) if keep is not None else edits
         features, base = features_of(self.model, everything.inputs, self.feature)
         features, base = features.float(), base.float()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +223,7 @@ def three_layers(direction: Tensor, line: Line, slack: float) -> Zigzags:
     spread = position.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
     first, last = position[targets[groups[0][0]]], position[targets[groups[-1][-1]]]
     margin = spread / math.sqrt(len(targets))
-    inner = [(position[targets[a[-1]]] + position[targets[b[0]]]) / 2 for a, b in zip(groups, groups[1:], strict=False)]
+    inner = [(position[targets[a[-1]]] + position[targets[b[0]]]) / 2 for a, b in pairwise(groups)]
     edges = torch.stack([first - margin, *inner, last + margin])
     heights, readout = [], []
     for c, mine in enumerate(wanted):

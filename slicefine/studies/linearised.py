@@ -109,7 +109,9 @@ def _contrast_gradients(
         for module in training:
             module.training = True
     if len(seen) != len(layers):
-        raise ValueError("a layer was called several times, or not at all, in one forward pass; rho is not defined for it")
+        raise ValueError(
+            "a layer was called several times, or not at all, in one forward pass; rho is not defined for it"
+        )
     need = (margin - contrast.detach()).clamp(min=0).double().cpu()
     pairs = [(x, torch.zeros_like(z) if g is None else g) for (x, z), g in zip(seen, gradients, strict=True)]
     return need, [(x.double().cpu().flatten(1, -2) if x.dim() > 2 else x.double().cpu()[:, None],
@@ -136,6 +138,6 @@ def _width(config: SliceConfig, module: nn.Module) -> int:
 def _slice_norm(config: SliceConfig, r: int, module: nn.Module) -> float:
     """Squared Frobenius norm."""
     weight = _matrix(module)
-    spec = SliceSpec(*weight.shape, config.slice_type, r, r, config.contiguous, config.seed)
+    spec = SliceSpec(weight.shape[0], weight.shape[1], config.slice_type, r, r, config.contiguous, config.seed)
     rows, cols = spec.features(config.slice_type, config.start_position)
     return float((weight if rows is None else weight[rows])[:, slice(None) if cols is None else cols].square().sum())

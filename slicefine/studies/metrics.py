@@ -58,7 +58,9 @@ def _check(a: Matrix) -> None:
             f"the accuracy matrix has rows of {sorted({len(r) for r in a})} and {len(a)} rows; expected T rows of T, one per task"
         )
     if any(not math.isfinite(a[i][t]) for i in range(len(a)) for t in range(i + 1)):
-        raise ValueError("the accuracy matrix holds NaN at or below its diagonal; expected every task seen so far to be tested")
+        raise ValueError(
+            "the accuracy matrix holds NaN at or below its diagonal; expected every task seen so far to be tested"
+        )
 
 
 @dataclass(frozen=True)

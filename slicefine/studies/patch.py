@@ -261,7 +261,9 @@ def patch(
         reached = f"{result.report.efficacy:.0%} of the edits" + (
             "" if result.report.locality is None else f", {result.report.locality:.1%} of the kept answers"
         )
-        said.append(f"not everything asked for was reached: {reached}. Give more steps or a larger size, or mode='exact'")
+        said.append(
+            f"not everything asked for was reached: {reached}. Give more steps or a larger size, or mode='exact'"
+        )
         warnings.warn(said[-1], stacklevel=2)
     result.warnings = said
     return result

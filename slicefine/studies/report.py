@@ -52,7 +52,9 @@ def continual_page(sweep: Sweep, title: str, subtitle: str) -> Page:
             mean = sweep.mean(mode, size)
             kept = {k: mean[k] for k in ("AA", "AF", "LA", "BWT", "JA", "AF_by_LA", "base_drop", "weight_drift")}
             rows.append({"mode": mode, sweep.over: size, **kept, "output drift": mean["output_drift"]["mean"], "trained": mean["parameters"]})  # fmt: skip
-    page.table(rows, "means over seeds; JA: joint training on all tasks; drifts: of logits (L2) and of weights (relative)")
+    page.table(
+        rows, "means over seeds; JA: joint training on all tasks; drifts: of logits (L2) and of weights (relative)"
+    )
     if "attach" in sweep.modes:
         page.text(ATTACHED + ".", note=True)
     _trend_figure(page, sweep)
@@ -87,7 +89,9 @@ def _matrices(page: Page, sweep: Sweep, mode: str) -> None:
         if len(matrix) <= 6:
             for i, row in enumerate(matrix):
                 for t, value in enumerate(row):
-                    ax.text(t, i, f"{value:.2f}", ha="center", va="center", color="w" if value > 0.6 else "k", fontsize=8)
+                    ax.text(
+                        t, i, f"{value:.2f}", ha="center", va="center", color="w" if value > 0.6 else "k", fontsize=8
+                    )
         ticks = range(len(matrix))
         ax.set_xticks(ticks, [str(t + 1) for t in ticks])
         ax.set_yticks(ticks, [str(t + 1) for t in ticks])
@@ -104,7 +108,9 @@ def _trends(page: Page, sweep: Sweep, mode: str) -> None:
     for key, what in (("weight_drift", "relative weight drift"), ("AF", "AF")):
         law: dict[str, Any] | None = trends[key]
         if law is not None:
-            page.text(f"{what} = {law['gamma']:.3g} {sweep.over}^{-law['beta']:+.3g}, R² {law['r2']:.3f} over {law['points']} sizes")
+            page.text(
+                f"{what} = {law['gamma']:.3g} {sweep.over}^{-law['beta']:+.3g}, R² {law['r2']:.3f} over {law['points']} sizes"
+            )
     page.table(trends["gains_AA"], "what AA gains by each step to the next size")
     page.table(trends["gains_less_forgetting"], "by how much AF falls")
     page.text(f"Knee: {sweep.over} {trends['knee']} ({trends['knee_is']}).", note=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,9 +82,7 @@ class AdditiveSide(nn.Module):
     def stored(self) -> int:
         """Numbers that describe g."""
         network = self.network
-        return (
-            network.stored if isinstance(network, (Bumps, Zigzags)) else sum(p.numel() for p in network.parameters())
-        )
+        return network.stored if isinstance(network, (Bumps, Zigzags)) else sum(p.numel() for p in network.parameters())
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, ..., features) -> (n, ..., outputs), in the network's dtype."""
@@ -131,9 +130,9 @@ class AdditiveSide(nn.Module):
 
     def _see_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._on:
-            assert not isinstance(self.feature, str)
+            feature: Any = self.feature
             with self.disabled():  # the callable may well run the model
-                self._seen = self.feature(*args, **kwargs)
+                self._seen = feature(*args, **kwargs)
 
     def _add(self, module: nn.Module, args: tuple, result: Any) -> Any:
         if not self._on:
@@ -291,7 +290,7 @@ def _relu_network(features: int, outputs: int, layers: int, width: int) -> nn.Se
     hidden = [width] if layers == 2 else [width // 2, width - width // 2]
     sizes = [features, *hidden, outputs]
     parts: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         parts += [nn.Linear(a, b), nn.ReLU()]
     network = nn.Sequential(*parts[:-1])
     last = _linears(network)[-1]
@@ -309,6 +308,4 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         names = [n for n, _ in model.named_modules() if n]
-        raise ValueError(
-            f"the model has no module {name!r}; it has {', '.join(names[-8:])} and others"
-        ) from None
+        raise ValueError(f"the model has no module {name!r}; it has {', '.join(names[-8:])} and others") from None

@@ -31,7 +31,9 @@ def save_side(side: AdditiveSide, folder: str | os.PathLike[str], base: dict[str
     Raises ValueError for a side whose features come from a callable, which no file can hold.
     """
     if not isinstance(side.feature, str):
-        raise ValueError("this side takes its features from a callable, which a file cannot hold; name a module instead")
+        raise ValueError(
+            "this side takes its features from a callable, which a file cannot hold; name a module instead"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side.network.state_dict().items()}
@@ -92,4 +94,3 @@ _BUFFERS = {
     "Bumps": ("direction", "knots", "at", "slopes"),
     "Zigzags": ("direction", "edges", "heights", "readout"),
 }
-
