@@ -83,7 +83,7 @@ def _measure(
 ) -> Point:  # fmt: skip
     trial = Trial(model, method, size, config, layers, seed=seed)
     order = _order(len(samples), seed)
-    fit = trial.fit(samples[order[:N]], samples[order[N:]] if N < len(samples) else None, steps=steps, lr=lr, seed=seed)
+    fit = trial.fit(samples[order[:N]], samples[order[N:]] if len(samples) > N else None, steps=steps, lr=lr, seed=seed)
     return Point(method, size, trial.trainable, N, len(samples), seed, fit.solved, fit.wrong, fit.steps)
 
 
