@@ -262,7 +262,7 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
     pytest.importorskip("peft")
     model, samples, _ = trained
     sizes = {"slice": [32, 64], "lora": [2, 8], "side": [4, 16]}
-    points = ftc_curve(lambda: copy.deepcopy(model), samples, [1, 4], sizes, config=HIDDEN, steps=600)
+    points = ftc_curve(lambda: copy.deepcopy(model), samples, [4], sizes, config=HIDDEN, steps=600)
     table = smallest(points)
     assert all(row["size"] is not None for row in table.values()), table
     # a slice of one layer is the least efficient memoriser by the number; sides and LoRA need a fraction

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def _contrast_gradients(
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     calls = 0
 
-    def record(name: str, args: tuple, output: Tensor) -> Tensor:
+    def record(name: str, args: Any, output: Any) -> Tensor:
         nonlocal calls
         calls += 1
         marked = output + torch.zeros_like(output, requires_grad=True)
