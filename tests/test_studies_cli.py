@@ -72,10 +72,18 @@ def classifier(encoder, tmp_path_factory):
     return folder / "out"
 
 
+def asked(folder):
+    """text -> the label that the model in a folder gives it, one text at a time, and the model."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return (lambda t: model.config.id2label[int(model(**tokenizer(t, return_tensors="pt")).logits.argmax())]), model
+
+
 @pytest.fixture
-def listed(tmp_path):
-    """(edits, keep): two answers that the classifier gives rightly are to be turned round; 40 are to stay."""
-    edits = [(text, "bad" if label == "good" else "good") for text, label in sentences(2)]
+def listed(classifier, tmp_path):
+    """(edits, keep): two answers that the classifier gives are to be turned round; 40 are to stay."""
+    ask, _ = asked(classifier)
+    edits = [(text, "bad" if ask(text) == "good" else "good") for text, _ in sentences(2)]
     return write(tmp_path / "e.csv", edits), write(tmp_path / "k.csv", sentences(40, 100))
 
 
@@ -90,17 +98,16 @@ def test_patch_exactly_and_put_it_back(classifier, listed, tmp_path):
     assert (row["edits"], row["kept"], row["held_out"]) == (2, 32, 8) and 0 <= row["generality"] <= 1
     assert "100.0 % of 2 edits answered as asked" in output and "does not generalise" in output
     assert "Efficacy, locality, generality" in (tmp_path / "p.html").read_text()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
-    before = base_sha256(model)
-    texts = [text for text, _ in sentences(2)]
-    ask = lambda text: model.config.id2label[int(model(**tokenizer(text, return_tensors="pt")).logits.argmax())]
-    assert [ask(t) for t in texts] == ["bad", "good"]  # as trained
+    ask, model = asked(classifier)
+    with edits.open(newline="") as file:
+        wanted = {row["text"]: row["label"] for row in csv.DictReader(file)}
+    before, own = base_sha256(model), {text: ask(text) for text in wanted}
+    assert all(own[text] != label for text, label in wanted.items())
     patch = load_patch(model, tmp_path / "patch")
     # one sentence at a time, without the padding of the batch in which the patch was made
-    assert [ask(t) for t in texts] == ["good", "bad"]
+    assert {text: ask(text) for text in wanted} == wanted
     patch.remove()
-    assert [ask(t) for t in texts] == ["bad", "good"] and base_sha256(model) == before
+    assert {text: ask(text) for text in wanted} == own and base_sha256(model) == before
 
 
 @pytest.mark.parametrize("method", ["slice", "side"])
