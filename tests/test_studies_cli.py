@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +228,19 @@ def test_all_rows_are_encoded():
     texts, images = encode(Numbers(), rows), encode(Pixels(), rows)
     assert texts.inputs["input_ids"][:, 0].tolist() == list(range(1300)) == images.inputs[:, 0].long().tolist()
     assert Numbers.tokenizer.padding_side == "right" and torch.equal(texts.labels, images.labels)
+
+
+def test_the_measured_run_on_the_real_encoder_kept_its_promise():
+    """The result that docs/continual.md quotes: attach lost nothing, bit for bit, and learned the second task as if alone."""
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "benchmarks" / "results" / "studies" / "two-tasks-amd-epyc.json").read_text())
+    [attach] = result["by_mode"]["attach"].values()
+    [same] = result["by_mode"]["same"].values()
+    assert attach["AF"] == 0.0 and all(attach["proof"]["bit_equal_logits"].values())
+    assert attach["proof"]["base_sha256_at_first"] == attach["proof"]["base_sha256_at_last"]
+    assert attach["matrix"][1][1] >= 0.98 * attach["alone"][1]
+    assert same["AF"] > 0.1
+    text = (root / "docs" / "continual.md").read_text(encoding="utf-8")
+    first, second = attach["matrix"]
+    assert f"| attach | {100 * first[0]:.1f} % | {100 * second[0]:.1f} % | {100 * second[1]:.1f} % | 0 |" in text
+    assert f"reaches {100 * second[1] / attach['alone'][1]:.1f} % of the accuracy of training the second alone" in text
