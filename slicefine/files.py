@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,14 +21,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Whoever reads ``path``, also after a crash or a power cut, finds the whole old file or the whole new one.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # not mkstemp, whose files are for their owner alone: to mend that, the umask of the whole process would have to be changed
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        os.chmod(temporary, mode)  # safetensors puts a file of its own there
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -36,16 +37,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def version_of(path: Path) -> tuple[int, int, int]:
+    """Differs before and after a file has been replaced."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a text file, UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:
@@ -58,8 +59,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def tensor_sha256(name: str, tensor: Tensor) -> str:
-    """SHA-256 in hex over name, dtype, shape and the bytes of a tensor in row-major order."""
-    tensor = tensor.detach().to("cpu").contiguous()
+    """SHA-256 in hex over name, dtype, shape and the bytes of a tensor in row-major order.
+
+    Raises TypeError for a tensor without bytes of its own: on the meta device, sharded, or quantised by a wrapper class.
+    """
+    if not tensor.is_meta:
+        tensor = tensor.detach().to("cpu").contiguous()
+    if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own to hash; load or gather the weights first"
+        )
     digest = hashlib.sha256(f"{name}|{dtype_name(tensor)}|{tuple(tensor.shape)}|".encode())
     size = tensor.numel() * tensor.element_size()
     if size:

@@ -21,7 +21,7 @@ from slicefine.config import SliceConfig
 from slicefine.function import slice_product
 from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
-from slicefine.reference import read_slice, write_slice
+from slicefine.reference import read_slice, rounds_to, write_slice
 from slicefine.scores import gradient_scores, slice_norms
 from slicefine.sharding import (
     check_conversion,
@@ -199,7 +199,7 @@ class SliceLinear(nn.Linear):
         """Make the master follow the weight; entries that already round to it keep their extra bits."""
         master = self.active(self.slice_weight)
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
-        master.copy_(torch.where(_rounds_to(master, truth), master, truth.to(master.dtype)))
+        master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
         self._awaiting_weight = False
         self.mark_synchronised()
 
@@ -230,7 +230,7 @@ class SliceLinear(nn.Linear):
 
     def _check_belongs(self) -> None:
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
-        if not bool(_rounds_to(self.active(self.slice_weight).detach(), truth).all()):
+        if not bool(rounds_to(self.active(self.slice_weight).detach(), truth).all()):
             raise RuntimeError(
                 "the loaded slice state does not belong to the weights in the model: the saved master of the active slice differs "
                 "from the weight. Load the model's state dict of the same checkpoint too."
@@ -279,6 +279,7 @@ class SliceLinear(nn.Linear):
             return
         self.synchronise()
         ledger = self.required_ledger("be disabled")
+        ledger.join()
         version = self.weight._version
         trained = ledger.exchange(self.weight_matrix, ledger.originals())
         for layer in {self, *layers_of(self.slice_weight)}:
@@ -294,7 +295,7 @@ class SliceLinear(nn.Linear):
         set_version(self.weight, self._trained_version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer._trained = None
-        self.mark_synchronised()
+        self.read_back()  # changes nothing unless the model has been cast in between
 
     def required_ledger(self, purpose: str) -> Ledger:
         if self.ledger is None:
@@ -373,6 +374,7 @@ class SliceLinear(nn.Linear):
         elif self.ledger is not None:
             values = [local(value) for value in state["ledger"]["values"]]
             self.ledger.load_state_dict({**state["ledger"], "values": values})
+            self.ledger.cast(self.weight.dtype)
             self.ledger.check_covers(self.schedule.visited)
         self.place()
         self.slice_weight.copy_(state["master"])
@@ -388,6 +390,9 @@ class SliceLinear(nn.Linear):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         self.require_enabled("loading weights")
+        # if nothing has trained, what is loaded are the originals; a slice that goes on from a delta has others already
+        untouched = self.ledger is not None and self.schedule.steps == 0 and not self.weight.is_meta
+        untouched = untouched and self.ledger is not None and self.ledger.holds(self.weight_matrix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -396,7 +401,7 @@ class SliceLinear(nn.Linear):
         for other in layers_of(self.slice_weight):
             other.weight = self.weight  # load_state_dict(assign=True) would untie them
         self.read_back()
-        if self.ledger is not None and self.schedule.steps == 0:  # nothing has trained: these are the originals
+        if self.ledger is not None and untouched:
             self.ledger.clear()
             self.ledger.record(read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols)
 
@@ -480,13 +485,3 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rounds_to(master: Tensor, truth: Tensor) -> Tensor:
-    """Where the master is a more precise copy of the weight; bfloat16 may have been rounded stochastically, up or down."""
-    nearest = master.to(truth.dtype) == truth
-    if truth.dtype != torch.bfloat16:
-        return nearest
-    down = master.view(torch.int32) >> 16
-    bits = truth.contiguous().view(torch.int16).to(torch.int32)
-    return nearest | (down == bits) | (down + 1 == bits)
