@@ -301,7 +301,7 @@ class SliceLinear(nn.Linear):
         if self.ledger is None:
             raise RuntimeError(
                 f"a slice cannot {purpose}: its original values were not kept (SliceConfig(keep_originals=False)). Train with "
-                "keep_originals=True, the default."
+                "keep_originals=True, the default, and resume with the slices' own state (load_slice_state_dict, or SliceAdamW's)."
             )
         return self.ledger
 

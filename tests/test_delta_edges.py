@@ -147,6 +147,21 @@ def test_loading_weights_into_a_run_that_goes_on_from_a_delta_keeps_its_base(tmp
     assert all(torch.equal(state(again)[k], before[k]) for k in before if "classifier" not in k)
 
 
+def test_a_resume_without_the_slices_own_state_does_not_take_the_checkpoint_for_the_base():
+    """torch's AdamW in Trainer: a delta from the checkpoint would be of a base that nobody has."""
+    _, model = trained()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    train(model, 2, optimizer=optimizer)  # between two moves: right after one the moments tell nothing
+    resumed = get_slice_model(base(), config())
+    resumed.load_state_dict(model.state_dict())
+    other = torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad])
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="what the base was is lost: load_slice_state_dict"):
+        train(resumed, 1, optimizer=other)
+    with pytest.raises(RuntimeError, match="original values were not kept .* resume with the slices' own state"):
+        resumed.delta()
+
+
 def test_running_statistics_belong_to_the_fine_tune(tmp_path):
     model = base().train()
     before = state(model)
