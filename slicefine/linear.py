@@ -16,23 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slicefine import ops
+from slicefine import ops, sharding
 from slicefine.config import SliceConfig
 from slicefine.function import slice_product
 from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, rounds_to, write_slice
 from slicefine.scores import gradient_scores, slice_norms
-from slicefine.sharding import (
-    check_conversion,
-    check_sharding,
-    check_whole,
-    is_sharded,
-    local,
-    shard_ledger,
-    shard_values,
-    sum_over_shards,
-)
 from slicefine.slices import SliceSchedule, SliceSpec
 
 
@@ -98,7 +88,7 @@ class SliceLinear(nn.Linear):
 
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
-        if is_sharded(weight):
+        if sharding.is_sharded(weight):
             raise ValueError(f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard")
         if not weight.dtype.is_floating_point:
             raise TypeError(
@@ -144,7 +134,7 @@ class SliceLinear(nn.Linear):
     @property
     def weight_matrix(self) -> Tensor:
         """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this process's part of it."""
-        weight = local(self.weight)
+        weight = sharding.local(self.weight)
         return weight.t() if self.fan_in_fan_out else weight
 
     @property
@@ -159,7 +149,7 @@ class SliceLinear(nn.Linear):
 
     def active(self, flat: Tensor) -> Tensor:
         """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column``, and under FSDP2."""
-        flat = local(flat)
+        flat = sharding.local(flat)
         if self.spec.slice_type != "row_column":
             return flat
         R, K = self.spec.shape(self.axis)
@@ -216,7 +206,7 @@ class SliceLinear(nn.Linear):
         """Bring weight and slice_weight together after one of them was written to from outside."""
         if (not self._awaiting_weight and _versions_of(self) == self._versions) or self.disabled:
             return
-        if self.sharded and not is_sharded(self.weight):
+        if self.sharded and not sharding.is_sharded(self.weight):
             return  # gathered for a forward pass: a copy
         if self._awaiting_weight:
             self._check_belongs()
@@ -247,7 +237,11 @@ class SliceLinear(nn.Linear):
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
             norms = slice_norms(self.weight_matrix, self.spec, axis)
-            return sum_over_shards(norms.square(), self.weight).sqrt() if is_sharded(self.weight) else norms
+            return (
+                sharding.sum_over_shards(norms.square(), self.weight).sqrt()
+                if sharding.is_sharded(self.weight)
+                else norms
+            )
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
@@ -321,7 +315,7 @@ class SliceLinear(nn.Linear):
         """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            check_whole(self)
+            sharding.check_whole(self)
             self.synchronise()
         device = input.device.type
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
@@ -350,7 +344,9 @@ class SliceLinear(nn.Linear):
         if self.ledger is not None:
             state["ledger"] = self.ledger.state_dict()
             if self.sharded:
-                state["ledger"]["values"] = [shard_values(v, self.slice_weight) for v in state["ledger"]["values"]]
+                state["ledger"]["values"] = [
+                    sharding.shard_values(v, self.slice_weight) for v in state["ledger"]["values"]
+                ]
         return state
 
     @torch.no_grad()
@@ -361,7 +357,7 @@ class SliceLinear(nn.Linear):
                 f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
                 "build the model with the saved SliceConfig"
             )
-        if is_sharded(state["master"]) != self.sharded:
+        if sharding.is_sharded(state["master"]) != self.sharded:
             raise ValueError(
                 f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is {'' if self.sharded else 'not '}sharded: load it "
                 "before fully_shard, or save it from a model that is sharded like this one"
@@ -372,7 +368,7 @@ class SliceLinear(nn.Linear):
         if "ledger" not in state:
             self.ledger = None  # nobody can tell any more what the originals were
         elif self.ledger is not None:
-            values = [local(value) for value in state["ledger"]["values"]]
+            values = [sharding.local(value) for value in state["ledger"]["values"]]
             self.ledger.load_state_dict({**state["ledger"], "values": values})
             self.ledger.cast(self.weight.dtype)
             self.ledger.check_covers(self.schedule.visited)
@@ -408,7 +404,7 @@ class SliceLinear(nn.Linear):
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
         if self.sharded:
-            check_conversion(self, fn)
+            sharding.check_conversion(self, fn)
         master = self._parameters.pop("slice_weight")
         assert master is not None
         try:
@@ -438,8 +434,8 @@ class SliceLinear(nn.Linear):
 
     def _become_sharded(self) -> None:
         """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows the whole again, for reading only."""
-        check_sharding(self)
-        shard_ledger(self)
+        sharding.check_sharding(self)
+        sharding.shard_ledger(self)
         self.sharded = True
         self.mark_synchronised()
 
@@ -456,11 +452,11 @@ class SliceLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "weight" and is_sharded(value):
+        if name == "weight" and sharding.is_sharded(value):
             self.weight_sharded = True
         if name == "slice_weight":
             register(self)
-            if not self.sharded and is_sharded(value):
+            if not self.sharded and sharding.is_sharded(value):
                 self._become_sharded()
 
 
