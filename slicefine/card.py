@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from slicefine.delta import Delta
 
 _CARD = """---
@@ -56,6 +59,21 @@ def model_card(delta: Delta, name: str) -> str:
         else "not recorded",
         steps=steps if steps is not None else "not recorded",
         coverage=f"{100 * coverage:.1f} %" if coverage is not None else "not recorded",
-        rows="".join(f"| {key} | {value} |\n" for key, value in sorted(info.items())),
+        rows="".join(_row(key, value) for key, value in sorted(info.items())),
         dtype=" and ".join(dtypes) or "its dtype",
     )
+
+
+def _row(key: str, value: Any) -> str:
+    if (
+        key == "evaluation"
+        and isinstance(value, dict)
+        and {"metric", "value", "rows", "data", "data_sha256"} <= value.keys()
+    ):
+        return (
+            f"| {value['metric']} | {value['value']:.4g} on {value['rows']:,d} rows of {value['data']} (SHA-256 "
+            f"`{value['data_sha256'][:16]}`) |\n"
+        )
+    if isinstance(value, dict | list):
+        return f"| {key} | `{json.dumps(value)}` |\n"
+    return f"| {key} | {value} |\n"

@@ -39,7 +39,9 @@ def difference(delta: Delta, other: Delta) -> list[Difference]:
             continue
         (values, changed), (other_values, other_changed) = mine, theirs
         if values.shape != other_values.shape:
-            raise ValueError(f"{key} is {tuple(values.shape)} in one delta and {tuple(other_values.shape)} in the other")
+            raise ValueError(
+                f"{key} is {tuple(values.shape)} in one delta and {tuple(other_values.shape)} in the other"
+            )
         shared = changed & other_changed
         a, b = values[shared], other_values[shared]
         conflicts = a != b

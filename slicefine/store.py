@@ -76,11 +76,14 @@ class Store:
 
     def log(self) -> Log:
         """Read the events and check their chain. Raises StoreError naming the first line that is not as it was written."""
+        self._require_folder()
         try:
             content = (self.path / INDEX).read_bytes()
         except FileNotFoundError:
             if self.path.is_dir() and any((self.path / BLOBS).glob("*.safetensors")):
-                raise StoreError(f"{self.path / INDEX} is missing, but there are deltas in {self.path / BLOBS}") from None
+                raise StoreError(
+                    f"{self.path / INDEX} is missing, but there are deltas in {self.path / BLOBS}"
+                ) from None
             content = b""
         *lines, torn = content.split(b"\n")
         events, head = [], _NOTHING
@@ -133,7 +136,9 @@ class Store:
             problems.append(_torn_line(self.path, log))
         heads = [event["previous"] for event in log.events] + [log.head]
         if head is not None and head not in heads:
-            problems.append(f"{self.path / INDEX}: the line with SHA-256 {head} is gone; the log has been cut or replaced")
+            problems.append(
+                f"{self.path / INDEX}: the line with SHA-256 {head} is gone; the log has been cut or replaced"
+            )
         for entry in {entry.sha256: entry for entry in _replay(log.events)}.values():
             try:
                 self.load(entry)
@@ -248,10 +253,13 @@ class Store:
     @contextmanager
     def _locked(self) -> Iterator[Log]:
         """The log, while nobody else can write. The system lets go of the lock when its holder dies."""
-        if not self.path.is_dir():
-            raise StoreError(f"no delta store at {self.path}; save a delta to make one")
+        self._require_folder()
         with open(self.path / LOCK, "a+b") as file, _exclusive(file.fileno()):
             yield self.log()
+
+    def _require_folder(self) -> None:
+        if not self.path.is_dir():
+            raise StoreError(f"no delta store at {self.path}; save a delta to make one")
 
 
 def _line(body: dict[str, Any]) -> bytes:

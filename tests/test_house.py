@@ -19,7 +19,7 @@ FLOORS = [
     {"slices", "reference"},
     {"_native", "_native_cuda", "config", "files", "ledger"},
     {"ops", "delta"},
-    {"scores", "moves", "merging", "card"},
+    {"scores", "moves", "merging", "card", "lora", "difference", "store"},
     {"linear"},
     {"optim", "targets", "memory", "adapters"},
     {"model"},
