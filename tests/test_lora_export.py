@@ -160,7 +160,9 @@ def test_asks_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
     rounding = (after.double() - oracle).abs().max()  # of the merged model itself
     assert (logits.double() - oracle).abs().max() < 8 * rounding < 1e-4
 
-    with pytest.raises(DeltaError, match=r"the head trained whole \(bert.pooler.dense.bias.*vLLM takes no modules_to_save"):
+    with pytest.raises(
+        DeltaError, match=r"the head trained whole \(bert.pooler.dense.bias.*vLLM takes no modules_to_save"
+    ):
         to_lora(delta, server="vllm")
     legal = to_lora(delta, server="vllm", leave_out=True)
     assert legal.config["modules_to_save"] is None and legal.config["rank_pattern"] == {}
@@ -199,9 +201,7 @@ def test_conv1d_is_transposed_for_peft(tmp_path):
     adapter.save(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=5e-6
-        )
+        torch.testing.assert_close(loaded(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("server", ["peft", "vllm"])
@@ -255,7 +255,9 @@ def test_bfloat16_differences_are_exact_in_float32():
 
 def test_what_lora_cannot_hold_is_refused_or_left_out(tmp_path):
     base, merged, delta = trained(Small(), exclude_modules=["head"], bias="slice_only")
-    with pytest.raises(DeltaError, match="2 parameters of the base trained whole, such as proj.bias.*export the merged model"):
+    with pytest.raises(
+        DeltaError, match="2 parameters of the base trained whole, such as proj.bias.*export the merged model"
+    ):
         to_lora(delta)
     adapter = to_lora(delta, leave_out=True)
     assert adapter.left_out == ["proj.bias", "inner.proj.bias"]

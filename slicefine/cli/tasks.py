@@ -52,10 +52,10 @@ class Task:
         if not self.labels:
             return {}
         names = dict(enumerate(self.labels))
-        padding = getattr(model.config, "pad_token_id", None)
+        known = {key: getattr(model.config, key, None) for key in ("pad_token_id", "problem_type")}
         return {
             "num_labels": len(names), "id2label": {str(k): v for k, v in names.items()}, "label2id": {v: k for k, v in names.items()},
-            **({} if padding is None else {"pad_token_id": padding}),
+            **{key: value for key, value in known.items() if value is not None},
         }  # fmt: skip
 
     def batch(self, rows: list[Row]) -> Batch:

@@ -77,4 +77,4 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise SignatureError(f"{folder} is no folder; publication signs a whole folder, a delta's or a merged model's")
-    return folder
+    return folder.resolve()  # model-signing 1.1 takes its own signature for another file where paths are relative
