@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from slicefine.files import dtype_name, replacing, tensor_sha256
 from slicefine.ledger import Piece
 from slicefine.reference import read_slice, write_slice
+from slicefine.sharding import is_sharded
 
 FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -281,6 +282,12 @@ def base_hashes(model: nn.Module, leave_out: set[str], originals: Mapping[str, T
     """
     state = model.state_dict()
     originals = originals or {}
+    if sharded := [key for key, value in state.items() if is_sharded(value)]:
+        raise DeltaError(
+            f"{sharded[0]} and {len(sharded) - 1} others are sharded over processes; deltas are made of whole tensors. Gather them "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and load them into a model of "
+            "one process"
+        )
     return {
         key: tensor_sha256(key, originals.get(key, value))
         for key, value in state.items()

@@ -6,7 +6,7 @@ Values are kept on the host in the weight's dtype and are only ever copied, neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from torch import Tensor
 
 from slicefine.reference import read_slice, write_slice
 from slicefine.slices import SliceSpec
+
+_LOST = (
+    "torch.distributed.checkpoint loads only as much as a new optimizer holds: save the optimizer's state_dict with torch.save, one file "
+    "per process, or train with keep_originals=False"
+)
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Ledger:
 
     def __init__(self, spec: SliceSpec) -> None:
         self.pieces: list[Piece] = []
+        self._spec = spec
         self._rows = torch.zeros(spec.out_features, dtype=torch.bool)
         self._cols = torch.zeros(spec.in_features, dtype=torch.bool)
         self._blocks: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
@@ -57,8 +63,8 @@ class Ledger:
             cols, values = _unseen(self._cols, cols, values, 1)
         elif rows is not None:
             rows, values = _unseen(self._rows, rows, values, 0)
-        if not values.numel():
-            return
+        if any(index is not None and not len(index) for index in (rows, cols)):
+            return  # all of it is on record; a process that holds none of the other features records empty values
         piece = Piece(rows, cols, values.detach().to("cpu", copy=True))
         for earlier in self.pieces:
             self._overlay(piece, earlier)  # what an earlier slice has changed is not an original any more
@@ -115,6 +121,9 @@ class Ledger:
         return {key: [getattr(piece, key) for piece in self.pieces] for key in ("rows", "cols", "values")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`. Raises ValueError if pieces are missing."""
+        if len({len(state[key]) for key in ("rows", "cols", "values")}) > 1:
+            raise ValueError("the loaded slice state has lost originals. " + _LOST)
         self.clear()
         for rows, cols, values in zip(state["rows"], state["cols"], state["values"], strict=True):
             rows, cols = _to_host(rows), _to_host(cols)
@@ -125,6 +134,21 @@ class Ledger:
                 self._cols[cols] = True
             elif rows is not None:
                 self._rows[rows] = True
+
+    def check_covers(self, visited: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless there are originals for every position visited; visited: axis -> bool per position."""
+        for axis, seen in visited.items():
+            for position in seen.nonzero().flatten().tolist():
+                rows, cols = self._spec.features(axis, position)
+                if axis == "block":
+                    assert rows is not None and cols is not None
+                    known = (tuple(rows.tolist()), tuple(cols.tolist())) in self._blocks
+                else:
+                    known = bool(self._cols[cols].all() if rows is None else self._rows[rows].all())
+                if not known:
+                    raise ValueError(
+                        f"the loaded slice state has no originals for {axis} position {position}, which has trained. {_LOST}"
+                    )
 
 
 def set_version(tensor: Tensor, version: int) -> None:

@@ -14,16 +14,25 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from slicefine import ops
 from slicefine.config import SliceConfig
+from slicefine.function import SliceLinearFunction
 from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
+from slicefine.sharding import (
+    check_conversion,
+    check_sharding,
+    check_whole,
+    is_sharded,
+    local,
+    shard_ledger,
+    shard_values,
+    sum_over_shards,
+)
 from slicefine.slices import SliceSchedule, SliceSpec
 
 
@@ -49,6 +58,8 @@ class SliceLinear(nn.Linear):
     slice_rows: Tensor
     slice_cols: Tensor
     axis: str
+    weight_sharded: bool = False  # by fully_shard, which replaces one parameter after the other
+    sharded: bool = False  # both the weight and slice_weight
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
     _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
 
@@ -85,6 +96,8 @@ class SliceLinear(nn.Linear):
 
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
+        if is_sharded(weight):
+            raise ValueError(f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard")
         if not weight.dtype.is_floating_point:
             raise TypeError(
                 f"layer {name!r} has a quantised weight ({weight.dtype}); slices train {', '.join(str(d) for d in _WEIGHT_DTYPES)} "
@@ -128,8 +141,9 @@ class SliceLinear(nn.Linear):
 
     @property
     def weight_matrix(self) -> Tensor:
-        """(out_features, in_features), a view of ``weight`` however it is stored."""
-        return self.weight.t() if self.fan_in_fan_out else self.weight
+        """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this process's part of it."""
+        weight = local(self.weight)
+        return weight.t() if self.fan_in_fan_out else weight
 
     @property
     def rows(self) -> Tensor | None:
@@ -142,7 +156,8 @@ class SliceLinear(nn.Linear):
         return None if self.axis == "row" else self.slice_cols
 
     def active(self, flat: Tensor) -> Tensor:
-        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column`` only."""
+        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column``, and under FSDP2."""
+        flat = local(flat)
         if self.spec.slice_type != "row_column":
             return flat
         R, K = self.spec.shape(self.axis)
@@ -199,6 +214,8 @@ class SliceLinear(nn.Linear):
         """Bring weight and slice_weight together after one of them was written to from outside."""
         if (not self._awaiting_weight and _versions_of(self) == self._versions) or self.disabled:
             return
+        if self.sharded and not is_sharded(self.weight):
+            return  # gathered for a forward pass: a copy
         if self._awaiting_weight:
             self._check_belongs()
         if self.slice_weight.device != self.slice_rows.device:
@@ -227,7 +244,8 @@ class SliceLinear(nn.Linear):
     def position_scores(self, axis: str) -> Tensor:
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
-            return slice_norms(self.weight_matrix, self.spec, axis)
+            norms = slice_norms(self.weight_matrix, self.spec, axis)
+            return sum_over_shards(norms.square(), self.weight).sqrt() if is_sharded(self.weight) else norms
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
@@ -290,6 +308,7 @@ class SliceLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if not compiling:
+            check_whole(self)
             self.synchronise()
         device = input.device.type
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
@@ -304,7 +323,7 @@ class SliceLinear(nn.Linear):
             updater, master = None, master.detach()
         elif updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
             layer = self
-        return _SliceLinearFunction.apply(
+        return SliceLinearFunction.apply(
             input, self.weight_matrix, self.bias, master, self.rows, self.cols, layer
         )  # fmt: skip
 
@@ -317,7 +336,11 @@ class SliceLinear(nn.Linear):
         """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and numbers only."""
         self.require_enabled("saving the state of slices")
         state = {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
-        return state if self.ledger is None else {**state, "ledger": self.ledger.state_dict()}
+        if self.ledger is not None:
+            state["ledger"] = self.ledger.state_dict()
+            if self.sharded:
+                state["ledger"]["values"] = [shard_values(v, self.slice_weight) for v in state["ledger"]["values"]]
+        return state
 
     @torch.no_grad()
     def load_slice_state(self, state: dict[str, Any]) -> None:
@@ -327,13 +350,20 @@ class SliceLinear(nn.Linear):
                 f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
                 "build the model with the saved SliceConfig"
             )
+        if is_sharded(state["master"]) != self.sharded:
+            raise ValueError(
+                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is {'' if self.sharded else 'not '}sharded: load it "
+                "before fully_shard, or save it from a model that is sharded like this one"
+            )
         self.require_enabled("loading the state of slices")
         self.synchronise()
         self.schedule.load_state_dict(state["schedule"])
         if "ledger" not in state:
             self.ledger = None  # nobody can tell any more what the originals were
         elif self.ledger is not None:
-            self.ledger.load_state_dict(state["ledger"])
+            values = [local(value) for value in state["ledger"]["values"]]
+            self.ledger.load_state_dict({**state["ledger"], "values": values})
+            self.ledger.check_covers(self.schedule.visited)
         self.place()
         self.slice_weight.copy_(state["master"])
         self._awaiting_weight = True
@@ -362,6 +392,8 @@ class SliceLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
+        if self.sharded:
+            check_conversion(self, fn)
         master = self._parameters.pop("slice_weight")
         assert master is not None
         try:
@@ -370,11 +402,12 @@ class SliceLinear(nn.Linear):
             self._parameters["slice_weight"] = master
         weight = self.weight
         # the same Parameter object: an optimizer may hold it
-        master.data = (
-            master.data.to(weight.device, _master_dtype(weight.dtype))
-            if not weight.is_meta
-            else torch.empty_like(master.data, device="meta")
-        )
+        if not self.sharded:
+            master.data = (
+                master.data.to(weight.device, _master_dtype(weight.dtype))
+                if not weight.is_meta
+                else torch.empty_like(master.data, device="meta")
+            )
         if master.grad is not None:
             applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
             master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
@@ -387,6 +420,13 @@ class SliceLinear(nn.Linear):
                 self._trained = [values.to(weight.dtype) for values in self._trained]
         self.mark_synchronised()
         return self
+
+    def _become_sharded(self) -> None:
+        """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows the whole again, for reading only."""
+        check_sharding(self)
+        shard_ledger(self)
+        self.sharded = True
+        self.mark_synchronised()
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronise()
@@ -401,8 +441,12 @@ class SliceLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "weight" and is_sharded(value):
+            self.weight_sharded = True
         if name == "slice_weight":
             register(self)
+            if not self.sharded and is_sharded(value):
+                self._become_sharded()
 
 
 def _versions_of(layer: SliceLinear) -> tuple[int, int, int]:
@@ -436,68 +480,3 @@ def _rounds_to(master: Tensor, truth: Tensor) -> Tensor:
     down = master.view(torch.int32) >> 16
     bits = truth.contiguous().view(torch.int16).to(torch.int32)
     return nearest | (down == bits) | (down + 1 == bits)
-
-
-class _SliceLinearFunction(torch.autograd.Function):
-    """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row slice.
-
-    ``layer`` is None but for the two cases in which backward does more than return gradients: scores for the next move, and
-    `optimizer_in_bwd`.
-    """
-
-    @staticmethod
-    def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
-        if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
-            cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-        else:
-            cast_weight = weight
-        needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
-        ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
-        kept = None
-        if needs_slice:
-            kept = input if cols is None or ctx.scoring else input.index_select(-1, cols)
-        # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
-        ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
-        ctx.layer, ctx.slice_shape = layer, slice_weight.shape
-        ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
-        return F.linear(input, cast_weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
-        updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
-        if updater is not None:
-            # torch.autograd.grad towards something else asks for no update
-            needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
-            if needs_slice:
-                updater.before_backward(ctx.layer)
-        weight, kept, rows, cols = ctx.saved_tensors
-        grad_input = grad_bias = grad_slice = None
-        # once for both products: attention hands back a transposed gradient, which each of them would copy
-        flat = grad_output.reshape(-1, grad_output.shape[-1])
-        if needs_input:
-            grad_input = flat.mm(weight.to(flat.dtype)).view(*grad_output.shape[:-1], weight.shape[1])
-        if needs_bias:
-            grad_bias = flat.sum(0)
-        if needs_slice:
-            grad_slice = _slice_gradient(ctx, flat, kept.reshape(-1, kept.shape[-1]), rows, cols)
-        return grad_input, None, grad_bias, grad_slice, None, None, None
-
-
-def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
-    """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
-    layer = ctx.layer
-    if ctx.scoring:
-        layer.add_scores(grad_output, kept)
-        if cols is not None:
-            kept = kept.index_select(1, cols)
-    if layer is not None and layer.updater is not None:
-        layer.updater.update_in_backward(layer, grad_output, kept)
-        return None
-    grad = ops.slice_grad(grad_output, kept, rows)
-    if grad.shape == ctx.slice_shape:
-        return grad
-    flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail
-    flat[: grad.numel()] = grad.flatten()
-    return flat

@@ -161,6 +161,11 @@ class SliceModel(AdapterModel):
             raise RuntimeError(
                 "the slices in training are switched off; leave disable_adapter() or set_adapter them first"
             )
+        if any(layer.weight_sharded for layer in slice_layers(self)):
+            raise RuntimeError(
+                "fully_shard holds the layers of this model; there is nothing to merge (the weights are up to date): "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them for a plain model"
+            )
         plain: dict[int, nn.Module] = {}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
@@ -173,6 +178,11 @@ class SliceModel(AdapterModel):
         if trained is not None:
             _set_trainable(self, trained)
         return self
+
+    def unload(self) -> nn.Module:
+        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up."""
+        self.revert()
+        return self.merge_and_unload()
 
     @classmethod
     def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
