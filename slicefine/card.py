@@ -46,6 +46,7 @@ def model_card(delta: Delta, name: str) -> str:
     entries = sum(p.new.numel() for w in delta.weights.values() for p in w.patches)
     whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
     steps, coverage = info.pop("steps", None), info.pop("coverage", None)
+    info.pop("model_config", None)  # for programs
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
         base_line=f"base_model: {base}\n" if base and not base.startswith(("/", ".")) else "",

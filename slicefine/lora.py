@@ -189,7 +189,7 @@ def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[
     refused = biases + (heads if server == "vllm" else [])
     if biases and not leave_out:
         raise DeltaError(
-            f"{len(biases)} parameters of the base trained whole, such as {biases[0]}, and a LoRA adapter cannot hold them: export the merged model, "
+            f"{len(biases)} biases or buffers of the base have changed, such as {biases[0]}, and a LoRA adapter cannot hold them: export the merged model, "
             "or leave them out (leave_out=True, --leave-out), which changes the outputs"
         )
     if heads and server == "vllm" and not leave_out:

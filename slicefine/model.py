@@ -239,14 +239,17 @@ def _with_delta(
 
 
 def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
-    """State-dict key of everything that trains beside slices -> whether the base model has it too (False: modules_to_save)."""
+    """State-dict key of everything that changes beside slices -> whether the base model has it too (False: modules_to_save).
+
+    Buffers do: a forward in training mode moves BatchNorm's statistics.
+    """
     slices = {id(layer.slice_weight) for layer in slice_layers(model)}
     parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
     buffers = dict(model.named_buffers())
     whole = {}
     for key, value in model.state_dict(keep_vars=True).items():
         saved = matches_modules_to_save(config, key.rpartition(".")[0])
-        if id(value) in parameters or (saved and key in buffers):
+        if id(value) in parameters or key in buffers:
             whole[key] = not saved
     return whole
 

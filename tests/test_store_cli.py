@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,37 @@ def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
         "out",
         "reviews.csv",
     ]  # nothing left lying about
+
+
+def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(here, monkeypatch):
+    from slicefine.cli import train as verb
+
+    update = verb._Job._update
+
+    def interrupted(job, micro_batches):
+        if job.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(job, micro_batches)
+
+    command = f"train --model base --data reviews.csv --output stopped {TRAIN}"
+    monkeypatch.setattr(verb._Job, "_update", interrupted)
+    run(command, 130)
+    delta("apply stopped/delta --model base --output merged")  # what it had by then
+    assert same(weights("merged"), weights("stopped")) and not same(weights("merged"), weights("out"))
+    assert "has no evaluation" in run("delta audit stopped/delta", 2)
+    monkeypatch.setattr(verb._Job, "_update", update)
+    run(f"{command} --resume")
+    delta("apply stopped/delta --model base --output merged")
+    assert same(weights("merged"), weights("out")) and delta("audit stopped/delta --tolerance 0")["passed"]
+    one, two = Delta.load("stopped/delta"), Delta.load("out/delta")
+    assert one.base == two.base
+    for key, weight in two.weights.items():
+        assert torch.equal(one.weights[key].patches[0].old, weight.patches[0].old), key
+
+    run(f"train --model base --data reviews.csv --output none {TRAIN} --config none.json", 2)
+    (here / "none.json").write_text('{"keep_originals": false}')
+    printed = run(f"train --model base --data reviews.csv --output none {TRAIN} --config none.json")
+    assert not (here / "none" / "delta").exists() and "delta" not in printed
 
 
 def test_another_base_is_refused_and_nothing_is_written(here):
@@ -238,6 +271,76 @@ def test_lineage_differences_and_export(here):
     assert "relative error" in run("delta export reviews:1 --output v --server vllm --leave-out --max-rank 8").lower()
 
 
+def test_what_goes_on_from_a_delta_or_is_merged_of_two_names_its_parents(here):
+    from slicefine import SliceModel
+    from slicefine.merging import weighted
+
+    def fresh():
+        return transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+
+    first = delta("save reviews out/delta")["sha256"]
+    SliceModel.from_pretrained(fresh(), "out/delta", is_trainable=True).save_pretrained("further")
+    further = delta("save reviews ./further")
+    assert further["parents"] == [first] and [row["label"] for row in delta("lineage reviews")] == [
+        "reviews:2",
+        "reviews:1",
+    ]
+    one, two = Delta.load("out/delta"), Delta.load("further")
+    two.whole.clear()  # a head comes of one of them
+    weighted([one, two], [0.5, 0.5]).save(here / "both")
+    assert delta("save both ./both")["parents"] == [first, further["sha256"]]
+    assert [row["label"] for row in delta("lineage both")] == ["both:1", "reviews:1", "reviews:2"]
+
+
+def test_a_language_model_with_tied_embeddings(here):
+    """Perplexity again to the last bit; the tied head comes out of the merged folder as it went in."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("base")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=101, eos_token_id=102,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    lines = "".join(json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(24))
+    (here / "text.jsonl").write_text(lines)
+    (here / "eval.jsonl").write_text(lines[:200].rsplit("\n", 1)[0] + "\n")
+    run(
+        "train --model llama --data text.jsonl --eval-data eval.jsonl --task causal-lm --output tuned --epochs 1 --batch-size 4 --r 4"
+    )
+    result = delta("audit tuned/delta --tolerance 0")
+    assert (
+        result["metric"] == "perplexity" and result["measured"] == result["recorded"] and result["data"] == "eval.jsonl"
+    )
+    delta("apply tuned/delta --model llama")
+    assert same(weights("llama"), weights("tuned"))
+    assert delta("export tuned/delta --output lora --server vllm")["left_out"] == []  # nothing trained whole
+    assert delta("revert tuned/delta --model llama")["is_base"]
+    shutil.move("llama/model.safetensors", "llama/model.bin.gone")
+    assert "cannot load it" in run("delta apply tuned/delta --model llama", 2)
+
+
+def test_an_audit_of_images_looks_at_the_images(here):
+    image = pytest.importorskip("PIL.Image")
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained("vit")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained("vit")
+    rows = ["image,label"]
+    for i in range(12):
+        image.new("RGB", (8, 8), (255, 0, 0) if i % 2 else (0, 0, 255)).save(here / f"{i}.png")
+        rows.append(f"{i}.png,{'red' if i % 2 else 'blue'}")
+    (here / "images.csv").write_text("\n".join(rows) + "\n")
+    run(
+        "train --model vit --data images.csv --task image-classification --output seen --epochs 1 --batch-size 4 --r 4 --eval-share 0.5"
+    )
+    assert delta("audit seen/delta --tolerance 0")["passed"]
+    delta("apply seen/delta --model vit --output merged")
+    assert same(weights("merged"), weights("seen")) and (here / "merged" / "preprocessor_config.json").is_file()
+    image.new("RGB", (8, 8), (0, 255, 0)).save(here / "3.png")
+    assert "Give the same data" in run("delta audit seen/delta", 2)
+
+
 def test_wrong_names_say_what_there_is(here):
     assert "no delta store at slicefine-store" in run("delta list", 2)
     delta("save reviews out/delta")
@@ -252,6 +355,22 @@ def test_wrong_names_say_what_there_is(here):
     assert "made for a MyOwnModel, which transformers does not have" in run(
         "delta apply ./alien --model base --output m", 2
     )
+
+
+def test_without_the_signing_extra_the_rest_works_and_signing_says_what_to_install(here):
+    from test_house import run_without
+
+    code = """
+        from typer.testing import CliRunner
+        from slicefine.cli.app import app
+        for line in ("save reviews {0}/out/delta", "list", "keygen {0}/key.pem", "sign reviews --key k"):
+            result = CliRunner().invoke(app, ["delta", *line.split()], env={{"SLICEFINE_STORE": "{0}/store"}})
+            print(result.exit_code, " ".join(result.output.split()))
+        """
+    done = run_without("cryptography", code.format(here))
+    said = done.stdout.splitlines()
+    assert [line[0] for line in said] == ["0", "0", "2", "2"], done.stdout + done.stderr
+    assert all("signatures need cryptography: pip install 'slicefine[sign]'" in line for line in said[2:])
 
 
 def test_asks_10_compact_files_several_on_one_base_and_none_at_all(here):

@@ -19,6 +19,8 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click's to end quietly
         except (DeltaError, UserError, OSError, ImportError) as error:
             typer.echo(f"slicefine delta: {error}", err=True)
             raise typer.Exit(2) from None
@@ -323,7 +325,7 @@ def verify(
             opened = Store(store)
             if problems := opened.verify(head):
                 raise DeltaError("\n".join(problems))
-            checked.append(f"log and {len(opened.entries())} deltas of {store}")
+            checked.append(f"the log of {store} and every delta in it ({len(opened.entries())})")
             if public_key is not None:
                 from slicefine.integrations import signing
 

@@ -53,7 +53,7 @@ def entries(rows: list[Entry], head: str) -> None:
         ["delta", "SHA-256", "saved", "MiB", "base", "stage", "signed by", "last audit", "state"],
         [
             [
-                e.label, e.sha256[:12], e.time, f"{e.nbytes / 2**20:.1f}", str(e.base or "unnamed"), " ".join(e.stages),
+                e.label, e.sha256[:12], e.time[:10], f"{e.nbytes / 2**20:.1f}", str(e.base or "unnamed"), " ".join(e.stages),
                 " ".join(e.signed_by), _audit(e), f"revoked: {e.revoked}" if e.revoked else e.note or "",
             ]
             for e in rows
@@ -165,4 +165,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # nobody's window: for grep and files
+    console.print(table)
