@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -85,6 +86,8 @@ def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
     shown = delta("show out/delta")
     recorded = json.loads((here / "out" / "training.json").read_text())["metrics"]["accuracy"]
     assert shown["info"]["evaluation"]["value"] == recorded and shown["info"]["steps"] == 12
+    data = hashlib.sha256((here / "reviews.csv").read_bytes()).hexdigest()
+    assert shown["info"]["evaluation"]["data_sha256"] == shown["info"]["training_data"]["sha256"] == data
     assert shown["weights"][0]["patches"][0]["columns"] == 32  # 4 positions of 8 columns
     delta("apply out/delta --model base --output merged")
     assert same(weights("merged"), weights("out"))
@@ -337,7 +340,12 @@ def test_an_audit_of_images_looks_at_the_images(here):
     assert delta("audit seen/delta --tolerance 0")["passed"]
     delta("apply seen/delta --model vit --output merged")
     assert same(weights("merged"), weights("seen")) and (here / "merged" / "preprocessor_config.json").is_file()
-    image.new("RGB", (8, 8), (0, 255, 0)).save(here / "3.png")
+    from slicefine.cli.data import read_rows, split_rows
+
+    trained_on, held = split_rows(read_rows("images.csv", ["image"]), 0.5, 0)
+    image.new("RGB", (8, 8), (0, 255, 0)).save(here / trained_on[0]["image"])
+    assert delta("audit seen/delta --tolerance 0")["passed"]  # no part of the evaluation
+    image.new("RGB", (8, 8), (0, 255, 0)).save(here / held[0]["image"])
     assert "Give the same data" in run("delta audit seen/delta", 2)
 
 
@@ -345,7 +353,8 @@ def test_wrong_names_say_what_there_is(here):
     assert "no delta store at slicefine-store" in run("delta list", 2)
     delta("save reviews out/delta")
     assert "no delta 'review' in slicefine-store; it holds reviews:1" in run("delta show review", 2)
-    assert "no delta at" in run("delta show ./nothing", 2)
+    assert "no delta at nothing" in run("delta show ./nothing", 2)
+    assert "neither a path here nor a hub id" in run("delta show someone/nothing", 2)
     assert "no such folder" in run("delta apply reviews --model ./nowhere --output m", 2)
     assert "give --output" in run("delta apply reviews --model someone/something", 2)
     assert "'tgi' is not one of peft, vllm" in run("delta export reviews --output l --server tgi", 2)

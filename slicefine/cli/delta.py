@@ -47,6 +47,7 @@ class _Target:
         self.store, self.entry = Store(store), None
         path = Path(target)
         if path.suffix == ".safetensors" or "/" in target or "\\" in target or target.startswith("."):
+            path = _local(target)
             self.path = path / FILE if path.is_dir() else path
             self.delta = Delta.load(self.path)
             return
@@ -82,9 +83,7 @@ def save(
     as_json: AsJson = False,
 ) -> None:
     """Add a delta to the store; saving a name again makes its next version."""
-    from slicefine.adapters import local_path
-
-    entry = Store(store).save(name, local_path(path), parents=parent, note=note)
+    entry = Store(store).save(name, _local(path), parents=parent, note=note)
     tables.show(asdict(entry), as_json, f"saved {entry.label}, SHA-256 {entry.sha256}")
 
 
@@ -415,6 +414,18 @@ def _usable(store: Path, target: str, force: bool) -> _Target:
         if not force:
             found.store.require_usable(entry)
     return found
+
+
+def _local(target: str) -> Path:
+    """A path here, or where a delta of the hub has been downloaded to."""
+    from slicefine.adapters import local_path
+
+    try:
+        return local_path(target)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no delta at {target}: neither a path here nor a hub id that could be read ({error})"
+        ) from error
 
 
 def _output(output: Path | None, model: str) -> Path:

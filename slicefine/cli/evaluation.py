@@ -65,14 +65,14 @@ class Evaluation:
 
 
 def planned(
-    task: Task, model: str, data: str, rows: list[Row], share: float | None, seed: int, batch_size: int, bf16: bool
+    task: Task, model: str, data: str, rows: list[Row], evaluated: list[Row], share: float | None, seed: int, batch_size: int, bf16: bool,
 ) -> Evaluation:  # fmt: skip
-    """An evaluation on ``rows``, or the ``share`` of them that the seed holds out, before it is made."""
+    """An evaluation on ``evaluated``, all ``rows`` or the ``share`` of them that the seed holds out, before it is made."""
     name = next(name for name, kind in TASKS.items() if type(task) is kind)
     images = str(task.folder) if isinstance(task, ImageClassification) else None
     return Evaluation(
-        name, task.metric, math.nan, 0, model, data, data_sha256(data, rows, task), images, share, seed, task.labels,
-        asdict(task.columns), task.max_length, batch_size, bf16,
+        name, task.metric, math.nan, len(evaluated), model, data, data_sha256(data, rows, evaluated, task), images, share, seed,
+        task.labels, asdict(task.columns), task.max_length, batch_size, bf16,
     )  # fmt: skip
 
 
@@ -82,17 +82,23 @@ def measure(model: nn.Module, task: Task, rows: list[Row], batch_size: int, bf16
     return task.evaluate(model, chunks(sorted(rows, key=task.length), batch_size), autocast, device)
 
 
-def data_sha256(data: str, rows: list[Row], task: Task) -> str:
-    """SHA-256 of a data file, as sha256sum gives it; with the bytes of its images behind it for images; of the rows for a hub data set."""
+def file_sha256(data: str, rows: list[Row]) -> str:
+    """SHA-256 of a data file, as sha256sum gives it; of all its rows as JSON for a hub data set."""
     path = Path(data)
-    digest = hashlib.sha256(
-        path.read_bytes() if path.is_file() else json.dumps(rows, default=str, sort_keys=True).encode()
-    )
-    if isinstance(task, ImageClassification):
-        for row in rows:
-            image = row[task.columns.image]
-            if isinstance(image, str):
-                digest.update((task.folder / image).read_bytes())
+    content = path.read_bytes() if path.is_file() else json.dumps(rows, default=str, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def data_sha256(data: str, rows: list[Row], evaluated: list[Row], task: Task) -> str:
+    """`file_sha256`; for images the SHA-256 of it with the bytes of the evaluated images behind it."""
+    own = file_sha256(data, rows)
+    if not isinstance(task, ImageClassification):
+        return own
+    digest = hashlib.sha256(own.encode())
+    for row in evaluated:
+        image = row[task.columns.image]
+        if isinstance(image, str):
+            digest.update((task.folder / image).read_bytes())
     return digest.hexdigest()
 
 
@@ -109,13 +115,12 @@ def repeat(delta: Delta, model: str | None, data: str | None, device: torch.devi
     if isinstance(task, ImageClassification):
         task.folder = Path(source).parent if data or recorded.images is None else Path(recorded.images)
     rows = read_rows(source, task.required())
-    if (found := data_sha256(source, rows, task)) != recorded.data_sha256:
+    evaluated = rows if recorded.share is None else split_rows(rows, recorded.share, recorded.seed)[1]
+    if (found := data_sha256(source, rows, evaluated, task)) != recorded.data_sha256:
         raise UserError(
             f"--data {source} has SHA-256 {found}; the evaluation was on {recorded.data} with {recorded.data_sha256}. Give the same data"
         )
-    if recorded.share is not None:
-        _, rows = split_rows(rows, recorded.share, recorded.seed)
     loaded, _ = task.load(model or recorded.model, torch.float32)
     delta.apply_to(loaded)
-    value = measure(loaded.to(device), task, rows, recorded.batch_size, recorded.bf16, device)
+    value = measure(loaded.to(device), task, evaluated, recorded.batch_size, recorded.bf16, device)
     return recorded, value

@@ -17,7 +17,8 @@ from slicefine.cli.tasks import pretrained
 from slicefine.delta import Delta
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".py")  # tokenizers, processors, templates, cards
+_BESIDE = (".json", ".txt", ".model", ".jinja")  # tokenizers, processors, templates
+_NOT_BESIDE = ("training.json", "slice_config.json")  # what another run says of itself
 
 
 def load_for(delta: Delta, model: str) -> nn.Module:
@@ -47,7 +48,7 @@ def load_for(delta: Delta, model: str) -> nn.Module:
 
 
 def write(model: Any, source: str, output: Path) -> None:
-    """Write a model by save_pretrained to a folder, with the tokenizer and what else stands beside its source.
+    """Write a model by save_pretrained to a folder, with the tokenizer and what else stands beside its source (or in a .gguf file).
 
     A folder that is there is replaced in one step. Where it is the source itself, everything but its weights stays in it.
     """
@@ -57,13 +58,17 @@ def write(model: Any, source: str, output: Path) -> None:
     in_place = origin is not None and output.exists() and origin.samefile(output)
     with files.replacing_folder(output) as temporary:
         model.save_pretrained(temporary)
+        if source.endswith(".gguf"):
+            from transformers import AutoTokenizer
+
+            pretrained(AutoTokenizer, source, None).save_pretrained(temporary)
         for path in sorted(origin.iterdir()) if origin is not None else ():
             target = temporary / path.name
             if target.exists() or _WEIGHTS.fullmatch(path.name):
                 continue
             if path.is_dir() and in_place:
                 shutil.copytree(path, target, symlinks=True)
-            elif path.is_file() and (in_place or path.name.endswith(_BESIDE)):
+            elif path.is_file() and (in_place or (path.name.endswith(_BESIDE) and path.name not in _NOT_BESIDE)):
                 shutil.copy2(path, target)
 
 
@@ -77,12 +82,12 @@ def _head(delta: Delta) -> dict[str, Any]:
 
 
 def _origin(source: str) -> Path | None:
-    """The folder of a model's small files."""
+    """The folder of a model's small files; a .gguf file has none."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        return path.parent
+        return None
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source, allow_patterns=[f"*{suffix}" for suffix in _BESIDE]))

@@ -20,7 +20,7 @@ from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.cli.data import Row, UserError, chunks, read_rows, split_rows
-from slicefine.cli.evaluation import measure, planned
+from slicefine.cli.evaluation import file_sha256, measure, planned
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
 from slicefine.files import replacing
 from slicefine.linear import layers_of
@@ -186,14 +186,16 @@ def _run(
     task.prepare(rows)
     held = read_rows(eval_data, task.required(), "--eval-data") if eval_data else []
     device = _device(device_name)
+    everything = held if eval_data else rows
+    training_data = {"data": data, "sha256": file_sha256(data, rows)}
     if eval_data:
         task.check_labels(held)
-    evaluation = planned(
-        task, model_name, eval_data or data, held if eval_data else rows, None if eval_data else eval_share, recipe.seed,
-        recipe.batch_size, recipe.bf16,
-    )  # fmt: skip
-    if not eval_data:
+    else:
         rows, held = split_rows(rows, eval_share, recipe.seed)
+    evaluation = planned(
+        task, model_name, eval_data or data, everything, held, None if eval_data else eval_share, recipe.seed, recipe.batch_size,
+        recipe.bf16,
+    )  # fmt: skip
 
     torch.manual_seed(recipe.seed)
     model, whole_modules = task.load(model_name, torch.float32)
@@ -215,10 +217,11 @@ def _run(
     interrupted = job.train(checkpoint)
     job.save(checkpoint)
     metrics = {"steps": job.step, "loss": job.recent_loss(), "peak_bytes": job.peak_bytes()}
-    info: dict[str, Any] = {"model_config": task.config_of(model), "recipe": asdict(recipe), "loss": job.recent_loss()}
+    info: dict[str, Any] = {
+        "model_config": task.config_of(model), "recipe": asdict(recipe), "loss": job.recent_loss(), "training_data": training_data,
+    }  # fmt: skip
     if held and not interrupted:
         evaluation.value = metrics[task.metric] = measure(model, task, held, recipe.batch_size, recipe.bf16, device)
-        evaluation.rows = len(held)
         info["evaluation"] = evaluation.to_dict()
     _write_model(model, task, slices, recipe, metrics, info, output)
     if interrupted:
