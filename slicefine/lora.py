@@ -72,7 +72,8 @@ def to_lora(
 
     server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`, padded with zeros.
     max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what trained whole and the server's LoRA
-    cannot hold (biases; for vLLM new heads too) instead of raising. dtype: of the factors; float32 holds differences of lower precisions exactly.
+    cannot hold (biases; for vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the
+    differences of lower precisions exactly (unless old and new are more than a factor of 8,000 apart).
     Raises DeltaError for trained biases, and for heads where vLLM is to serve it.
     Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
     """
@@ -93,7 +94,7 @@ def to_lora(
         error = 0.0
         if limit is not None and exact > limit:
             B, A, error = _truncated(B, A, limit)
-        factors[name] = B, A
+        factors[name] = B.to(dtype), A.to(dtype)
         modules.append(LoraModule(name, exact, B.shape[1], error))
     if not modules:
         raise DeltaError("the delta changes no entry of any weight: there is nothing to export")
@@ -102,8 +103,8 @@ def to_lora(
         factors = {name: _padded(B, A, rank) for name, (B, A) in factors.items()}
     tensors = {}
     for name, (B, A) in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.to(dtype).contiguous()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
     tensors.update({_PREFIX + key: delta.whole[key].new.contiguous() for key in whole})
     ranks = {name: A.shape[0] for name, (_, A) in factors.items()}
     metadata = {"slicefine_delta_sha256": delta.sha256} if delta.sha256 else {}

@@ -389,6 +389,38 @@ def test_a_folder_is_replaced_where_nothing_can_be_exchanged(tmp_path, monkeypat
     test_a_folder_is_replaced_whole_or_not_at_all(tmp_path)
 
 
-def test_the_old_error_names_the_store(tmp_path):
+SWAPPED = """
+import os, signal, sys
+from pathlib import Path
+from slicefine import files
+target, exchange = Path(sys.argv[1]) / "model", files._exchange
+with files.replacing_folder(target) as fresh:
+    for name in "ab":
+        (fresh / name).write_text("old")
+for when in ("before", "after"):
+    child = os.fork()
+    if child == 0:
+        def dying(one, other):
+            assert when == "before" or exchange(one, other)
+            os.kill(os.getpid(), signal.SIGKILL)
+        files._exchange = dying
+        with files.replacing_folder(target) as fresh:
+            for name in "ab":
+                (fresh / name).write_text("new")
+    os.waitpid(child, 0)
+    print(when, *sorted(p.name + "=" + p.read_text() for p in target.iterdir()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SWAPPED, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.splitlines() == ["before a=old b=old", "after a=new b=new"], done.stderr
+
+
+def test_a_store_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DeltaError, match="no delta store at .*nowhere"):
         Store(tmp_path / "nowhere").entries()
