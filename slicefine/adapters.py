@@ -25,6 +25,7 @@ from slicefine.delta import (
     base_hashes,
     combined_hash,
     patches_of,
+    whole_state,
 )
 from slicefine.ledger import set_version
 from slicefine.linear import SliceLinear
@@ -244,7 +245,7 @@ class AdapterModel:
             ledger = layer.required_ledger("be stacked")
             shape = (layer.out_features, layer.in_features)
             patches = patches_of(ledger.pieces, ledger.originals())
-            weights[f"{layer_name}.weight"] = WeightDelta(shape, layer.fan_in_fan_out, "", patches)
+            weights[layer.state_key(layer_name)] = WeightDelta(shape, layer.fan_in_fan_out, "", patches)
         return Delta(weights, adapters.whole)
 
     def _apply_one(self, name: str) -> None:
@@ -305,7 +306,7 @@ def new_register() -> _Adapters:
 @torch.no_grad()
 def go_on_from(model: Any, delta: Delta) -> None:
     """Give slices that have just been made the values of a delta, and its old values as their originals."""
-    layers = {f"{name}.weight": layer for name, layer in _named_layers(model)}
+    layers = {layer.state_key(name): layer for name, layer in _named_layers(model)}
     if missing := delta.weights.keys() - layers.keys():
         raise DeltaError(
             f"the delta changes {', '.join(sorted(missing)[:3])}, which its own SliceConfig does not train here"
@@ -371,6 +372,7 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         raise DeltaError(
             f"the slices in training ({adapters.live!r}) are not applied; set_adapter({adapters.live!r}) first"
         )
+    whole_state(model)
     weights: dict[str, WeightDelta] = {}
     restored: dict[int, Tensor] = {}
     for name, layer in _named_layers(model):
@@ -379,8 +381,9 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         layer.synchronise()
         ledger = layer.required_ledger("be saved as a delta")
         original = ledger.restored(layer.weight_matrix)
-        restored[id(layer.weight)] = original.t() if layer.fan_in_fan_out else original
-        weights[f"{name}.weight"] = WeightDelta(
+        stored = original.t() if layer.fan_in_fan_out else original
+        restored[id(layer.weight)] = stored.reshape(layer.weight.shape)
+        weights[layer.state_key(name)] = WeightDelta(
             (layer.out_features, layer.in_features), layer.fan_in_fan_out, "", patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
         )  # fmt: skip
     _note_whole(model)

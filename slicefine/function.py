@@ -57,6 +57,9 @@ class SliceLinearFunction(torch.autograd.Function):
         return grad_input, None, grad_bias, grad_slice, None, None, None
 
 
+slice_product = SliceLinearFunction.apply
+
+
 def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
     """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
     layer = ctx.layer
