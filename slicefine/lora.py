@@ -71,10 +71,10 @@ def to_lora(
     """The delta as a LoRA adapter that peft loads on the base model: old + B A equals new within the rounding of ``dtype``.
 
     server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`, padded with zeros.
-    max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what trained whole and the server's LoRA
-    cannot hold (biases; for vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the
+    max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what the server's LoRA
+    cannot hold (biases, experts, nn.MultiheadAttention; for vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the
     differences of lower precisions exactly (unless old and new are more than a factor of 8,000 apart).
-    Raises DeltaError for trained biases, and for heads where vLLM is to serve it.
+    Raises DeltaError for trained biases, for weights that no linear layer uses, and for heads where vLLM is to serve it.
     Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
     """
     if server not in ("peft", "vllm"):
@@ -82,10 +82,20 @@ def to_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}; expected 1 or more, or None")
     whole, left_out = _whole(delta, server, leave_out)
+    out_of_reach = _out_of_reach(delta)
+    if out_of_reach and not leave_out:
+        raise DeltaError(
+            f"{len(out_of_reach)} weights, such as {out_of_reach[0]}, are used without a linear layer being called (nn.MultiheadAttention, "
+            "the fast path of nn.TransformerEncoderLayer, experts), where a LoRA adapter would do nothing: export the merged model, or leave them out "
+            "(leave_out=True, --leave-out), which changes the outputs"
+        )
+    left_out += out_of_reach
     limit = max_rank if server == "peft" else min(max_rank or VLLM_RANKS[-1], VLLM_RANKS[-1])
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     modules = []
     for key, weight in delta.weights.items():
+        if key in out_of_reach:
+            continue
         name = _module_of(key)
         B, A = _factors(weight)
         exact = B.shape[1]
@@ -199,6 +209,24 @@ def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[
             "leave the head out (leave_out=True, --leave-out) and put it into the base model"
         )
     return [key for key in heads if key not in refused], refused
+
+
+def _out_of_reach(delta: Delta) -> list[str]:
+    """Keys of weights that are multiplied with, somewhere, without calling a linear layer.
+
+    nn.MultiheadAttention reads even its ``out_proj.weight`` itself, and nn.TransformerEncoderLayer ``linear1`` and ``linear2`` on its
+    fast path, which it takes for inference.
+    """
+    known = {*delta.base.get("tensors", ()), *delta.weights, *delta.whole}
+    packed = {_module_of(key) for key in known if key.endswith((".in_proj_weight", ".in_proj_bias", ".q_proj_weight"))}
+    fast = {
+        f"{_module_of(name)}.{linear}"
+        for name in packed
+        if name.endswith("self_attn")
+        for linear in ("linear1", "linear2")
+    }
+    inside = {f"{name}.out_proj" for name in packed} | fast
+    return [key for key in delta.weights if not key.endswith(".weight") or _module_of(key) in inside]
 
 
 def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, Any]:

@@ -269,6 +269,56 @@ def test_what_lora_cannot_hold_is_refused_or_left_out(tmp_path):
     assert (loaded(x) - merged(x)).abs().max() > 1e-4  # what left_out warns of
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0, batch_first=True)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(self.layer(x))
+
+
+def test_attention_that_uses_its_weights_itself_is_refused(tmp_path):
+    """peft wraps what nn.MultiheadAttention and the encoder's fast path never call, and computes as if nothing had trained."""
+    model = Encoder()
+    base = copy.deepcopy(model).eval()
+    get_slice_model(model, SliceConfig(r=4, switch_interval=1))
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(torch.randn(2, 5, 16)).sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    delta = model.delta()
+    refused = [
+        f"layer.{name}"
+        for name in ("linear1.weight", "linear2.weight", "self_attn.in_proj_weight", "self_attn.out_proj.weight")
+    ]
+    assert delta.weights.keys() == {*refused, "out.weight"}
+    with pytest.raises(DeltaError, match="4 weights, such as layer.*nn.MultiheadAttention.*export the merged model"):
+        to_lora(delta)
+    adapter = to_lora(delta, leave_out=True)
+    assert sorted(adapter.left_out) == refused and [m.name for m in adapter.modules] == ["out"]
+    adapter.save(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    partly = copy.deepcopy(base)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        partly.out.weight.copy_(model.out.weight)
+        torch.testing.assert_close(loaded(x), partly(x), rtol=0, atol=2e-6)
+
+        # the reason: the same adapter with linear1 in it is what peft ignores
+        config = peft.LoraConfig(r=2, target_modules=["linear1", "out_proj"], init_lora_weights=False)
+        assert torch.equal(peft.get_peft_model(copy.deepcopy(base), config).eval()(x), base(x))
+
+
+def test_experts_are_refused():
+    patch = Patch(None, torch.arange(2), torch.zeros(12, 2), torch.ones(12, 2))
+    delta = Delta({"mlp.experts.down_proj": WeightDelta((12, 4), False, "", [patch])})
+    with pytest.raises(DeltaError, match="such as mlp.experts.down_proj"):
+        to_lora(delta)
+
+
 def test_a_head_whose_name_ends_anothers_is_refused():
     """peft's modules_to_save matches ends of names without a dot: ``classifier`` is in ``pre_classifier`` (DistilBERT)."""
     head = WholeDelta(torch.zeros(2, 4), torch.ones(2, 4), False)
