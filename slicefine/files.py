@@ -80,14 +80,14 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Whoever looks at ``path`` finds the whole old folder or the whole new one: the two are exchanged in one step where the system
     can (Linux). Elsewhere a crash in the moment between two renames leaves the old folder as ``.NAME.before``.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
+            if file.is_file() and not file.is_symlink():
+                with suppress(PermissionError), open(file, "rb+") as handle:  # a copy may be read-only
                     os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())
         if not path.exists():

@@ -380,6 +380,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (fresh / "b").write_text("3")
         assert (target / "a").read_text() == "1"
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "link").symlink_to(target)
+    with files.replacing_folder(tmp_path / "link") as fresh:
+        (fresh / "c").write_text("4")
+        (fresh / "c").chmod(0o444)
+    assert (tmp_path / "link").is_symlink() and [p.name for p in target.iterdir()] == ["c"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
 
 
 def test_a_folder_is_replaced_where_nothing_can_be_exchanged(tmp_path, monkeypatch):
