@@ -11,6 +11,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -364,6 +366,23 @@ def test_wrong_names_say_what_there_is(here):
     assert "made for a MyOwnModel, which transformers does not have" in run(
         "delta apply ./alien --model base --output m", 2
     )
+
+
+def test_a_base_and_its_tokenizer_by_their_hub_id(here):
+    """As the hub's cache holds them; the process is offline."""
+    home = here / "home" / "hub" / "models--someone--encoder"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    shutil.copytree(here / "base", home / "snapshots" / "abc")
+    environment = {
+        **os.environ, "HF_HOME": str(here / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"
+    }  # fmt: skip
+    command = "delta apply out/delta --model someone/encoder --output merged"
+    done = subprocess.run(
+        [sys.executable, "-m", "slicefine", *command.split()], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert same(weights("merged"), weights("out")) and (here / "merged" / "tokenizer.json").is_file()
 
 
 def test_without_the_signing_extra_the_rest_works_and_signing_says_what_to_install(here):
