@@ -56,6 +56,7 @@ class _Adapters:
         self.whole: dict[str, WholeDelta] = {}  # what trains whole beside them; ``new`` is current while they are off
         self.versions: dict[str, int] = {}  # of what trains whole, before it was taken off
         self.stack: list[tuple[str, Delta | None]] = []
+        self.parents: list[dict[str, Any]] = []  # the delta that the slices in training went on from
 
     @property
     def active(self) -> list[str]:
@@ -301,7 +302,7 @@ def begin(model: Any, name: str, whole: dict[str, bool], keep: bool) -> None:
     """Make the slices of a model an adapter. whole: key of what trains whole -> whether it is part of the base."""
     adapters = model.__dict__.setdefault("_adapters", _Adapters())
     adapters.live = name
-    adapters.whole = {}
+    adapters.whole, adapters.parents = {}, []
     for key, replaces in whole.items() if keep else ():
         value = tensor_of(model, key).detach().to("cpu", copy=True)
         adapters.whole[key] = WholeDelta(value, value, replaces)
@@ -332,6 +333,7 @@ def go_on_from(model: Any, delta: Delta) -> None:
     for key, weight in delta.weights.items():
         delta.write_one(model, key, weight, "new")
         layers[key].read_back()
+    model._adapters.parents = [{"name": model._adapters.live, "sha256": delta.sha256}]
 
 
 def _module(model: Any) -> nn.Module:
@@ -425,8 +427,13 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         "steps": max((layer.schedule.steps for layer in _layers(model)), default=0),
         "coverage": _mean_coverage(model),
     }
-    below = [{"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1]]
+    below = [*adapters.parents, *({"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1])]
+    whole = {key: w for key, w in whole.items() if not w.replaces or not _same_bits(w.old, w.new)}
     return Delta(weights, whole, config, base, {**progress, **({"parents": below} if below else {}), **info})
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return files.tensor_sha256("", a) == files.tensor_sha256("", b)
 
 
 def _mean_coverage(model: Any) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 from slicefine.delta import Delta
 
@@ -48,6 +50,7 @@ def model_card(delta: Delta, name: str) -> str:
     whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
     steps, coverage = info.pop("steps", None), info.pop("coverage", None)
     measured = isinstance(coverage, (int, float))
+    info.pop("model_config", None)  # for programs
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
         base_line=f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else "",
@@ -61,7 +64,7 @@ def model_card(delta: Delta, name: str) -> str:
         else "not recorded",
         steps=_cell(steps) if steps is not None else "not recorded",
         coverage=f"{100 * coverage:.1f} %" if measured else "not recorded",
-        rows="".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in sorted(info.items())),
+        rows="".join(_row(key, value) for key, value in sorted(info.items())),
         dtype=" and ".join(dtypes) or "its dtype",
     )
 
@@ -69,3 +72,18 @@ def model_card(delta: Delta, name: str) -> str:
 def _cell(value: object) -> str:
     """A value as one cell of a table, whatever it has in it."""
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _row(key: str, value: Any) -> str:
+    if (
+        key == "evaluation"
+        and isinstance(value, dict)
+        and {"metric", "value", "rows", "data", "data_sha256"} <= value.keys()
+    ):
+        return (
+            f"| {_cell(value['metric'])} | {value['value']:.4g} on {value['rows']:,d} rows of {_cell(value['data'])} (SHA-256 "
+            f"`{_cell(value['data_sha256'][:16])}`) |\n"
+        )
+    if isinstance(value, dict | list):
+        return f"| {_cell(key)} | `{_cell(json.dumps(value))}` |\n"
+    return f"| {_cell(key)} | {_cell(value)} |\n"

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,3 +80,43 @@ def tensor_sha256(name: str, tensor: Tensor) -> str:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill; when the block ends without an error it takes the place of ``path``.
+
+    Whoever looks at ``path`` finds the whole old folder or the whole new one: the two are exchanged in one step where the system
+    can (Linux). Elsewhere a crash in the moment between two renames leaves the old folder as ``.NAME.before``.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                with suppress(PermissionError), open(file, "rb+") as handle:  # a copy may be read-only
+                    os.fsync(handle.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            before = path.with_name(f".{path.name}.before")
+            shutil.rmtree(before, ignore_errors=True)
+            os.rename(path, before)
+            os.rename(temporary, path)
+            shutil.rmtree(before)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # what was written, or the old folder after an exchange
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2  # glibc 2.28
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
