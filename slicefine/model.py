@@ -58,6 +58,8 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
             "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2
         )
 
+    for layer in layers.values():
+        _renew_hook(layer)
     _set_trainable(model, set())
     replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers}
     for parent in list(model.modules()):  # every place that holds the module, however many
@@ -375,7 +377,15 @@ def _unload(layer: SliceLinear) -> nn.Module:
     kept["_buffers"] = {name: b for name, b in layer._buffers.items() if not name.startswith("slice_")}
     kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
     plain.__dict__.update(kept)
+    _renew_hook(plain)
     return plain
+
+
+def _renew_hook(module: nn.Module) -> None:
+    if "_hf_hook" in module.__dict__:
+        from slicefine.integrations.accelerate import renew_hook
+
+        renew_hook(module)
 
 
 def _let_inputs_carry_gradients(model: Any) -> None:
