@@ -16,7 +16,6 @@ from torch import Tensor
 from slicefine.reference import read_slice, write_slice
 from slicefine.slices import SliceSpec
 
-
 _LOST = (
     "torch.distributed.checkpoint loads only as much as a new optimizer holds: save the optimizer's state_dict with torch.save, one file "
     "per process, or train with keep_originals=False"
@@ -135,7 +134,6 @@ class Ledger:
                 self._cols[cols] = True
             elif rows is not None:
                 self._rows[rows] = True
-
 
     def check_covers(self, visited: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless there are originals for every position visited; visited: axis -> bool per position."""

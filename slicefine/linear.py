@@ -23,7 +23,16 @@ from slicefine.ledger import Ledger
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
-from slicefine.sharding import check_conversion, check_sharding, check_whole, is_sharded, local, shard_ledger, shard_values, sum_over_shards
+from slicefine.sharding import (
+    check_conversion,
+    check_sharding,
+    check_whole,
+    is_sharded,
+    local,
+    shard_ledger,
+    shard_values,
+    sum_over_shards,
+)
 from slicefine.slices import SliceSchedule, SliceSpec
 
 

@@ -96,9 +96,7 @@ def shard_ledger(layer: SliceLinear) -> None:
     for _, feature in _cuts(master, False):
         dim = ("out", "in").index(feature)
         shape = (layer.out_features, layer.in_features)
-        sizes, offsets = compute_local_shape_and_global_offset(
-            torch.Size(shape), master.device_mesh, master.placements
-        )
+        sizes, offsets = compute_local_shape_and_global_offset(torch.Size(shape), master.device_mesh, master.placements)
         for piece in layer.ledger.pieces:
             # the sharded extent is whole in every piece: slices are cut along the features that they have all of
             piece.values = piece.values.narrow(dim, min(offsets[dim], shape[dim]), sizes[dim]).clone()

@@ -152,7 +152,10 @@ def _obstacle(
             "train floating-point weights. Load the model unquantised, or leave the layer out (exclude_modules)",
         )
     if weight.is_meta:
-        return _refuse(False, f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)")
+        return _refuse(
+            False,
+            f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)",
+        )
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
         return _refuse(
             everything,

@@ -111,7 +111,9 @@ def test_asks_01_gradient_accumulation():
     losses = train(one, SliceAdamW(one.parameters(), lr=1e-2), range(7))
     again = train(four, SliceAdamW(four.parameters(), lr=1e-2), range(7), micro=4)
     assert again == pytest.approx(losses, rel=1e-5)
-    assert [m.schedule.steps for m in four.modules() if isinstance(m, SliceLinear)] == [7] * 4  # four batches, one update
+    assert [m.schedule.steps for m in four.modules() if isinstance(m, SliceLinear)] == [
+        7
+    ] * 4  # four batches, one update
     torch.testing.assert_close(weights(four), weights(one), rtol=0, atol=2e-5)
     with pytest.raises(RuntimeError, match="use SliceAdamW.*optimizer_in_bwd=False.* for gradient accumulation"):
         in_bwd = sliced()
@@ -294,7 +296,9 @@ def test_asks_12_memory_is_told_with_its_parts():
     with track_memory(batch(1), model=model, optimizer=optimizer) as report:
         train(model, optimizer, range(1, 2))
     assert report.breakdown.keys() == set(KINDS) and sum(report.breakdown.values()) == report.peak_bytes
-    assert report.breakdown["weights"] >= sum(p.nbytes for p in model.parameters()) and report.breakdown["activations"] > 0
+    assert (
+        report.breakdown["weights"] >= sum(p.nbytes for p in model.parameters()) and report.breakdown["activations"] > 0
+    )
     import json
 
     results = sorted((ROOT / "benchmarks" / "results" / "peft_twin").glob("*.json"))
@@ -378,20 +382,27 @@ def test_asks_17_checkpointing_compile_and_dropout():
         for run, optimizer in zip((compiled, twin), optimizers, strict=True):
             torch.manual_seed(step)  # the same dropout
             results.append(train(run, optimizer, range(step, step + 1))[0])
-        assert results[0] == pytest.approx(results[1], rel=1e-5)  # a mask drawn anew in backward would show after one update
+        assert results[0] == pytest.approx(
+            results[1], rel=1e-5
+        )  # a mask drawn anew in backward would show after one update
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=2e-5)
 
 
 def test_asks_19_target_modules():
     model = Net()
     names = [m.name for m in list_targets(model, SliceConfig(r=2, target_modules=["0.0", "1.3"]))]
-    assert names == ["blocks.0.0", "blocks.1.3"]  # a list is suffixes, a string one regular expression for the whole name
+    assert names == [
+        "blocks.0.0",
+        "blocks.1.3",
+    ]  # a list is suffixes, a string one regular expression for the whole name
     assert [m.name for m in list_targets(model, SliceConfig(r=2, target_modules=r"blocks\.1\..*3"))] == ["blocks.1.3"]
     everything = list_targets(model, SliceConfig(r=2))
     assert [m.name for m in everything if m.skipped is None] == [f"blocks.{i}.{j}" for i in (0, 1) for j in (0, 3)]
     with pytest.raises(ValueError) as error:
         list_targets(model, SliceConfig(r=2, target_modules=["0.0", "clasifier", "q_proj"]))
-    assert "'clasifier': nothing matches; nearest names: classifier" in str(error.value) and "'q_proj'" in str(error.value)
+    assert "'clasifier': nothing matches; nearest names: classifier" in str(error.value) and "'q_proj'" in str(
+        error.value
+    )
 
 
 def test_asks_22_compile_has_no_graph_break():
@@ -424,7 +435,9 @@ def test_asks_24_update_in_backward_is_refused_under_compile():
     torch._dynamo.reset()
     model = sliced()
     optimizer = SliceAdamW(model.parameters(), optimizer_in_bwd=True)
-    with pytest.raises(Exception, match="optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it"):
+    with pytest.raises(
+        Exception, match="optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it"
+    ):
         torch.compile(model, backend="eager", fullgraph=True)(batch()[0])
     assert optimizer.optimizer_in_bwd
 
@@ -439,7 +452,9 @@ def test_asks_25_more_than_one_device(both):
     devices = {"embedding": "cpu", "blocks": "cpu", "classifier": "cpu"}
     dispatched = accelerate.dispatch_model(Net(), devices, main_device="cpu", force_hooks=True)
     before = dispatched(batch()[0])
-    get_slice_model(dispatched, SliceConfig(r=4, switch_interval=3, modules_to_save=["classifier"]))  # and the other order
+    get_slice_model(
+        dispatched, SliceConfig(r=4, switch_interval=3, modules_to_save=["classifier"])
+    )  # and the other order
     assert torch.equal(dispatched(batch()[0]), before)
     layer: Any = dispatched.blocks[0][0]
     seen = []
@@ -472,7 +487,9 @@ def test_asks_28_the_compiled_module_knows_nothing_of_torch():
 
     path = getattr(sys.modules.get("slicefine._C"), "__file__", None)
     if path is None:
-        pytest.skip(f"no compiled module here: {_native.UNAVAILABLE if hasattr(_native, 'UNAVAILABLE') else 'not built'}")
+        pytest.skip(
+            f"no compiled module here: {_native.UNAVAILABLE if hasattr(_native, 'UNAVAILABLE') else 'not built'}"
+        )
     binary = Path(path).read_bytes()
     assert not any(word in binary for word in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10", b"_ZN5torch"))
     assert b"pybind11" in binary  # the words would be found
@@ -481,7 +498,8 @@ def test_asks_28_the_compiled_module_knows_nothing_of_torch():
 def test_asks_29_one_wheel_serves_every_torch():
     # it loads where there is no torch at all, so there is no torch that it was built for; Triton needs no build
     result = run_without("torch", "import importlib.machinery, importlib.util, pathlib\n" + _LOAD)
-    assert "loaded" in result.stdout or "not built" in result.stdout, result.stdout + result.stderr
+    built = sorted((ROOT / "slicefine").glob("_C.*.so")) or sorted((ROOT / "slicefine").glob("_C.*.pyd"))
+    assert result.stdout.strip() == ("loaded" if built else "not built"), result.stdout + result.stderr
     assert (ROOT / "kernels" / "slicefine_kernels" / "slice_grad.py").exists()
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'"torch>=[\d.]+"', project)  # a lower bound and no upper one
@@ -506,12 +524,18 @@ def test_asks_30_builds_without_torch():
     } | {node.module for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.ImportFrom)}  # fmt: skip
     assert imported <= {"setuptools", "os", "sys", "pathlib", "__future__"}
     lines = [line.split("#")[0] for p in (ROOT / "csrc").glob("*.cmake") for line in p.read_text().splitlines()]
-    lines += [line.split("#")[0] for line in (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8").splitlines()]
+    lines += [
+        line.split("#")[0] for line in (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert any("pybind11" in line for line in lines) and not any("torch" in line.lower() for line in lines)
 
 
 def test_asks_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(tmp_path):
-    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}  # no nvcc, no gcc
+    environment = {
+        **os.environ,
+        "PATH": str(tmp_path),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }  # no nvcc, no gcc
     code = "\n".join(line.strip() for line in TRAIN.strip().splitlines())
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "trained", result.stderr
@@ -535,7 +559,9 @@ def test_asks_32_no_silent_fallback(caplog):
         """
     result = run_without("slicefine._C", code)
     lines = [line for line in result.stderr.splitlines() if "slicefine runs on backend" in line]
-    assert len(lines) == 1 and "'reference'" in lines[0] and "slicefine._C" in lines[0], result.stderr  # once, with its reason
+    assert len(lines) == 1 and "'reference'" in lines[0] and "slicefine._C" in lines[0], (
+        result.stderr
+    )  # once, with its reason
     broken = run_without("torch", ENV)
     assert broken.returncode == 0 and "torch imports:      broken: ModuleNotFoundError" in broken.stdout, broken.stderr
     assert logging.getLogger("slicefine") is not None
@@ -569,17 +595,21 @@ def test_asks_35_amd():
     assert sources and not any("libdevice" in source for source in sources)
     from tests.test_kernels_aot import compiled
 
-    code = (
-        "from benchmarks import aot\n"
-        "import triton\nfrom triton.backends.compiler import GPUTarget\n"
-        "from slicefine_kernels import slice_grad\n"
-        "print('names', [n for n in dir(aot) if not n.startswith('__')])\n"
-    )
+    code = """if True:
+        from benchmarks import aot
+        seen = set()
+        for variant in aot.variants("gfx942"):
+            if variant.kernel not in seen:  # the first configuration of every kernel
+                seen.add(variant.kernel)
+                kernel = variant.compile("gfx942")
+                text = kernel.asm["amdgcn"]
+                assert ".wavefront_size: 64" in text and "ocml" not in text.lower()
+                print(variant.kernel, aot.resources(kernel, "gfx942")["spill_bytes"])
+        """
     result = compiled(code=code)
+    lines = dict(line.split() for line in result.stdout.splitlines())
     assert result.returncode == 0, result.stderr
-    from benchmarks import aot
-
-    assert "gfx942" in aot.TARGETS
+    assert len(lines) >= 3 and set(lines.values()) == {"0"}
 
 
 def test_asks_36_the_loss_is_never_touched():
@@ -634,4 +664,6 @@ def test_asks_38_coverage_is_known_before_the_run():
 def test_the_public_interface_is_what_these_rows_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert {"SliceAdamW", "SliceConfig", "get_slice_model", "list_targets", "track_memory"} <= set(slicefine.__all__)
+        assert {"SliceAdamW", "SliceConfig", "get_slice_model", "list_targets", "track_memory"} <= set(
+            slicefine.__all__
+        )

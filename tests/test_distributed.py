@@ -113,8 +113,10 @@ def ddp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
 def _count(reduced: list[int]):
     def hook(state, bucket):  # annotations would be strings here, which DDP refuses
         reduced.append(bucket.buffer().numel())
-        return dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future().then(
-            lambda future: future.value()[0]
+        return (
+            dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
         )
 
     return hook

@@ -15,6 +15,8 @@ pytest.importorskip("transformers", reason="the examples train Hugging Face mode
 
 pytestmark = [
     pytest.mark.real,
+    # transformers 5 renames what TrainingArguments still calls gradient_checkpointing
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     # lightning 2.6 on torch 2.14's pytrees; three old names of its own
     pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -69,7 +71,9 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_bits(one: Path, other: Path, columns: int = 3 * 8) -> None:
     a, b = trained(one), trained(other)
-    assert a.keys() == b.keys() and len(a) == 13 and all(v.shape[1] == columns for v in a.values())  # three positions each
+    assert (
+        a.keys() == b.keys() and len(a) == 13 and all(v.shape[1] == columns for v in a.values())
+    )  # three positions each
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -125,6 +129,33 @@ def test_trainer(tmp_path, optim):
     resumed = train_with_transformers.main([*QUICK, *chosen, *again], **options)
     assert_same_bits(tmp_path, tmp_path / "once")
     assert max(layer.schedule.moves for layer in slice_layers(resumed.model)) == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_trainer_with_activation_checkpointing_gives_the_same_bits(tmp_path, reentrant):
+    """With dropout, behind frozen embeddings."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    from examples import train_with_transformers
+
+    train_with_transformers.main([*QUICK, "--output", str(tmp_path / "plain")], disable_tqdm=True)
+    name = "gradient_checkpointing"
+    options = {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}, "disable_tqdm": True}
+    train_with_transformers.main([*QUICK, "--output", str(tmp_path / "checkpointed")], **options)
+    assert_same_bits(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+def test_trainer_in_bfloat16_follows_float32(tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    from examples import train_with_transformers
+
+    losses = []
+    for name, more in (("full", {}), ("half", {"bf16": True, "use_cpu": True})):
+        trainer = train_with_transformers.main(
+            [*QUICK, "--accumulate", "2", "--output", str(tmp_path / name)], logging_steps=1, disable_tqdm=True, **more
+        )
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], abs=0.01) and losses[0] != losses[1]
+    assert all(p.dtype == torch.float32 for n, p in trainer.model.named_parameters() if "slice_weight" in n)
 
 
 def test_trainer_loads_the_best_model_at_the_end(tmp_path):
@@ -196,9 +227,24 @@ def test_trl(tmp_path, decoder):
 
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "The tides follow the moon twice a day."}\n' * 8, encoding="utf-8")
-    more = ["--model", decoder, "--data", str(texts), "--steps", "8", "--batch-size", "2", "--switch-interval", "3", "--lr", "2e-3"]
+    more = [
+        "--model",
+        decoder,
+        "--data",
+        str(texts),
+        "--steps",
+        "8",
+        "--batch-size",
+        "2",
+        "--switch-interval",
+        "3",
+        "--lr",
+        "2e-3",
+    ]
     trainer = train_with_trl.main([*more, "--r", "8", "--output", str(tmp_path)], logging_steps=1, disable_tqdm=True)
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    assert logs[-1]["loss"] < 0.95 * logs[0]["loss"] and logs[-1]["slice_moves"] == 2  # falls at every step, over two moves
+    assert (
+        logs[-1]["loss"] < 0.95 * logs[0]["loss"] and logs[-1]["slice_moves"] == 2
+    )  # falls at every step, over two moves
     assert all(late["loss"] < early["loss"] for early, late in itertools.pairwise(logs))
     assert len(trained(tmp_path)) == 2 * 7  # two layers of seven linears
