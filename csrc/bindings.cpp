@@ -16,15 +16,13 @@ namespace {
 
 struct Isa {
   const char* name;
-  decltype(&generic::slice_grad_workspace) slice_grad_workspace;
   decltype(&generic::slice_grad) slice_grad;
   decltype(&generic::slice_adamw) slice_adamw;
   decltype(&generic::slice_adamw_8bit) slice_adamw_8bit;
   decltype(&generic::slice_grad_adamw) slice_grad_adamw;
 };
 
-#define SLICEFINE_ISA_ENTRY(isa) Isa{#isa, &isa::slice_grad_workspace, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, \
-                                   &isa::slice_grad_adamw}
+#define SLICEFINE_ISA_ENTRY(isa) Isa{#isa, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, &isa::slice_grad_adamw}
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> list;
@@ -55,7 +53,7 @@ void select_isa(const std::string& name) {
 template <typename T = void>
 T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
 
-using GradTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int, uintptr_t>;
+using GradTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int>;
 using SliceTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
 using MomentsTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
 using Moments8Tuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
@@ -63,7 +61,7 @@ using OptionsTuple = std::tuple<double, double, double, double, double, bool, bo
 
 GradInputs grad_inputs(const GradTuple& t) {
   return {address(std::get<0>(t)), address(std::get<2>(t)), std::get<1>(t), std::get<3>(t), std::get<4>(t),
-          address<const int64_t>(std::get<5>(t)), std::get<6>(t), std::get<7>(t), DType(std::get<8>(t)), address(std::get<9>(t))};
+          address<const int64_t>(std::get<5>(t)), std::get<6>(t), std::get<7>(t), DType(std::get<8>(t))};
 }
 
 Slice slice(const SliceTuple& t) {
@@ -91,7 +89,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", [] { std::vector<std::string> names; for (const Isa& isa : supported_isas()) names.push_back(isa.name); return names; });
   m.def("current_isa", [] { return std::string(current.name); });
   m.def("select_isa", &select_isa);
-  m.def("slice_grad_workspace", [](int64_t n, int64_t thin) { return current.slice_grad_workspace(n, thin); });
+  m.def("take_columns", [](uintptr_t x, int64_t stride, uintptr_t cols, int64_t n, int64_t K, int dtype, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    take_columns(address(x), stride, address<const int64_t>(cols), n, K, DType(dtype), address(out), threads);
+  });
   m.def("slice_grad", [](const GradTuple& in, uintptr_t out, int threads) {
     py::gil_scoped_release release;
     current.slice_grad(grad_inputs(in), address(out), threads);

@@ -36,7 +36,7 @@ struct AdamWOptions {
   uint64_t seed;
 };
 
-// dY (n, out) and X (n, k), last dimension contiguous, both of type `dtype`; `workspace` holds workspace_size() values.
+// dY (n, out) and X (n, k), last dimension contiguous, both of type `dtype`.
 struct GradInputs {
   const void *grad_output, *input;
   int64_t stride_grad_output, stride_input;  // of the rows, in elements
@@ -44,12 +44,13 @@ struct GradInputs {
   const int64_t* rows;                       // which columns of dY, or null for all
   int64_t R, K;
   DType dtype;
-  void* workspace;
 };
+
+// X (n, in) with rows `stride` elements apart, columns next to each other; cols [K], each below `in`; out (n, K) contiguous.
+void take_columns(const void* x, int64_t stride, const int64_t* cols, int64_t n, int64_t K, DType dtype, void* out, int threads);
 
 #define SLICEFINE_DECLARE_OPS(isa)                                                                                   \
   namespace isa {                                                                                                    \
-  int64_t slice_grad_workspace(int64_t n, int64_t thin); /* in values of the accumulation type */                    \
   void slice_grad(const GradInputs& in, void* out, int threads);                                                     \
   void slice_adamw(const Slice* slices, const Moments* moments, int64_t count, const AdamWOptions& options, int threads); \
   void slice_adamw_8bit(const Slice* slices, const Moments8* moments, int64_t count, const float* codebook,            \

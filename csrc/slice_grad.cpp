@@ -4,8 +4,6 @@
 namespace slicefine {
 namespace SLICEFINE_ISA {
 
-int64_t slice_grad_workspace(int64_t n, int64_t thin) { return groups(thin) * n * kThin; }
-
 void slice_grad(const GradInputs& in, void* out, int threads) {
   dispatch(in.dtype, [&](auto type) {
     using T = decltype(type);

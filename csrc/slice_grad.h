@@ -1,12 +1,15 @@
 // The gradient of a slice, panel by panel: G = dY[:, rows]^T X, handed to `consume` while it is still in the cache.
 //
-// One operand is wide (read in place, vectorised), the other thin (r columns, gathered and packed once):
-// without rows dY is wide and X thin, with rows X is wide and dY[:, rows] thin. Tiles of kThin x kWide accumulators live in
-// registers for kBlock tokens at a time and in a panel of at most kTiles tiles between, so the wide operand is read row by row,
-// as the hardware's prefetcher likes it; feature by feature it would miss the TLB on every token.
+// One operand is wide (read in place, vectorised), the other thin (r columns, gathered and packed once unless they lie as the
+// multiplication wants them): without rows dY is wide and X thin, with rows X is wide and dY[:, rows] thin. Tiles of
+// kThin x kWide accumulators live in registers for kBlock tokens at a time and in a panel of at most kTiles tiles between; the
+// lines that the next tile needs are asked for meanwhile, because no hardware prefetcher follows a stride of a row.
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <type_traits>
+#include <utility>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -58,6 +61,16 @@ struct Tile {
   typename Vector<A>::type value[kThin][kVectors];
 };
 
+// The lines of one token that hold kWide features; they need not exist.
+template <typename T>
+SLICEFINE_HD void prefetch_wide(const T* ahead) {
+#if defined(__GNUC__)
+  for (size_t byte = 0; byte < kWide * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
+#else
+  (void)ahead;
+#endif
+}
+
 // How operands of type T are multiplied. Packed: what one thin feature of kTokens tokens becomes.
 template <typename T>
 struct Multiply {
@@ -67,10 +80,11 @@ struct Multiply {
 
   static Packed pack(const T* thin, int64_t, int64_t) { return load(thin); }
 
-  // tile [kThin, kWide] += thin packed [count, kThin]^T @ wide [count, kWide]
-  static void add(Tile<A>& tile, const T* wide, int64_t stride, const Packed* thin, int64_t count) {
+  // tile [kThin, kWide] += thin [count, kThin]^T @ wide [count, kWide]; ahead: where to prefetch as many of the next, or null
+  static void add(Tile<A>& tile, const T* wide, int64_t stride, const Packed* thin, int64_t thin_stride, int64_t count, const T* ahead) {
     Tile<A> acc = {};  // a sum of its own for each block of tokens: the error of one long sum grows with its length
-    for (int64_t t = 0; t < count; ++t, wide += stride, thin += kThin) {
+    for (int64_t t = 0; t < count; ++t, wide += stride, thin += thin_stride) {
+      if (ahead) prefetch_wide(ahead + t * stride);
       typename Vector<A>::type w[kVectors];
       for (int j = 0; j < kVectors; ++j) w[j] = load_vector(wide + j * kLanes);
       for (int p = 0; p < kThin; ++p)
@@ -96,11 +110,13 @@ struct Multiply<bf16> {
     return thin[0].bits | (left > 1 ? uint32_t(thin[stride].bits) << 16 : 0u);
   }
 
-  static void add(Tile<float>& tile, const bf16* wide, int64_t stride, const Packed* thin, int64_t count) {
+  static void add(Tile<float>& tile, const bf16* wide, int64_t stride, const Packed* thin, int64_t thin_stride, int64_t count,
+                  const bf16* ahead) {
     __m512 acc[kThin][2];
     for (int p = 0; p < kThin; ++p)
       for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < count; t += 2, wide += 2 * stride, thin += kThin) {
+    for (int64_t t = 0; t < count; t += 2, wide += 2 * stride, thin += thin_stride) {
+      if (ahead) prefetch_wide(ahead + t * stride), prefetch_wide(ahead + (t + 1) * stride);
       const __m512i a = _mm512_loadu_si512(wide), b = t + 1 < count ? _mm512_loadu_si512(wide + stride) : _mm512_setzero_si512();
       const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
       for (int p = 0; p < kThin; ++p) {
@@ -120,22 +136,41 @@ struct Multiply<bf16> {
 
 static inline int64_t groups(int64_t thin) { return (thin + kThin - 1) / kThin; }
 
+// The thin operand as `add` reads it: feature p of a group at `step` tokens (of kTokens each) is value[group * group_stride + step * step_stride + p].
+template <typename P>
+struct Thin {
+  const P* value;
+  int64_t group_stride, step_stride;
+  std::unique_ptr<P[]> owner;  // null where the operand is read in place
+};
+
 // thin features -> [groups, n / kTokens, kThin], zero-padded
 template <typename T>
-void pack(const T* thin, int64_t stride, const int64_t* index, int64_t n, int64_t width, typename Multiply<T>::Packed* packed,
-          int threads) {
+Thin<typename Multiply<T>::Packed> pack(const T* thin, int64_t stride, const int64_t* index, int64_t n, int64_t width, int threads) {
   using M = Multiply<T>;
+  using Packed = typename M::Packed;
+  if constexpr (std::is_same_v<T, Packed>)
+    if (!index && width % kThin == 0 && stride == width) return {thin, kThin, stride, nullptr};
   const int64_t steps = (n + M::kTokens - 1) / M::kTokens;
+  std::unique_ptr<Packed[]> packed(new Packed[groups(width) * steps * kThin]);
   parallel_for(steps, threads, 1 << 11, [&](int64_t begin, int64_t end) {
-    for (int64_t step = begin; step < end; ++step) {
-      const int64_t t = step * M::kTokens;
-      for (int64_t feature = 0; feature < groups(width) * kThin; ++feature) {
-        auto& place = packed[((feature / kThin) * steps + step) * kThin + feature % kThin];
-        place = feature < width ? M::pack(thin + t * stride + (index ? index[feature] : feature), stride, n - t)
-                                : typename M::Packed(0);
+    for (int64_t group = 0; group < groups(width); ++group) {
+      const int64_t first = group * kThin, features = std::min<int64_t>(kThin, width - first);
+      for (int64_t step = begin; step < end; ++step) {
+        Packed* place = packed.get() + (group * steps + step) * kThin;
+        const int64_t t = step * M::kTokens;
+        const T* row = thin + t * stride;
+        if (!index && features == kThin) {
+          for (int p = 0; p < kThin; ++p) place[p] = M::pack(row + first + p, stride, n - t);
+        } else {
+          for (int p = 0; p < kThin; ++p)
+            place[p] = p < features ? M::pack(row + (index ? index[first + p] : first + p), stride, n - t) : Packed(0);
+        }
       }
     }
   });
+  const Packed* value = packed.get();
+  return {value, steps * kThin, kThin, std::move(packed)};
 }
 
 // A finished part of G: rows [row0, row0 + rows) x columns [col0, col0 + cols), row-major with `cols` values a row.
@@ -164,15 +199,14 @@ void for_each_panel(const GradInputs& in, int threads, const Consume& consume) {
   using M = Multiply<T>;
   using A = accumulate_t<T>;
   const T *dy = static_cast<const T*>(in.grad_output), *x = static_cast<const T*>(in.input);
-  auto* packed = static_cast<typename M::Packed*>(in.workspace);
   const bool dy_is_thin = in.rows != nullptr;
   const T* wide = dy_is_thin ? x : dy;
   const int64_t stride = dy_is_thin ? in.stride_input : in.stride_grad_output;
   const int64_t wide_count = dy_is_thin ? in.K : in.R, thin_count = dy_is_thin ? in.R : in.K;
   if (wide_count == 0 || thin_count == 0) return;
-  pack<T>(dy_is_thin ? dy : x, dy_is_thin ? in.stride_grad_output : in.stride_input, in.rows, in.n, thin_count, packed, threads);
+  const auto packed =
+      pack<T>(dy_is_thin ? dy : x, dy_is_thin ? in.stride_grad_output : in.stride_input, in.rows, in.n, thin_count, threads);
 
-  const int64_t steps = (in.n + M::kTokens - 1) / M::kTokens;
   const int64_t panel_groups = std::min<int64_t>(groups(thin_count), kTiles);
   const int64_t strips = (wide_count + kWide - 1) / kWide;
   const int64_t panel_strips = std::min(std::max<int64_t>(1, kTiles / panel_groups), (strips + threads - 1) / threads);
@@ -197,9 +231,13 @@ void for_each_panel(const GradInputs& in, int threads, const Consume& consume) {
               for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<void*>(border + i * kWide), source + i * stride, width * sizeof(T));
               source = border, source_stride = kWide;
             }
+            // the next strip of these tokens, or the first of the next block's
+            const bool last = (s + 1) * kWide >= wide_here;
+            const T* ahead = source == border || (last && t + 2 * kBlock > in.n) ? nullptr : last ? wide + (t + kBlock) * stride + w0 : source + kWide;
             for (int64_t g = 0; g < group_count; ++g)
               M::add(tiles[s * group_count + g], source, source_stride,
-                     packed + ((group0 + g) * steps + t / M::kTokens) * kThin, count);
+                     packed.value + (group0 + g) * packed.group_stride + t / M::kTokens * packed.step_stride, packed.step_stride, count,
+                     g == 0 ? ahead : nullptr);
           }
         }
         const int64_t p0 = group0 * kThin;

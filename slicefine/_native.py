@@ -29,11 +29,26 @@ except ImportError as error:
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/numeric.h, DType
 
 
+def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+    """See `slicefine.reference.take_columns`."""
+    width, K = input.shape[-1], cols.shape[0]
+    if input.is_contiguous():
+        n, stride = input.numel() // width, width
+    else:
+        input = input.reshape(-1, width)
+        input = input if input.stride(1) == 1 or width == 1 else input.contiguous()
+        n, stride = input.shape[0], input.stride(0)
+    out = input.new_empty((n, K))
+    _C.take_columns(
+        input.data_ptr(), stride, _index(cols), n, K, _DTYPES[input.dtype], out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return out
+
+
 def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     """See `slicefine.reference.slice_grad`."""
-    height = grad_output.shape[1] if rows is None else rows.numel()
-    out = grad_output.new_empty((height, input.shape[1]), dtype=accumulation_dtype(grad_output.dtype))
     arguments, keep = _grad_inputs(grad_output, input, rows)
+    out = grad_output.new_empty(arguments[6:8], dtype=accumulation_dtype(grad_output.dtype))
     _C.slice_grad(arguments, out.data_ptr(), torch.get_num_threads())
     del keep
     return out
@@ -149,16 +164,16 @@ def slice_grad_adamw(
 
 def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
     """The kernel's view of the operands, and the tensors that must outlive the call."""
-    grad_output, input = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (grad_output, input))
-    height = grad_output.shape[1] if rows is None else rows.numel()
-    thin = input.shape[1] if rows is None else height
-    size = _C.slice_grad_workspace(input.shape[0], thin)
-    workspace = grad_output.new_empty(size, dtype=accumulation_dtype(grad_output.dtype))
+    (n, out), K = grad_output.shape, input.shape[1]
+    if grad_output.stride(1) != 1 and out > 1:
+        grad_output = grad_output.contiguous()
+    if input.stride(1) != 1 and K > 1:
+        input = input.contiguous()
     arguments = (
-        grad_output.data_ptr(), grad_output.stride(0), input.data_ptr(), input.stride(0), input.shape[0],
-        _index(rows), height, input.shape[1], _DTYPES[grad_output.dtype], workspace.data_ptr(),
+        grad_output.data_ptr(), grad_output.stride(0), input.data_ptr(), input.stride(0), n,
+        0 if rows is None else _index(rows), out if rows is None else rows.numel(), K, _DTYPES[grad_output.dtype],
     )  # fmt: skip
-    return arguments, (grad_output, input, workspace)
+    return arguments, (grad_output, input)
 
 
 def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple:

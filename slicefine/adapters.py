@@ -25,7 +25,9 @@ from slicefine.delta import (
     base_hashes,
     combined_hash,
     patches_of,
+    whole_state,
 )
+from slicefine.ledger import set_version
 from slicefine.linear import SliceLinear
 
 DEFAULT = "default"
@@ -37,7 +39,8 @@ class _Adapters:
     def __init__(self) -> None:
         self.deltas: dict[str, Delta] = {}
         self.live: str | None = None  # the name of the slices in training
-        self.whole: dict[str, WholeDelta] = {}  # what trains whole beside them; ``new`` is set while they are off
+        self.whole: dict[str, WholeDelta] = {}  # what trains whole beside them; ``new`` is current while they are off
+        self.versions: dict[str, int] = {}  # of what trains whole, before it was taken off
         self.stack: list[tuple[str, Delta | None]] = []
 
     @property
@@ -111,6 +114,8 @@ class AdapterModel:
         self._unapply_all()
         try:
             for name in names:
+                if name == self._adapters.live:
+                    _check_originals(self, names[:-1])
                 self._apply_one(name)
         except BaseException:
             self._unapply_all()
@@ -154,6 +159,7 @@ class AdapterModel:
                 layer.read_back()
             for whole in adapters.whole.values():
                 whole.new = whole.old
+            adapters.versions.clear()
             adapters.stack.append((adapters.live, None))
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -218,7 +224,7 @@ class AdapterModel:
             for lower in names[:i]:
                 if stack and upper != live:
                     continue
-                if common := self.delta(upper).overlap(self.delta(lower)):
+                if common := self._touched(upper).overlap(self._touched(lower)):
                     raise DeltaError(
                         f"adapters {lower!r} and {upper!r} change the same entries of {', '.join(common[:3])}. "
                         + (
@@ -228,12 +234,28 @@ class AdapterModel:
                         )
                     )
 
+    def _touched(self, name: str) -> Delta:
+        """A delta that has the entries of an adapter; the values of the slices in training do not matter here."""
+        adapters = self._adapters
+        if name != adapters.live:
+            return adapters.deltas[name]
+        weights = {}
+        for layer_name, layer in _named_layers(self):
+            ledger = layer.required_ledger("be stacked")
+            shape = (layer.out_features, layer.in_features)
+            patches = patches_of(ledger.pieces, ledger.originals())
+            weights[layer.state_key(layer_name)] = WeightDelta(shape, layer.fan_in_fan_out, "", patches)
+        return Delta(weights, adapters.whole)
+
     def _apply_one(self, name: str) -> None:
         adapters = self._adapters
         if name == adapters.live:
             for layer in _layers(self):
                 layer.enable()
             _write_whole(self, "new")
+            for key, value in self.state_dict().items() if adapters.whole else ():  # type: ignore[attr-defined]
+                if key in adapters.versions:
+                    set_version(value, adapters.versions[key])
             adapters.stack.append((name, None))
             return
         delta = adapters.deltas[name]
@@ -283,7 +305,7 @@ def new_register() -> _Adapters:
 @torch.no_grad()
 def go_on_from(model: Any, delta: Delta) -> None:
     """Give slices that have just been made the values of a delta, and its old values as their originals."""
-    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, SliceLinear)}
+    layers = {layer.state_key(name): layer for name, layer in _named_layers(model)}
     if missing := delta.weights.keys() - layers.keys():
         raise DeltaError(
             f"the delta changes {', '.join(sorted(missing)[:3])}, which its own SliceConfig does not train here"
@@ -307,14 +329,31 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
+def _named_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear))
+
+
 def _layers(model: Any) -> Iterator[SliceLinear]:
-    return (module for module in model.modules() if isinstance(module, SliceLinear))
+    return (layer for _, layer in _named_layers(model))
+
+
+def _check_originals(model: Any, below: list[str]) -> None:
+    """Slices may have moved to entries of an adapter below them: then they only make sense on top of it."""
+    for name, layer in _named_layers(model):
+        ledger = layer.required_ledger("be switched on")
+        found = ledger.read(layer.weight_matrix)
+        if not all(torch.equal(a, b) for a, b in zip(found, ledger.originals(), strict=True)):
+            raise DeltaError(
+                f"the slices in training of {name} started from other values than are there with {below or 'no adapter'} below them: "
+                "apply the adapters that they were trained on as well"
+            )
 
 
 def _note_whole(model: Any) -> None:
     state = model.state_dict() if model._adapters.whole else {}
     for key, whole in model._adapters.whole.items():
         whole.new = state[key].detach().to("cpu", copy=True)
+        model._adapters.versions[key] = state[key]._version
 
 
 @torch.no_grad()
@@ -331,16 +370,18 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         raise DeltaError(
             f"the slices in training ({adapters.live!r}) are not applied; set_adapter({adapters.live!r}) first"
         )
+    whole_state(model)
     weights: dict[str, WeightDelta] = {}
     restored: dict[int, Tensor] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, SliceLinear) or id(layer.weight) in restored:
+    for name, layer in _named_layers(model):
+        if id(layer.weight) in restored:
             continue
         layer.synchronise()
         ledger = layer.required_ledger("be saved as a delta")
         original = ledger.restored(layer.weight_matrix)
-        restored[id(layer.weight)] = original.t() if layer.fan_in_fan_out else original
-        weights[f"{name}.weight"] = WeightDelta(
+        stored = original.t() if layer.fan_in_fan_out else original
+        restored[id(layer.weight)] = stored.reshape(layer.weight.shape)
+        weights[layer.state_key(name)] = WeightDelta(
             (layer.out_features, layer.in_features), layer.fan_in_fan_out, "", patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
         )  # fmt: skip
     _note_whole(model)

@@ -35,6 +35,9 @@ class SliceConfig:
         or "remember" it on the host and restore it when the slice comes back. Alternating axes cannot "keep": they reset.
     target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear" (every linear layer except
         the output head). exclude_modules: the same, to leave out.
+    target_parameters: names or suffixes of parameters that a module uses without a linear layer, beside target_modules ([] for none
+        of those): experts of shape (experts, out, in), as in transformers 5 (column slices), or a projection of
+        nn.MultiheadAttention.
     layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in PEFT.
     modules_to_save: modules that train whole, such as a new classification head.
     bias: "none", "all", or "slice_only" (the biases of the sliced layers) train too.
@@ -58,6 +61,7 @@ class SliceConfig:
     state_on_switch: str = "reset"
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -98,7 +102,7 @@ class SliceConfig:
             raise TypeError(
                 f"layers_to_transform is {self.layers_to_transform!r}; expected a layer number or a list of them"
             )
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save"):
             self._check_names(name)
         if self.target_modules is None or isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -114,12 +118,13 @@ class SliceConfig:
         if isinstance(value, (set, tuple)):
             value = sorted(value)
             setattr(self, name, value)
-        if value is None or (isinstance(value, str) and name != "modules_to_save"):
+        if value is None or (isinstance(value, str) and name not in ("modules_to_save", "target_parameters")):
             if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
                 _regex(name, value)
             return
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise TypeError(f"{name} is {value!r}; expected a list of module names")
+            what = "parameter" if name == "target_parameters" else "module"
+            raise TypeError(f"{name} is {value!r}; expected a list of {what} names")
         for entry in value if name == "modules_to_save" else ():
             _regex(name, entry)
 

@@ -175,7 +175,7 @@ class Delta:
         for key, weight in self.weights.items():
             tensor = _tensor(model, key)
             stored = weight.shape[::-1] if weight.transposed else weight.shape
-            if tensor.shape != stored or tensor.dtype != weight.dtype:
+            if tuple(_matrix(model, key, weight).shape) != weight.shape or tensor.dtype != weight.dtype:
                 raise DeltaError(
                     f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta was made for {dtype_name(weight.patches[0].new)} "
                     f"{tuple(stored)}{_load_in(weight.dtype) if tensor.dtype != weight.dtype else ''}"
@@ -280,19 +280,25 @@ def base_hashes(model: nn.Module, leave_out: set[str], originals: Mapping[str, T
 
     originals: tensors that stand for those in the model.
     """
-    state = model.state_dict()
+    state = whole_state(model)
     originals = originals or {}
+    return {
+        key: tensor_sha256(key, originals.get(key, value))
+        for key, value in state.items()
+        if key not in leave_out and isinstance(value, Tensor)
+    }
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model of one process. Raises DeltaError if its tensors are spread over several."""
+    state = model.state_dict()
     if sharded := [key for key, value in state.items() if is_sharded(value)]:
         raise DeltaError(
             f"{sharded[0]} and {len(sharded) - 1} others are sharded over processes; deltas are made of whole tensors. Gather them "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and load them into a model of "
             "one process"
         )
-    return {
-        key: tensor_sha256(key, originals.get(key, value))
-        for key, value in state.items()
-        if key not in leave_out and isinstance(value, Tensor)
-    }
+    return state
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:
@@ -309,11 +315,14 @@ def _tensor(model: nn.Module, key: str) -> Tensor:
         raise DeltaError(
             f"the model has no {key}, which the delta changes; it has {near or 'nothing of that name'}"
         ) from error
-    return tensor
+    # a parameter that a module uses itself and that is sliced now is a module of its name
+    return tensor.weight if isinstance(tensor, nn.Module) else tensor  # pyright: ignore[reportReturnType]
 
 
 def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
     tensor = _tensor(model, key).detach()
+    if tensor.dim() == 3:  # experts
+        return tensor.view(-1, tensor.shape[-1])
     return tensor.t() if weight.transposed else tensor
 
 

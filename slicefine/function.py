@@ -27,7 +27,7 @@ class SliceLinearFunction(torch.autograd.Function):
         ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
         kept = None
         if needs_slice:
-            kept = input if cols is None or ctx.scoring else input.index_select(-1, cols)
+            kept = input if cols is None or ctx.scoring else ops.take_columns(input, cols)
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
         ctx.layer, ctx.slice_shape = layer, slice_weight.shape
@@ -35,26 +35,39 @@ class SliceLinearFunction(torch.autograd.Function):
         return F.linear(input, cast_weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
-        needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
-        updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
-        if updater is not None:
-            # torch.autograd.grad towards something else asks for no update
-            needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
-            if needs_slice:
-                updater.before_backward(ctx.layer)
-        weight, kept, rows, cols = ctx.saved_tensors
-        grad_input = grad_bias = grad_slice = None
-        # once for both products: attention hands back a transposed gradient, which each of them would copy
-        flat = grad_output.reshape(-1, grad_output.shape[-1])
-        if needs_input:
-            grad_input = flat.mm(weight.to(flat.dtype)).view(*grad_output.shape[:-1], weight.shape[1])
-        if needs_bias:
-            grad_bias = flat.sum(0)
+        # gradients are recorded only for a gradient of the gradient, which this refuses
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_output)
+
+
+def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
+    updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
+    if updater is not None:
+        # torch.autograd.grad towards something else asks for no update
+        needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
         if needs_slice:
-            grad_slice = _slice_gradient(ctx, flat, kept.reshape(-1, kept.shape[-1]), rows, cols)
-        return grad_input, None, grad_bias, grad_slice, None, None, None
+            updater.before_backward(ctx.layer)
+    weight, kept, rows, cols = ctx.saved_tensors
+    grad_input = grad_bias = grad_slice = None
+    # once for both products: attention hands back a transposed gradient, which each of them would copy
+    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    if needs_input:
+        grad_input = flat.mm(weight if weight.dtype == flat.dtype else weight.to(flat.dtype))
+        grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
+    if needs_bias:
+        grad_bias = flat.sum(0)
+    if needs_slice:
+        grad_slice = _slice_gradient(
+            ctx, flat, kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]), rows, cols
+        )
+    return grad_input, None, grad_bias, grad_slice, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
+
+
+slice_product = SliceLinearFunction.apply
 
 
 def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
@@ -67,7 +80,7 @@ def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None,
     if layer is not None and layer.updater is not None:
         layer.updater.update_in_backward(layer, grad_output, kept)
         return None
-    grad = ops.slice_grad(grad_output, kept, rows)
+    grad = ops.gradient_of_slice(grad_output, kept, rows)
     if grad.shape == ctx.slice_shape:
         return grad
     flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail

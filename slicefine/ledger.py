@@ -151,6 +151,11 @@ class Ledger:
                     )
 
 
+def set_version(tensor: Tensor, version: int) -> None:
+    """Tell autograd that a tensor is again what it was at an earlier version; true only where every bit has been restored."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _unseen(seen: Tensor, index: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The part of a slice that has not been recorded, now marked as recorded."""
     new = ~seen[index]

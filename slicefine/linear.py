@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from slicefine import ops
 from slicefine.config import SliceConfig
-from slicefine.function import SliceLinearFunction
-from slicefine.ledger import Ledger
+from slicefine.function import slice_product
+from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
@@ -61,6 +61,7 @@ class SliceLinear(nn.Linear):
     weight_sharded: bool = False  # by fully_shard, which replaces one parameter after the other
     sharded: bool = False  # both the weight and slice_weight
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
+    plain_class: type[nn.Module] = nn.Linear  # what merging gives back
     _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
 
     def __init__(
@@ -88,6 +89,7 @@ class SliceLinear(nn.Linear):
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
         layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
+        layer.plain_class = type(linear)
         assert isinstance(linear.weight, Tensor)
         shape = tuple(linear.weight.shape)
         layer.out_features, layer.in_features = shape[::-1] if layer.fan_in_fan_out else shape
@@ -131,7 +133,10 @@ class SliceLinear(nn.Linear):
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
         self.ledger = Ledger(self.spec) if config.keep_originals else None
-        self._trained: list[Tensor] | None = None
+        self._trained: list[Tensor] | None = (
+            None  # while disabled: what the ledger's pieces held, and the weight's version
+        )
+        self._trained_version = 0
         self.place()
 
     # -- the active slice -------------------------------------------------------------------------------------------
@@ -263,15 +268,21 @@ class SliceLinear(nn.Linear):
         """Whether the weight stands at its original values while training is set aside."""
         return self._trained is not None
 
+    @property
+    def master(self) -> Tensor:
+        """slice_weight as the product takes it: without a gradient while the slices are disabled."""
+        return self.slice_weight.detach() if self.disabled else self.slice_weight
+
     def disable(self) -> None:
         """Put the original values back, bit for bit, and keep the trained ones on the host until `enable`."""
         if self._trained is not None:
             return
         self.synchronise()
         ledger = self.required_ledger("be disabled")
+        version = self.weight._version
         trained = ledger.exchange(self.weight_matrix, ledger.originals())
         for layer in {self, *layers_of(self.slice_weight)}:
-            layer._trained = trained
+            layer._trained, layer._trained_version = trained, version
         self.mark_synchronised()
 
     def enable(self) -> None:
@@ -279,6 +290,8 @@ class SliceLinear(nn.Linear):
         if self._trained is None:
             return
         self.required_ledger("be enabled").write(self.weight_matrix, self._trained)
+        # a graph built before may go on to its backward, as in preference training with the base as reference
+        set_version(self.weight, self._trained_version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer._trained = None
         self.mark_synchronised()
@@ -300,6 +313,11 @@ class SliceLinear(nn.Linear):
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
+        input, layer = self.before_product(input)
+        return slice_product(input, self.weight_matrix, self.bias, self.master, self.rows, self.cols, layer)
+
+    def before_product(self, input: Tensor) -> tuple[Tensor, SliceLinear | None]:
+        """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             check_whole(self)
@@ -312,14 +330,12 @@ class SliceLinear(nn.Linear):
             if compiling:
                 raise RuntimeError("optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it")
             updater.before_forward(self)
-        layer, master = None, self.slice_weight
-        if self.disabled:
-            updater, master = None, master.detach()
-        elif updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
-            layer = self
-        return SliceLinearFunction.apply(
-            input, self.weight_matrix, self.bias, master, self.rows, self.cols, layer
-        )  # fmt: skip
+        scoring = torch.is_grad_enabled() and self.schedule.needs_gradient_scores
+        return input, self if (updater is not None or scoring) and not self.disabled else None
+
+    def state_key(self, name: str) -> str:
+        """The state-dict key of the weight of the layer called ``name``."""
+        return f"{name}.weight"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slice_type={self.spec.slice_type}, r={self.spec.r}, switch_interval={self.schedule.interval}"

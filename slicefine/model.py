@@ -13,11 +13,14 @@ from torch import nn
 
 from slicefine import adapters
 from slicefine.adapters import DEFAULT, AdapterModel
+from slicefine.attention import SliceMultiheadAttention, is_attention
 from slicefine.config import SliceConfig
 from slicefine.delta import Delta
+from slicefine.experts import SliceExperts
 from slicefine.linear import SliceLinear
+from slicefine.parameters import HoldsSlices, SliceParameter, give_back_parameters, hold, replace_parameter
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
-from slicefine.targets import Target, find_targets, matches_modules_to_save
+from slicefine.targets import Target, find_targets, left_out_experts, matches_modules_to_save
 
 
 def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = DEFAULT) -> nn.Module:
@@ -42,7 +45,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
     layers, problems = {}, []
     for target in _unique(targets):
         try:
-            layers[target.name] = SliceLinear.from_linear(target.module, config, target.name, target.r)
+            layers[target.name] = _slice_of(target, config)
         except (ValueError, TypeError) as error:
             problems.append(f"{target.name}: {error}")
     if problems:
@@ -58,14 +61,21 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
             "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2
         )
 
+    if experts := left_out_experts(model, config):
+        warnings.warn(
+            f"experts stay as they are; to train them too: target_parameters=[{', '.join(map(repr, experts))}]",
+            stacklevel=2,
+        )
+
     for layer in layers.values():
         _renew_hook(layer)
     _set_trainable(model, set())
-    replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers}
+    replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None}
     for parent in list(model.modules()):  # every place that holds the module, however many
         for name, child in list(parent._modules.items()):
             if id(child) in replacement:
                 parent._modules[name] = replacement[id(child)]
+    _replace_parameters(model, targets, layers)
     _share_tied(layers)
     for module in saved:
         module.requires_grad_(True)
@@ -97,10 +107,7 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
     matches = []
     for target in find_targets(model, config):
         parameters = 0
-        weight: Any = getattr(target.module, "weight", None)
-        out_features, in_features = tuple(weight.shape) if weight is not None and weight.dim() == 2 else (0, 0)
-        if not isinstance(target.module, nn.Linear):  # Conv1D
-            out_features, in_features = in_features, out_features
+        out_features, in_features = target.shape
         if target.skipped is None:
             try:
                 spec = SliceSpec(out_features, in_features, config.slice_type, target.r, config.r_out or target.r)
@@ -168,6 +175,7 @@ class SliceModel(AdapterModel):
                 "fully_shard holds the layers of this model; there is nothing to merge (the weights are up to date): "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them for a plain model"
             )
+        give_back_parameters(self)
         plain: dict[int, nn.Module] = {}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
@@ -180,6 +188,11 @@ class SliceModel(AdapterModel):
         if trained is not None:
             _set_trainable(self, trained)
         return self
+
+    def unload(self) -> nn.Module:
+        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up."""
+        self.revert()
+        return self.merge_and_unload()
 
     @classmethod
     def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -295,11 +308,32 @@ def _rebuild(kind: type) -> Any:
 
 def _unique(targets: list[Target]) -> Iterator[Target]:
     """Targets to convert; a module reachable under several names once."""
-    seen: set[int] = set()
+    seen: set[tuple[int, str | None]] = set()
     for target in targets:
-        if target.skipped is None and id(target.module) not in seen:
-            seen.add(id(target.module))
+        if target.skipped is None and (id(target.module), target.parameter) not in seen:
+            seen.add((id(target.module), target.parameter))
             yield target
+
+
+def _slice_of(target: Target, config: SliceConfig) -> SliceLinear:
+    if target.parameter is None:
+        return SliceLinear.from_linear(target.module, config, target.name, target.r)
+    parameter = target.module._parameters[target.parameter]
+    assert parameter is not None
+    return SliceParameter.from_parameter(parameter, config, target.name, target.r)
+
+
+def _replace_parameters(model: nn.Module, targets: list[Target], layers: dict[str, SliceLinear]) -> None:
+    """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from now on."""
+    for module in list(model.modules()):
+        if is_attention(module):
+            hold(module, SliceMultiheadAttention)
+    for target in _unique(targets):
+        layer = layers.get(target.name)
+        if target.parameter is not None and isinstance(layer, SliceParameter):
+            if not isinstance(target.module, SliceMultiheadAttention):
+                hold(target.module, SliceExperts)
+            replace_parameter(target.module, target.parameter, layer)
 
 
 def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
@@ -340,12 +374,15 @@ def _share_tied(layers: dict[str, SliceLinear]) -> None:
 def _free_biases(model: nn.Module, mode: str) -> None:
     if mode == "all":
         for name, parameter in model.named_parameters():
-            if name.rsplit(".", 1)[-1] == "bias":
+            if name.endswith("bias"):  # in_proj_bias of attention and biases of experts too
                 parameter.requires_grad_(True)
     elif mode == "slice_only":
         for layer in slice_layers(model):
             if layer.bias is not None:
                 layer.bias.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, HoldsSlices):
+                module.free_biases()
 
 
 def _unload(layer: SliceLinear) -> nn.Module:
@@ -369,6 +406,8 @@ def _unload(layer: SliceLinear) -> nn.Module:
         "fan_in_fan_out",
         "ledger",
         "_trained",
+        "_trained_version",
+        "plain_class",
     }
     kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
     if layer.fan_in_fan_out:
@@ -377,6 +416,7 @@ def _unload(layer: SliceLinear) -> nn.Module:
     kept["_buffers"] = {name: b for name, b in layer._buffers.items() if not name.startswith("slice_")}
     kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
     plain.__dict__.update(kept)
+    plain.__class__ = layer.plain_class  # pyright: ignore[reportAttributeAccessIssue]  # a subclass with nn.Linear's own forward
     _renew_hook(plain)
     return plain
 

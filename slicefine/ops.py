@@ -5,7 +5,7 @@ dispatcher finds the device; on it the first backend runs that is available and 
 
     cpu:    cpu, reference          cuda:   triton, cuda, reference          any other device: reference
 
-``SLICEFINE_BACKEND=name`` or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
+``SLICEFINE_BACKEND=name`` (read at the first op) or ``with use_backend("name")`` forces one, for the whole process (autograd runs the backward of
 a CUDA graph on a thread of its own); what is forced and cannot run raises an error, it never falls back.
 """
 
@@ -16,6 +16,7 @@ import importlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from slicefine import reference
 from slicefine.reference import BLOCK_8BIT
 
 _log = logging.getLogger("slicefine")
@@ -65,7 +67,7 @@ def _load_reference() -> tuple[ModuleType | None, str | None]:
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
-    native = importlib.import_module("slicefine._native")
+    native = sys.modules.get("slicefine._native") or importlib.import_module("slicefine._native")
     return (native, None) if native.unavailable is None else (None, native.unavailable)
 
 
@@ -138,8 +140,14 @@ def _known(name: str, where: str) -> str:
 def _forced_name() -> str | None:
     if _forced is not None:
         return _forced
-    name = os.environ.get("SLICEFINE_BACKEND")
+    name = _environments_name()
     return _known(name, "SLICEFINE_BACKEND") if name else None
+
+
+@functools.cache
+def _environments_name() -> str | None:
+    """Read once, at the first op: a look into os.environ takes as long as a small slice's update."""
+    return os.environ.get("SLICEFINE_BACKEND")
 
 
 @functools.cache
@@ -157,6 +165,8 @@ def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> Modu
         first, name, module = _choose(forced, device, dtypes, op)
         if first:
             _chosen[key] = name, module
+            if forced is None and name == "cpu" and len(dtypes) == 1:
+                _compiled[next(iter(dtypes))] = module
     return module
 
 
@@ -204,10 +214,10 @@ _library.define(
 
 
 def _check_operands(op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None) -> None:
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
+    shape, other = grad_output.shape, input.shape
+    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
         raise ValueError(
-            f"{op}: grad_output has shape {tuple(grad_output.shape)} and input {tuple(input.shape)}; "
-            "expected (n, out) and (n, K) with the same n"
+            f"{op}: grad_output has shape {tuple(shape)} and input {tuple(other)}; expected (n, out) and (n, K) with the same n"
         )
     if grad_output.dtype != input.dtype:
         raise TypeError(f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype")
@@ -270,9 +280,44 @@ def _check_one_device(op: str, tensors: list[Tensor]) -> None:
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     _check_operands("slice_grad", grad_output, input, rows)
     device = grad_output.device.type
-    module = select(device, {grad_output.dtype})
+    slice_grad = select(device, {grad_output.dtype}).slice_grad
+    if not autocast_enabled(device):
+        return slice_grad(grad_output, input, rows)
     with _without_autocast(device):
-        return module.slice_grad(grad_output, input, rows)
+        return slice_grad(grad_output, input, rows)
+
+
+def _direct(tensor: Tensor) -> ModuleType | None:
+    """The compiled module, where a call with this tensor may go straight to it: an ordinary tensor on the CPU, no backend forced,
+    and no compiler, mode or profiler that wants to see the op.
+
+    PyTorch's dispatcher takes a few microseconds for an op in Python, and ten times as much after a matrix product has emptied the
+    caches: together a fifth of what a slice costs beside a frozen layer on the CPU. A GPU's kernels run meanwhile.
+    """
+    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
+        return None
+    module = _compiled.get(tensor.dtype) if _forced is None and not _modes() and not _profiling() else None
+    return module if module is not None and module.unavailable is None else None
+
+
+# dtype -> the compiled module, where `select` has chosen it for the CPU without being forced to
+_compiled: dict[torch.dtype, Any] = {}
+_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def gradient_of_slice(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`slice_grad` by the shortest way there is; for the backward of a layer."""
+    module = _direct(grad_output)
+    if module is None:
+        return slice_grad(grad_output, input, rows)
+    _check_operands("slice_grad", grad_output, input, rows)
+    return module.slice_grad(grad_output, input, rows)
+
+
+def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+    """What the gradient of a column slice needs of its input: see `slicefine.reference.take_columns`."""
+    return (_direct(input) or reference).take_columns(input, cols)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

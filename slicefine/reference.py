@@ -16,6 +16,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+    """The columns of a slice's input that its gradient needs: ``input[..., cols]`` with one row per token.
+
+    input: (..., in). cols: (K,) int64.
+    out: (n, K), contiguous, a copy.
+    """
+    return input.index_select(-1, cols).reshape(-1, cols.shape[0])
+
+
 def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
     """Gradient of a slice of W: ``grad_output[:, rows].T @ input``.
 

@@ -18,20 +18,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from slicefine.attention import is_attention, projections
 from slicefine.config import SliceConfig
+from slicefine.experts import is_experts, why_not_experts
 from slicefine.linear import SliceLinear
+from slicefine.parameters import HoldsSlices
 
 _HEAD_NAMES = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module that the config names. skipped: why it stays as it is, or None if it becomes a slice."""
+    """What the config names: a linear module, or a parameter of another. skipped: why it stays as it is; None for a slice."""
 
     name: str
     module: nn.Module
     r: int
     skipped: str | None = None
+    parameter: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features); out_features of experts are those of all of them. (0, 0) without a matrix."""
+        weight: Any = getattr(self.module, self.parameter or "weight", None)
+        if weight is None or weight.dim() < 2:
+            return 0, 0
+        shape = weight.shape[:-1].numel(), weight.shape[-1]
+        return shape if self.parameter or isinstance(self.module, nn.Linear) else shape[::-1]  # Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -50,13 +63,28 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
     )
     names = dict(model.named_modules())
     if not everything:
-        _check_entries(config, names)
+        _check_entries(config.target_modules or [], names)
     _warn_of_unused(config, names)
     head = output_head(model)
     users = _users_of_weights(model)
+    attentions = {n: m for n, m in names.items() if is_attention(m) and not _excluded(config, n)}
     targets = []
     for name, module in names.items():
-        if not name or _excluded(config, name) or not (is_linear(module) if everything else _listed(config, name)):
+        parent = name.removesuffix(".out_proj")
+        if name in attentions and (everything or _listed(config, name)):
+            for key in projections(attentions[name]):
+                targets.append(_parameter_target(f"{name}.{key}", module, key, users, config, everything))
+            continue
+        if name != parent and parent in attentions and not everything and _listed(config, parent):
+            targets.append(
+                Target(name, module, _rank(config, name), _obstacle(module, name, users, config, False, True))
+            )
+            continue
+        if (
+            not name
+            or _excluded(config, name)
+            or not (is_linear(module) or _quantised(module) if everything else _listed(config, name))
+        ):
             continue
         if everything and module is head:
             if name in _HEAD_NAMES:  # a language model's head is pretrained; this one may be new
@@ -65,7 +93,17 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
                 )
                 targets.append(Target(name, module, config.r, reason))
             continue
-        targets.append(Target(name, module, _rank(config, name), _obstacle(module, name, users, config, everything)))
+        targets.append(
+            Target(
+                name,
+                module,
+                _rank(config, name),
+                _obstacle(module, name, users, config, everything, parent in attentions),
+            )
+        )
+    targets += _named_parameters(model, config, users, {target.name for target in targets})
+    if config.tied_weights == "share":
+        _check_shared(targets, model, users)
     if not any(target.module is not head for target in targets):
         if is_linear(model):
             raise ValueError(
@@ -129,37 +167,41 @@ def _rank(config: SliceConfig, name: str) -> int:
 
 
 def _obstacle(
-    module: nn.Module, name: str, users: dict[nn.Parameter, list[str]], config: SliceConfig, everything: bool
+    module: nn.Module,
+    name: str,
+    users: dict[nn.Parameter, list[str]],
+    config: SliceConfig,
+    everything: bool,
+    of_attention: bool = False,
 ) -> str | None:
     """Why a named module cannot become a slice; raised unless the config named everything."""
     if isinstance(module, SliceLinear):
         raise ValueError(f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()")
     weight = getattr(module, "weight", None)
-    if not is_linear(module):
+    if reason := _quantised(module):
         return _refuse(
-            everything, f"{name} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D become slices"
+            False,
+            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train floating-point weights. Load the "
+            "model unquantised, or leave the layer out (exclude_modules)",
         )
+    if not is_linear(module):
+        return _refuse(everything, f"{name} is a {type(module).__name__}; {_what_instead(module, name)}")
     if not isinstance(weight, nn.Parameter):
         return _refuse(
             False,
             f"the weight of {name} is a {type(weight).__name__} and no parameter of its own (pruned, or parametrised); make it "
             "permanent first, or leave the layer out (exclude_modules)",
         )
-    if not weight.dtype.is_floating_point:
-        return _refuse(
-            False,
-            f"{name} is a {type(module).__name__} with a quantised weight ({weight.dtype}); slices "
-            "train floating-point weights. Load the model unquantised, or leave the layer out (exclude_modules)",
-        )
     if weight.is_meta:
         return _refuse(
             False,
             f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)",
         )
-    if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear) and not of_attention:
         return _refuse(
             everything,
-            f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it, so a slice would never train",
+            f"{name} belongs to a subclass of nn.MultiheadAttention, which may read its weight without calling it, so a slice might "
+            "never train",
         )
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return _refuse(
@@ -173,8 +215,131 @@ def _obstacle(
         )
     others = [user for user in users[weight] if user != name]
     if others and config.tied_weights == "skip":
-        return f"its weight is tied to {', '.join(others)}"
+        return f"its weight is tied to {', '.join(others)}; untie them, or tied_weights='share' where all of them are linear layers"
     return None
+
+
+_QUANTISERS = (
+    "torchao",
+    "bitsandbytes",
+    "optimum",
+    "gptqmodel",
+    "auto_gptq",
+    "awq",
+    "hqq",
+    "quanto",
+    "compressed_tensors",
+    "aqlm",
+)
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """How the weight of a linear layer is quantised, found without importing any library that does it; None if it is not."""
+    weight = getattr(module, "weight", None)
+    for kind in (type(module), type(weight)):
+        if kind.__module__.split(".")[0] in _QUANTISERS and "linear" in type(module).__name__.lower():
+            return f"{kind.__module__}.{kind.__name__}"
+        path = kind.__module__.split(".")
+        if path[:3] == ["torch", "ao", "nn"] and "quantized" in path and kind.__name__ in ("Linear", "LinearReLU"):
+            return f"{kind.__module__}.{kind.__name__}"
+    for packed in ("qweight", "weight_packed"):
+        if isinstance(getattr(module, packed, None), torch.Tensor):
+            return packed
+    if is_linear(module) and isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
+        return str(weight.dtype)
+    return None
+
+
+def _what_instead(module: nn.Module, name: str) -> str:
+    """What to do with a module that was named and is no linear layer."""
+    whole = f"modules_to_save=[{name!r}] trains it whole"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return f"an embedding looks rows up and has no slice of columns to train cheaply. Leave it frozen, or {whole}"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"convolutions do not become slices (a 1x1 convolution can be written as nn.Linear). Leave it frozen, or {whole}"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return (
+            f"recurrent layers run in one fused kernel that gives no slice of a gradient. Leave it frozen, or {whole}"
+        )
+    inside = [n for n, m in module.named_modules() if is_linear(m)]
+    if inside:
+        return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Linear layers inside: {_some(inside)}"
+    return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Leave it frozen, or {whole}"
+
+
+def _check_shared(targets: list[Target], model: nn.Module, users: dict[nn.Parameter, list[str]]) -> None:
+    """tied_weights="share": every use of the weight must be a slice, or its share of the gradient would be lost."""
+    sliced, modules = {target.name for target in targets if target.skipped is None}, dict(model.named_modules())
+    for target in targets:
+        weight: Any = getattr(target.module, "weight", None)
+        if target.skipped is None and target.parameter is None:
+            for other in users.get(weight, ()):
+                if other not in sliced and modules[other] is not target.module:
+                    raise ValueError(
+                        f"the weight of {target.name} is tied to {other} ({type(modules[other]).__name__}), which does not become a "
+                        "slice, so the gradient of that use would be lost. Use tied_weights='skip', or untie them."
+                    )
+
+
+def _named_parameters(
+    model: nn.Module, config: SliceConfig, users: dict[nn.Parameter, list[str]], known: set[str]
+) -> list[Target]:
+    """Targets of ``target_parameters``; those that target_modules has found already are not repeated."""
+    entries = config.target_parameters or []
+    owners = {f"{n}.{key}" if n else key: (m, key) for n, m in model.named_modules() for key in m._parameters}
+    _check_entries(entries, owners, "target_parameters", "parameters")
+    found = [name for name in owners if entries and _named(entries, name) and name not in known]
+    return [
+        _parameter_target(name, *owners[name], users, config, False) for name in found if not _excluded(config, name)
+    ]
+
+
+def _parameter_target(
+    name: str, module: nn.Module, key: str, users: dict[nn.Parameter, list[str]], config: SliceConfig, everything: bool
+) -> Target:
+    parameter = module._parameters[key]
+    assert parameter is not None
+    target = lambda skipped: Target(name, module, _rank(config, name), skipped, key)
+    if is_linear(module) and key == "weight":
+        raise ValueError(f"{name} is the weight of a linear layer; name the layer in target_modules instead.")
+    kind, shape = type(module).__name__, tuple(parameter.shape)
+    if is_attention(module) and key in projections(module):
+        reason = None
+    elif is_experts(module) and parameter.dim() == 3:
+        reason = why_not_experts(module, parameter, config.slice_type)
+    else:
+        reason = (
+            f"it is a parameter of shape {shape} of a {kind}; only projections of nn.MultiheadAttention and weights of experts "
+            "(experts, out, in) of transformers 5 become slices. modules_to_save trains a module whole"
+        )
+    if reason is None and not parameter.dtype.is_floating_point:
+        reason = f"it is quantised ({parameter.dtype}); load the model unquantised"
+    if reason is None and parameter.is_meta:
+        reason = "it is on the meta device, without values; load the weights first"
+    if reason is None and ("forward" in module.__dict__ or isinstance(module, HoldsSlices)):
+        reason = "the forward of its module has been replaced on the instance; make slices before dispatching the model"
+    others = [user for user in users[parameter] if f"{user}.{key}" != name]
+    if reason is None and others and config.tied_weights == "skip":
+        return target(f"its weight is tied to {', '.join(others)}")
+    if reason is None and others:
+        reason = f"it is tied to {', '.join(others)}, and only linear layers share a slice; use tied_weights='skip'"
+    return target(_refuse(everything, f"{name} cannot become a slice: {reason}") if reason else None)
+
+
+def left_out_experts(model: nn.Module, config: SliceConfig) -> list[str]:
+    """Suffixes of weights of experts that no entry of the config names: most of a model's weights may be there."""
+    entries = config.target_parameters or []
+    found = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            for key, parameter in module._parameters.items():
+                if (
+                    parameter is not None
+                    and parameter.dim() == 3
+                    and not (entries and _named(entries, f"{name}.{key}"))
+                ):
+                    found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
+    return list(found)
 
 
 def _refuse(quietly: bool, reason: str) -> str:
@@ -193,13 +358,12 @@ def _users_of_weights(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return users
 
 
-def _check_entries(config: SliceConfig, names: Iterable[str]) -> None:
+def _check_entries(
+    entries: list[str] | str, names: Iterable[str], field: str = "target_modules", what: str = "modules"
+) -> None:
     names = [name for name in names if name]
-    targets = config.target_modules
-    entries = [targets] if isinstance(targets, str) else targets or []
-    unmatched = [
-        e for e in entries if not any(_named(targets if isinstance(targets, str) else [e], name) for name in names)
-    ]
+    listed = [entries] if isinstance(entries, str) else entries
+    unmatched = [e for e in listed if not any(_named(e if isinstance(entries, str) else [e], name) for name in names)]
     if not unmatched:
         return
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
@@ -207,7 +371,7 @@ def _check_entries(config: SliceConfig, names: Iterable[str]) -> None:
     for entry in unmatched:
         near = difflib.get_close_matches(entry, suffixes, n=3, cutoff=0.5)
         lines.append(f"  {entry!r}: nothing matches" + (f"; nearest names: {', '.join(near)}" if near else ""))
-    raise ValueError("target_modules names modules that the model does not have:\n" + "\n".join(lines))
+    raise ValueError(f"{field} names {what} that the model does not have:\n" + "\n".join(lines))
 
 
 def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:

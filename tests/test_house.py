@@ -21,6 +21,8 @@ FLOORS = [
     {"ops", "delta"},
     {"scores", "moves", "merging", "card", "function"},
     {"linear"},
+    {"parameters"},
+    {"attention", "experts"},
     {"optim", "targets", "memory", "adapters"},
     {"model"},
     {"plan"},

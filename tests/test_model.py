@@ -114,11 +114,12 @@ def test_coverage_while_training():
 
 
 def test_tied_weights_are_skipped_with_a_warning():
+    advice = "untie them, or tied_weights='share' where all of them are linear layers"
     with pytest.warns(UserWarning, match="its weight is tied to") as warned:
         model = get_slice_model(Net(tied=True), CONFIG)
     assert [str(w.message) for w in warned] == [
-        "body.2 stays as it is: its weight is tied to twin",
-        "twin stays as it is: its weight is tied to body.2",
+        "body.2 stays as it is: its weight is tied to twin; " + advice,
+        "twin stays as it is: its weight is tied to body.2; " + advice,
     ]
     assert type(model.twin) is nn.Linear and type(model.body[2]) is nn.Linear and isinstance(model.body[0], SliceLinear)
 

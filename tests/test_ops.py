@@ -376,13 +376,26 @@ def test_an_op_inside_autocast_still_accumulates_in_float32():
         torch.testing.assert_close(result, grad_output.t() @ input)
 
 
-def test_an_unknown_backend_lists_those_that_exist(monkeypatch):
+@pytest.fixture
+def environment(monkeypatch):
+    """name -> SLICEFINE_BACKEND as a process has it that starts with it: it is read once."""
+
+    def ask(name):
+        monkeypatch.setenv("SLICEFINE_BACKEND", name) if name else monkeypatch.delenv("SLICEFINE_BACKEND")
+        ops._environments_name.cache_clear()
+
+    yield ask
+    monkeypatch.undo()
+    ops._environments_name.cache_clear()
+
+
+def test_an_unknown_backend_lists_those_that_exist(environment):
     with (
         pytest.raises(ValueError, match="no backend 'cuda13'; expected one of reference, cpu, triton"),
         ops.use_backend("cuda13"),
     ):
         pass
-    monkeypatch.setenv("SLICEFINE_BACKEND", "fast")
+    environment("fast")
     with pytest.raises(ValueError, match="SLICEFINE_BACKEND: no backend 'fast'"):
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
 
@@ -402,10 +415,10 @@ def test_a_dtype_that_a_backend_lacks():
         ops.slice_grad(torch.randn(3, 4).double(), torch.randn(3, 5).double())
 
 
-def test_the_environment_variable_chooses(monkeypatch):
-    monkeypatch.setenv("SLICEFINE_BACKEND", "reference")
+def test_the_environment_variable_chooses(environment):
+    environment("reference")
     assert ops.select("cpu", {torch.float32}) is reference
-    monkeypatch.delenv("SLICEFINE_BACKEND")
+    environment(None)
     assert ops.select("cpu", {torch.float32}) is _native
 
 

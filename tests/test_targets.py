@@ -131,14 +131,20 @@ def test_the_dry_run_lists_shapes_and_changes_nothing():
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """A subclass, which may compute anything."""
+
+
 class WithAttention(nn.Module):
-    def __init__(self):
+    def __init__(self, kind=OwnAttention):
         super().__init__()
-        self.attention, self.out = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+        self.attention, self.out = kind(8, 2), nn.Linear(8, 8)
 
 
 def test_layers_that_would_never_train_are_refused_or_skipped():
-    with pytest.raises(ValueError, match="nn.MultiheadAttention, which reads its weight without calling it"):
+    with pytest.raises(
+        ValueError, match="a subclass of nn.MultiheadAttention, which may read its weight without calling it"
+    ):
         find_targets(WithAttention(), SliceConfig(r=2, target_modules=["out_proj"]))
     skipped = {t.name: t.skipped for t in find_targets(WithAttention(), SliceConfig(r=2))}
     assert skipped["out"] is None and "MultiheadAttention" in skipped["attention.out_proj"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import time
@@ -22,6 +21,7 @@ from torch import nn
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.cli.data import Row, UserError, read_rows, split_rows
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
+from slicefine.files import replacing
 from slicefine.linear import layers_of
 
 _CONFIG = "Slices"
@@ -383,9 +383,8 @@ class _Job:
         }  # fmt: skip
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was interrupted."""
