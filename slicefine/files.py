@@ -91,14 +91,14 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 with suppress(PermissionError), open(file, "rb+") as handle:  # a copy may be read-only
                     os.fsync(handle.fileno())
-        os.chmod(temporary, 0o777 & ~_umask())
         if not path.exists():
             os.rename(temporary, path)
         elif not _exchange(temporary, path):

@@ -67,6 +67,8 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
             stacklevel=2,
         )
 
+    for layer in layers.values():
+        _renew_hook(layer)
     _set_trainable(model, set())
     replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None}
     for parent in list(model.modules()):  # every place that holds the module, however many
@@ -422,7 +424,15 @@ def _unload(layer: SliceLinear) -> nn.Module:
     kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
     plain.__dict__.update(kept)
     plain.__class__ = layer.plain_class  # pyright: ignore[reportAttributeAccessIssue]  # a subclass with nn.Linear's own forward
+    _renew_hook(plain)
     return plain
+
+
+def _renew_hook(module: nn.Module) -> None:
+    if "_hf_hook" in module.__dict__:
+        from slicefine.integrations.accelerate import renew_hook
+
+        renew_hook(module)
 
 
 def _let_inputs_carry_gradients(model: Any) -> None:

@@ -193,7 +193,10 @@ def _obstacle(
             "permanent first, or leave the layer out (exclude_modules)",
         )
     if weight.is_meta:
-        return _refuse(False, f"{name} has its weight on the meta device, without values; load the weights first")
+        return _refuse(
+            False,
+            f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)",
+        )
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear) and not of_attention:
         return _refuse(
             everything,
@@ -204,11 +207,11 @@ def _obstacle(
         return _refuse(
             everything, f"{name} is a {type(module).__name__} with a forward of its own, which a slice would replace"
         )
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # a device map's is renewed
         return _refuse(
             False,
-            f"the forward of {name} has been replaced on the instance (by accelerate's device_map, for instance), so a slice would "
-            "never be called; make slices before dispatching the model",
+            f"the forward of {name} has been replaced on the instance, so a slice would never be called; make slices before whatever "
+            "replaces it",
         )
     others = [user for user in users[weight] if user != name]
     if others and config.tied_weights == "skip":
