@@ -62,6 +62,10 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
         isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     )
     names = dict(model.named_modules())
+    if is_attention(model) or is_experts(model):
+        raise ValueError(
+            f"the model is a single {type(model).__name__}, whose parameters become slices within a model; put it into one"
+        )
     if not everything:
         _check_entries(config.target_modules or [], names)
     _warn_of_unused(config, names)

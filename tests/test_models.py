@@ -235,6 +235,15 @@ def test_asks_20_a_quantised_base_is_refused_by_name(how):
     assert isinstance(model[1], SliceLinear)
 
 
+def test_asks_20_float8_weights_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        ValueError, match="has a torch.float8_e4m3fn weight; expected one of torch.float32, torch.bfloat16"
+    ):
+        get_slice_model(model, SliceConfig(r=4))
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
