@@ -44,6 +44,8 @@ class SliceConfig:
     fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which stores (in, out). It is found out
         per layer; a value that contradicts the model warns.
     tied_weights: "skip" layers whose weight another module uses too (with a warning), or "share" one slice between them.
+    keep_originals: keep what stood in every visited slice, in the weight's dtype on the host; revert, disable_adapter and deltas
+        need it. After a whole sweep that is a copy of the weights; False saves it.
     seed: of random orders and scattered features.
 
     Raises ValueError for a value that is not one of those above, TypeError for one of the wrong type.
@@ -67,6 +69,7 @@ class SliceConfig:
     bias: str = "none"
     fan_in_fan_out: bool = False
     tied_weights: str = "skip"
+    keep_originals: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class SliceConfig:
             _positive("switch_interval", self.switch_interval, "optimizer steps, or None for a slice that stays")
         _whole("start_position", self.start_position)
         _whole("seed", self.seed)
-        for name in ("contiguous", "fan_in_fan_out"):
+        for name in ("contiguous", "fan_in_fan_out", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.rank_pattern, dict):

@@ -86,16 +86,14 @@ class SliceExperts(HoldsSlices):
 
 
 def _sliced_product(layer: SliceParameter, input: Tensor, offsets: Tensor) -> Tensor:
-    if layer.updater is not None:
+    if layer.updater is not None and not layer.disabled:
         raise RuntimeError(
             "optimizer_in_bwd=True does not work with target_parameters: the gradients of all experts make one update. Use "
             "SliceAdamW(..., optimizer_in_bwd=False), the default."
         )
     layer.synchronise()
-    scoring = torch.is_grad_enabled() and layer.schedule.needs_gradient_scores
-    return _ExpertsFunction.apply(
-        input, layer.weight, layer.slice_weight, layer.cols, offsets, layer if scoring else None
-    )
+    scoring = torch.is_grad_enabled() and layer.schedule.needs_gradient_scores and not layer.disabled
+    return _ExpertsFunction.apply(input, layer.weight, layer.master, layer.cols, offsets, layer if scoring else None)
 
 
 class _ExpertsFunction(torch.autograd.Function):

@@ -14,15 +14,25 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from slicefine import ops
 from slicefine.config import SliceConfig
+from slicefine.function import slice_product
+from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
 from slicefine.reference import read_slice, write_slice
 from slicefine.scores import gradient_scores, slice_norms
+from slicefine.sharding import (
+    check_conversion,
+    check_sharding,
+    check_whole,
+    is_sharded,
+    local,
+    shard_ledger,
+    shard_values,
+    sum_over_shards,
+)
 from slicefine.slices import SliceSchedule, SliceSpec
 
 
@@ -48,6 +58,8 @@ class SliceLinear(nn.Linear):
     slice_rows: Tensor
     slice_cols: Tensor
     axis: str
+    weight_sharded: bool = False  # by fully_shard, which replaces one parameter after the other
+    sharded: bool = False  # both the weight and slice_weight
     fan_in_fan_out: bool = False  # the weight is stored (in, out), as Conv1D's
     plain_class: type[nn.Module] = nn.Linear  # what merging gives back
     _versions: tuple[int, int, int]  # of weight and slice_weight when they last agreed
@@ -86,6 +98,8 @@ class SliceLinear(nn.Linear):
 
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
+        if is_sharded(weight):
+            raise ValueError(f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard")
         if not weight.dtype.is_floating_point:
             raise TypeError(
                 f"layer {name!r} has a quantised weight ({weight.dtype}); slices train {', '.join(str(d) for d in _WEIGHT_DTYPES)} "
@@ -118,14 +132,20 @@ class SliceLinear(nn.Linear):
         self._scores_task = -1
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
+        self.ledger = Ledger(self.spec) if config.keep_originals else None
+        self._trained: list[Tensor] | None = (
+            None  # while disabled: what the ledger's pieces held, and the weight's version
+        )
+        self._trained_version = 0
         self.place()
 
     # -- the active slice -------------------------------------------------------------------------------------------
 
     @property
     def weight_matrix(self) -> Tensor:
-        """(out_features, in_features), a view of ``weight`` however it is stored."""
-        return self.weight.t() if self.fan_in_fan_out else self.weight
+        """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this process's part of it."""
+        weight = local(self.weight)
+        return weight.t() if self.fan_in_fan_out else weight
 
     @property
     def rows(self) -> Tensor | None:
@@ -138,7 +158,8 @@ class SliceLinear(nn.Linear):
         return None if self.axis == "row" else self.slice_cols
 
     def active(self, flat: Tensor) -> Tensor:
-        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column`` only."""
+        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column``, and under FSDP2."""
+        flat = local(flat)
         if self.spec.slice_type != "row_column":
             return flat
         R, K = self.spec.shape(self.axis)
@@ -160,12 +181,16 @@ class SliceLinear(nn.Linear):
                 setattr(self, name, index.to(buffer.device))
         if self.spec.slice_type == "row_column":
             self.slice_weight.zero_()  # the unused tail
-        self.active(self.slice_weight).copy_(read_slice(self.weight_matrix, self.rows, self.cols))
+        truth = read_slice(self.weight_matrix, self.rows, self.cols)
+        self.active(self.slice_weight).copy_(truth)
+        if self.ledger is not None:
+            self.ledger.record(truth, self.rows, self.cols)
         self.mark_synchronised()
 
     @torch.no_grad()
     def write_through(self) -> None:
         """``weight[slice] = cast(slice_weight)``, to nearest."""
+        self.require_enabled("an optimizer step")
         write_slice(self.weight_matrix, self.rows, self.cols, self.active(self.slice_weight).to(self.weight.dtype))
         self.mark_synchronised()
 
@@ -189,8 +214,10 @@ class SliceLinear(nn.Linear):
 
     def synchronise(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
-        if not self._awaiting_weight and _versions_of(self) == self._versions:
+        if (not self._awaiting_weight and _versions_of(self) == self._versions) or self.disabled:
             return
+        if self.sharded and not is_sharded(self.weight):
+            return  # gathered for a forward pass: a copy
         if self._awaiting_weight:
             self._check_belongs()
         if self.slice_weight.device != self.slice_rows.device:
@@ -219,7 +246,8 @@ class SliceLinear(nn.Linear):
     def position_scores(self, axis: str) -> Tensor:
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
-            return slice_norms(self.weight_matrix, self.spec, axis)
+            norms = slice_norms(self.weight_matrix, self.spec, axis)
+            return sum_over_shards(norms.square(), self.weight).sqrt() if is_sharded(self.weight) else norms
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
@@ -233,29 +261,81 @@ class SliceLinear(nn.Linear):
         self._scores_task = task
         self.scores[axis] = self.scores.get(axis, 0) + gradient_scores(grad_output, input, self.spec, axis)
 
+    # -- on and off -------------------------------------------------------------------------------------------------
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the weight stands at its original values while training is set aside."""
+        return self._trained is not None
+
+    @property
+    def master(self) -> Tensor:
+        """slice_weight as the product takes it: without a gradient while the slices are disabled."""
+        return self.slice_weight.detach() if self.disabled else self.slice_weight
+
+    def disable(self) -> None:
+        """Put the original values back, bit for bit, and keep the trained ones on the host until `enable`."""
+        if self._trained is not None:
+            return
+        self.synchronise()
+        ledger = self.required_ledger("be disabled")
+        version = self.weight._version
+        trained = ledger.exchange(self.weight_matrix, ledger.originals())
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer._trained, layer._trained_version = trained, version
+        self.mark_synchronised()
+
+    def enable(self) -> None:
+        """Undo `disable`, bit for bit; the master keeps the extra bits that it had."""
+        if self._trained is None:
+            return
+        self.required_ledger("be enabled").write(self.weight_matrix, self._trained)
+        # a graph built before may go on to its backward, as in preference training with the base as reference
+        set_version(self.weight, self._trained_version)
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer._trained = None
+        self.mark_synchronised()
+
+    def required_ledger(self, purpose: str) -> Ledger:
+        if self.ledger is None:
+            raise RuntimeError(
+                f"a slice cannot {purpose}: its original values were not kept (SliceConfig(keep_originals=False)). Train with "
+                "keep_originals=True, the default."
+            )
+        return self.ledger
+
+    def require_enabled(self, doing: str) -> None:
+        if self.disabled:
+            raise RuntimeError(
+                f"{doing} while the slices are disabled would be lost: leave disable_adapter() (or set_adapter back) first"
+            )
+
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         input, layer = self.before_product(input)
-        return slice_product(input, self.weight_matrix, self.bias, self.slice_weight, self.rows, self.cols, layer)
+        return slice_product(input, self.weight_matrix, self.bias, self.master, self.rows, self.cols, layer)
 
     def before_product(self, input: Tensor) -> tuple[Tensor, SliceLinear | None]:
         """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
+            check_whole(self)
             self.synchronise()
         device = input.device.type
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
         updater = self.updater
-        if updater is not None:
+        if updater is not None and not self.disabled:
             if compiling:
                 raise RuntimeError("optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it")
             updater.before_forward(self)
-        layer = None
-        if updater is not None or (torch.is_grad_enabled() and self.schedule.needs_gradient_scores):
-            layer = self
-        return input, layer
+        scoring = torch.is_grad_enabled() and self.schedule.needs_gradient_scores
+        return input, self if (updater is not None or scoring) and not self.disabled else None
+
+    def state_key(self, name: str) -> str:
+        """The state-dict key of the weight of the layer called ``name``."""
+        return f"{name}.weight"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slice_type={self.spec.slice_type}, r={self.spec.r}, switch_interval={self.schedule.interval}"
@@ -263,8 +343,14 @@ class SliceLinear(nn.Linear):
     # -- state: same keys as nn.Linear, consistent after copies and casts --------------------------------------------
 
     def slice_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the weight: schedule and master; tensors and numbers only."""
-        return {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
+        """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and numbers only."""
+        self.require_enabled("saving the state of slices")
+        state = {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
+        if self.ledger is not None:
+            state["ledger"] = self.ledger.state_dict()
+            if self.sharded:
+                state["ledger"]["values"] = [shard_values(v, self.slice_weight) for v in state["ledger"]["values"]]
+        return state
 
     @torch.no_grad()
     def load_slice_state(self, state: dict[str, Any]) -> None:
@@ -274,8 +360,20 @@ class SliceLinear(nn.Linear):
                 f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
                 "build the model with the saved SliceConfig"
             )
+        if is_sharded(state["master"]) != self.sharded:
+            raise ValueError(
+                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is {'' if self.sharded else 'not '}sharded: load it "
+                "before fully_shard, or save it from a model that is sharded like this one"
+            )
+        self.require_enabled("loading the state of slices")
         self.synchronise()
         self.schedule.load_state_dict(state["schedule"])
+        if "ledger" not in state:
+            self.ledger = None  # nobody can tell any more what the originals were
+        elif self.ledger is not None:
+            values = [local(value) for value in state["ledger"]["values"]]
+            self.ledger.load_state_dict({**state["ledger"], "values": values})
+            self.ledger.check_covers(self.schedule.visited)
         self.place()
         self.slice_weight.copy_(state["master"])
         self._awaiting_weight = True
@@ -289,6 +387,7 @@ class SliceLinear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        self.require_enabled("loading weights")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -297,9 +396,14 @@ class SliceLinear(nn.Linear):
         for other in layers_of(self.slice_weight):
             other.weight = self.weight  # load_state_dict(assign=True) would untie them
         self.read_back()
+        if self.ledger is not None and self.schedule.steps == 0:  # nothing has trained: these are the originals
+            self.ledger.clear()
+            self.ledger.record(read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols)
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
+        if self.sharded:
+            check_conversion(self, fn)
         master = self._parameters.pop("slice_weight")
         assert master is not None
         try:
@@ -308,18 +412,31 @@ class SliceLinear(nn.Linear):
             self._parameters["slice_weight"] = master
         weight = self.weight
         # the same Parameter object: an optimizer may hold it
-        master.data = (
-            master.data.to(weight.device, _master_dtype(weight.dtype))
-            if not weight.is_meta
-            else torch.empty_like(master.data, device="meta")
-        )
+        if not self.sharded:
+            master.data = (
+                master.data.to(weight.device, _master_dtype(weight.dtype))
+                if not weight.is_meta
+                else torch.empty_like(master.data, device="meta")
+            )
         if master.grad is not None:
             applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
             master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
         if not weight.is_meta:
-            self.read_back()
+            if self.ledger is not None:
+                self.ledger.cast(weight.dtype)
+            if self._trained is None:
+                self.read_back()
+            else:
+                self._trained = [values.to(weight.dtype) for values in self._trained]
         self.mark_synchronised()
         return self
+
+    def _become_sharded(self) -> None:
+        """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows the whole again, for reading only."""
+        check_sharding(self)
+        shard_ledger(self)
+        self.sharded = True
+        self.mark_synchronised()
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronise()
@@ -334,8 +451,12 @@ class SliceLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "weight" and is_sharded(value):
+            self.weight_sharded = True
         if name == "slice_weight":
             register(self)
+            if not self.sharded and is_sharded(value):
+                self._become_sharded()
 
 
 def _versions_of(layer: SliceLinear) -> tuple[int, int, int]:
@@ -369,71 +490,3 @@ def _rounds_to(master: Tensor, truth: Tensor) -> Tensor:
     down = master.view(torch.int32) >> 16
     bits = truth.contiguous().view(torch.int16).to(torch.int32)
     return nearest | (down == bits) | (down + 1 == bits)
-
-
-class _SliceLinearFunction(torch.autograd.Function):
-    """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row slice.
-
-    ``layer`` is None but for the two cases in which backward does more than return gradients: scores for the next move, and
-    `optimizer_in_bwd`.
-    """
-
-    @staticmethod
-    def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
-        if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
-            cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-        else:
-            cast_weight = weight
-        needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
-        ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
-        kept = None
-        if needs_slice:
-            kept = input if cols is None or ctx.scoring else input.index_select(-1, cols)
-        # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
-        ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
-        ctx.layer, ctx.slice_shape = layer, slice_weight.shape
-        ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
-        return F.linear(input, cast_weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
-        updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
-        if updater is not None:
-            # torch.autograd.grad towards something else asks for no update
-            needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
-            if needs_slice:
-                updater.before_backward(ctx.layer)
-        weight, kept, rows, cols = ctx.saved_tensors
-        grad_input = grad_bias = grad_slice = None
-        # once for both products: attention hands back a transposed gradient, which each of them would copy
-        flat = grad_output.reshape(-1, grad_output.shape[-1])
-        if needs_input:
-            grad_input = flat.mm(weight.to(flat.dtype)).view(*grad_output.shape[:-1], weight.shape[1])
-        if needs_bias:
-            grad_bias = flat.sum(0)
-        if needs_slice:
-            grad_slice = _slice_gradient(ctx, flat, kept.reshape(-1, kept.shape[-1]), rows, cols)
-        return grad_input, None, grad_bias, grad_slice, None, None, None
-
-
-slice_product = _SliceLinearFunction.apply
-
-
-def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
-    """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
-    layer = ctx.layer
-    if ctx.scoring:
-        layer.add_scores(grad_output, kept)
-        if cols is not None:
-            kept = kept.index_select(1, cols)
-    if layer is not None and layer.updater is not None:
-        layer.updater.update_in_backward(layer, grad_output, kept)
-        return None
-    grad = ops.slice_grad(grad_output, kept, rows)
-    if grad.shape == ctx.slice_shape:
-        return grad
-    flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail
-    flat[: grad.numel()] = grad.flatten()
-    return flat

@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from slicefine import adapters
+from slicefine.adapters import DEFAULT, AdapterModel
 from slicefine.attention import SliceMultiheadAttention, is_attention
 from slicefine.config import SliceConfig
+from slicefine.delta import Delta
 from slicefine.experts import SliceExperts
 from slicefine.linear import SliceLinear
 from slicefine.parameters import HoldsSlices, SliceParameter, give_back_parameters, hold, replace_parameter
@@ -20,18 +23,20 @@ from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.targets import Target, find_targets, left_out_experts, matches_modules_to_save
 
 
-def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
+def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = DEFAULT) -> nn.Module:
     """Turn the targets of ``config`` into slices, in place, and freeze the rest; returns the same object.
 
     The model keeps its class, its state-dict keys and its methods, and gains those of `SliceModel`:
     ``print_trainable_parameters()``, ``get_nb_trainable_parameters()``, ``coverage()``, ``planned_coverage(steps)`` and
-    ``merge_and_unload()``. Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
+    ``merge_and_unload()``; those of `AdapterModel`: ``disable_adapter()``, ``revert()``, ``delta()``, ``save_pretrained(folder)``
+    and others, to which the slices are an adapter called ``adapter_name``. Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
     Raises ValueError naming every target that does not exist, with the nearest names, and every layer that cannot train.
     """
     if not isinstance(config, SliceConfig):
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict takes a dict)"
         )
+    adapters.check_name(model, adapter_name)
     if "slice_config" in model.__dict__:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     targets = find_targets(model, config)
@@ -73,6 +78,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig) -> nn.Module:
     for module in saved:
         module.requires_grad_(True)
     _free_biases(model, config.bias)
+    adapters.begin(model, adapter_name, _trained_whole(model, config), config.keep_originals)
 
     model.__dict__["slice_config"] = config
     model.__dict__["_trained_before_slices"] = trained_before
@@ -111,7 +117,7 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
     return matches
 
 
-class SliceModel:
+class SliceModel(AdapterModel):
     """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard mixes in FSDPModule."""
 
     slice_config: SliceConfig
@@ -153,19 +159,51 @@ class SliceModel:
         return "\n".join(f"{line} ({count} layer{'s' * (count > 1)})" for line, count in lines.items())
 
     def merge_and_unload(self) -> nn.Module:
-        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model in its own class."""
+        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model in its own class.
+
+        Adapters that are applied stay in the weights; the others are forgotten.
+        """
         assert isinstance(self, nn.Module)
+        if "slice_config" in self.__dict__ and self._adapters.live not in self.active_adapters:
+            raise RuntimeError(
+                "the slices in training are switched off; leave disable_adapter() or set_adapter them first"
+            )
+        if any(layer.weight_sharded for layer in slice_layers(self)):
+            raise RuntimeError(
+                "fully_shard holds the layers of this model; there is nothing to merge (the weights are up to date): "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them for a plain model"
+            )
         give_back_parameters(self)
         plain: dict[int, nn.Module] = {}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
                 if isinstance(child, SliceLinear):
                     parent._modules[name] = plain.setdefault(id(child), _unload(child))
-        trained = self.__dict__.pop("_trained_before_slices")
-        del self.__dict__["slice_config"]
+        trained = self.__dict__.pop("_trained_before_slices", None)
+        for name in ("slice_config", "_adapters"):
+            self.__dict__.pop(name, None)
         self.__class__ = _own_class(self)
-        _set_trainable(self, trained)
+        if trained is not None:
+            _set_trainable(self, trained)
         return self
+
+    def unload(self) -> nn.Module:
+        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up."""
+        self.revert()
+        return self.merge_and_unload()
+
+    @classmethod
+    def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``SliceModel.from_pretrained(base, folder, adapter_name="default", is_trainable=False, verify=True)``.
+
+        Loads a delta into a base model, in place, and applies it. is_trainable: makes slices by the delta's SliceConfig that go
+        on from its values; their originals are those of the base. Returns the same object.
+        Raises `DeltaError` if the delta is damaged or was made for another base.
+        """
+        if cls is not SliceModel:  # a model's own class method, asked of its mixed class
+            own: Any = cls._slices_mixed_into  # type: ignore[attr-defined]
+            return own.from_pretrained(model, *([] if path is None else [path]), *args, **kwargs)
+        return _with_delta(model, path, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The mixed class cannot be found by name; rebuild it from the model's own.
@@ -174,6 +212,51 @@ class SliceModel:
             (_own_class(self),),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
+
+
+def _with_delta(
+    model: Any, path: Any, adapter_name: str = DEFAULT, is_trainable: bool = False, verify: bool = True
+) -> Any:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"SliceModel.from_pretrained got a {type(model).__name__}; expected the base model (an nn.Module) and a folder"
+        )
+    if "slice_config" in model.__dict__:
+        raise ValueError("the model has slices in training; use its load_adapter(folder, name) and set_adapter(name)")
+    delta = path if isinstance(path, Delta) else Delta.load(adapters.local_path(path))
+    fresh = "_adapters" not in model.__dict__
+    if fresh:
+        model.__dict__["_adapters"] = adapters.new_register()
+        model.__class__ = _with_slices(_own_class(model))
+    try:
+        if not is_trainable:
+            mixed: Any = model
+            mixed.load_adapter(delta, adapter_name, verify=verify)
+            mixed.set_adapter([*mixed.active_adapters, adapter_name])
+            return mixed
+        delta.check_base(model, everything=verify)
+        config = SliceConfig.from_dict(delta.config)
+        get_slice_model(model, config, adapter_name)
+        adapters.go_on_from(model, delta)
+    except BaseException:
+        if fresh and "slice_config" not in model.__dict__:
+            model.__dict__.pop("_adapters", None)
+            model.__class__ = _own_class(model)
+        raise
+    return model
+
+
+def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
+    """State-dict key of everything that trains beside slices -> whether the base model has it too (False: modules_to_save)."""
+    slices = {id(layer.slice_weight) for layer in slice_layers(model)}
+    parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
+    buffers = dict(model.named_buffers())
+    whole = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        saved = matches_modules_to_save(config, key.rpartition(".")[0])
+        if id(value) in parameters or (saved and key in buffers):
+            whole[key] = not saved
+    return whole
 
 
 def slice_layers(model: Any) -> Iterator[SliceLinear]:
@@ -282,6 +365,7 @@ def _share_tied(layers: dict[str, SliceLinear]) -> None:
                 f"{owner.spec.r} and {layer.spec.r}: give them the same r in rank_pattern"
             )
         layer.slice_weight, layer.spec, layer.schedule = owner.slice_weight, owner.spec, owner.schedule
+        layer.ledger = owner.ledger
         layer.place()
 
 
@@ -318,6 +402,9 @@ def _unload(layer: SliceLinear) -> nn.Module:
         "_versions",
         "axis",
         "fan_in_fan_out",
+        "ledger",
+        "_trained",
+        "_trained_version",
         "plain_class",
     }
     kept = {key: value for key, value in layer.__dict__.items() if key not in ours}

@@ -15,6 +15,7 @@ from slicefine import ops
 from slicefine.linear import SliceLinear, note_agreement
 from slicefine.moves import finish_step, layers_of, slices_of
 from slicefine.reference import BLOCK_8BIT, dynamic_codebook
+from slicefine.sharding import is_sharded
 
 
 class SliceAdamW(Optimizer):
@@ -81,6 +82,13 @@ class SliceAdamW(Optimizer):
         index = len(self.param_groups) - 1
         for parameter in self.param_groups[index]["params"]:
             self._group_index[parameter] = index
+            if (self.optimizer_in_bwd or self.optim_bits == 8) and is_sharded(parameter):
+                raise ValueError(
+                    f"{'optimizer_in_bwd=True' if self.optimizer_in_bwd else 'optim_bits=8'} does not work under fully_shard: "
+                    + ("gradients have not been summed over the processes when the update would happen" if self.optimizer_in_bwd else
+                       "scales of blocks of 256 moments cannot be sharded")
+                    + ". Use SliceAdamW without it."
+                )  # fmt: skip
             for layer in layers_of(parameter) if self.optimizer_in_bwd else ():
                 layer._updater = weakref.ref(self)
 
@@ -96,6 +104,8 @@ class SliceAdamW(Optimizer):
         if self.optimizer_in_bwd:
             self._flush_deferred()
         layers = slices_of(self)
+        for shared in layers.values():
+            shared[0].require_enabled("an optimizer step")
         for group in self.param_groups:
             slices, others = [], []
             for parameter in group["params"]:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from slicefine.config import SliceConfig
-from slicefine.linear import SliceLinear, slice_product
+from slicefine.function import slice_product
+from slicefine.linear import SliceLinear
 
 
 class SliceParameter(SliceLinear):
@@ -44,17 +45,20 @@ class SliceParameter(SliceLinear):
         stop = self.out_features if stop is None else stop
         input, layer = self.before_product(input)
         if (start, stop) == (0, self.out_features):
-            return slice_product(input, self.weight_matrix, bias, self.slice_weight, self.rows, self.cols, layer)
+            return slice_product(input, self.weight_matrix, bias, self.master, self.rows, self.cols, layer)
         if layer is not None:  # scores and updates in backward are of whole rows of the gradient
-            whole = slice_product(input, self.weight_matrix, None, self.slice_weight, self.rows, self.cols, layer)
+            whole = slice_product(input, self.weight_matrix, None, self.master, self.rows, self.cols, layer)
             return whole[..., start:stop] if bias is None else whole[..., start:stop] + bias.to(whole.dtype)
-        part, rows = self.active(self.slice_weight), self.rows
+        part, rows = self.active(self.master), self.rows
         if rows is None:
             part = part[start:stop]
         else:  # the same shapes wherever the slice is: rows of other parts are computed and dropped
             inside = (rows >= start) & (rows < stop)
             part, rows = part * inside[:, None], (rows - start).clamp(0, stop - start - 1)
         return slice_product(input, self.weight_matrix[start:stop], bias, part, rows, self.cols, None)
+
+    def state_key(self, name: str) -> str:
+        return name
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from typer.testing import CliRunner
 from slicefine.cli import train as verb
 from slicefine.cli.app import app
 
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 # Hugging Face's own progress bars leave a lock to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -120,6 +125,35 @@ def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
 
 def weights_in(folder):
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+KILLED = """
+import os, signal, sys
+import slicefine.files
+from slicefine.cli.app import app
+replace, calls = os.replace, 0
+def dying(source, target):
+    global calls
+    calls += str(target).endswith("checkpoint.pt")
+    if calls == 4:  # the new checkpoint is written and has not taken its place
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+slicefine.files.os.replace = dying
+app(sys.argv[1:])
+"""
+
+
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(encoder, reviews, tmp_path):
+    classify(encoder, reviews, tmp_path / "straight")
+    options = ["--epochs", 2, "--batch-size", 8, "--r", 8, "--switch-interval", 3, "--lr", 1e-2]
+    options += ["--model", encoder, "--data", reviews, "--task", "text-classification", "--output", tmp_path / "out"]
+    command = [sys.executable, "-c", KILLED, "train", *map(str, options), "--save-every", "1"]
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 3
+    classify(encoder, reviews, tmp_path / "out", "--resume")
+    a, b = weights_in(tmp_path / "straight"), weights_in(tmp_path / "out")
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("extra", [(), ("--optimizer-in-bwd", "--clip", 0)])

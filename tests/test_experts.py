@@ -163,7 +163,7 @@ def test_bit_equal_to_the_default_implementation_before_and_after(dtype, tmp_pat
     losses = train(model)
     assert losses[-1] < losses[0]
     trained = model(IDS).logits
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, whole_model=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert torch.equal(loaded(IDS).logits, trained)
     file = io.BytesIO()

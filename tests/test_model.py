@@ -178,7 +178,7 @@ def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.self.query.slice_weight.add_(1.0)
     ids = torch.arange(8).view(2, 4)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, whole_model=True)
     loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded.config.architectures == ["BertForSequenceClassification"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import time
@@ -22,6 +21,7 @@ from torch import nn
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.cli.data import Row, UserError, read_rows, split_rows
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
+from slicefine.files import replacing
 from slicefine.linear import layers_of
 
 _CONFIG = "Slices"
@@ -266,7 +266,7 @@ def _chunks(rows: list[Row], size: int) -> list[list[Row]]:
 def _write_model(
     model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], output: Path
 ) -> None:
-    model.save_pretrained(output)  # the weights are the truth: nothing to merge
+    model.save_pretrained(output, whole_model=True)  # the weights are the truth: nothing to merge
     task.save(output)
     slices.save(output / "slice_config.json")
     (output / "training.json").write_text(
@@ -383,9 +383,8 @@ class _Job:
         }  # fmt: skip
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was interrupted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import transformers.masking_utils
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from slicefine.linear import SliceLinear
+from slicefine.optim import SliceAdamW, load_slice_state_dict, slice_state_dict
 from slicefine.plan import Workload
 
 
@@ -100,3 +104,64 @@ def _first_features(model: Any) -> nn.Module:
         return model.get_input_embeddings()
     except NotImplementedError:
         return next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+class SliceCallback(transformers.TrainerCallback):
+    """Optional callback of Trainer, for logs and for checkpoints with an optimizer other than SliceAdamW.
+
+    Every log gains ``slice_coverage`` (share of the sliced weights' entries that has trained, 0 to 1), ``slice_moves`` (of the layer that
+    moved most often) and ``slice_grad_norm`` (of all trained parameters at the last optimizer step, after clipping). SliceAdamW's checkpoints hold
+    the slices; for Trainer's own optimizers they are written beside them (slices.pt) and read back on resume. Training needs no callback.
+    """
+
+    FILE = "slices.pt"
+
+    def __init__(self) -> None:
+        self._norm: torch.Tensor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:  # fmt: skip
+        layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
+        if not layers:
+            warnings.warn("SliceCallback: the model has no slices; call get_slice_model(model, ...) first", stacklevel=2)
+        if not state.global_step or _holds_slices(optimizer):
+            return
+        path = _checkpoint(args, state) / self.FILE
+        if path.exists():
+            load_slice_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.requires_grad and type(p.grad) is torch.Tensor]
+        self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
+        layers = [m for m in model.modules() if isinstance(m, SliceLinear)] if model is not None else []
+        if not layers or logs is None:
+            return
+        sizes = [(m.out_features * m.in_features, m.schedule.coverage()) for m in layers]
+        extra = {
+            "slice_coverage": sum(n * share for n, share in sizes) / sum(n for n, _ in sizes),
+            "slice_moves": max(m.schedule.moves for m in layers),
+        }
+        if self._norm is not None:
+            extra["slice_grad_norm"] = float(self._norm)
+        logs.update(extra)
+        if state.log_history:
+            state.log_history[-1].update(extra)  # Trainer has written its copy of ``logs`` already
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+        if _holds_slices(optimizer) or not state.is_world_process_zero:
+            return
+        folder = _checkpoint(args, state)
+        if folder.is_dir():
+            temporary = folder / (self.FILE + ".tmp")
+            torch.save(slice_state_dict(model), temporary)
+            os.replace(temporary, folder / self.FILE)
+
+
+def _holds_slices(optimizer: Any) -> bool:
+    """Whether the optimizer's own state holds the slices; Accelerate wraps it."""
+    return isinstance(getattr(optimizer, "optimizer", optimizer), SliceAdamW)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

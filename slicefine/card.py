@@ -1,0 +1,61 @@
+"""The model card of a delta: what it changes, of which base, and how to load it."""
+
+from __future__ import annotations
+
+from slicefine.delta import Delta
+
+_CARD = """---
+library_name: slicefine
+{base_line}tags:
+- slicefine
+- parameter-efficient-fine-tuning
+---
+
+# {title}
+
+A [slicefine](https://arxiv.org/abs/2510.08513) delta: the values that a moving slice of each weight has reached, and those it started from. {counts}
+
+| | |
+|---|---|
+| base model | {base} |
+| SHA-256 of the base | `{base_hash}` |
+| SHA-256 of this delta | `{own_hash}` |
+| slices | {slices} |
+| optimizer steps | {steps} |
+| share of the sliced weights that trained | {coverage} |
+{rows}
+## Load
+
+```python
+from slicefine import SliceModel
+
+model = ...  # the base model, unchanged, in {dtype}
+model = SliceModel.from_pretrained(model, "this folder or its hub id")  # checks the base, applies in place
+model.disable_adapter()  # a context manager: the base, bit for bit
+```
+"""
+
+
+def model_card(delta: Delta, name: str) -> str:
+    """README.md for a folder that holds a delta, in the form that the Hugging Face hub reads."""
+    base = delta.base.get("model")
+    config, info = delta.config, dict(delta.info)
+    entries = sum(p.new.numel() for w in delta.weights.values() for p in w.patches)
+    whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
+    steps, coverage = info.pop("steps", None), info.pop("coverage", None)
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
+    return _CARD.format(
+        base_line=f"base_model: {base}\n" if base and not base.startswith(("/", ".")) else "",
+        title=name,
+        counts=f"{entries:,d} entries of {len(delta.weights)} weights{whole}, {delta.nbytes / 2**20:,.1f} MiB.",
+        base=base or delta.base.get("class", "unnamed"),
+        base_hash=delta.base.get("sha256"),
+        own_hash=delta.sha256,
+        slices=f"{config.get('slice_type')}, r = {config.get('r')}, interval {config.get('switch_interval')}, {config.get('switch_mode')}"
+        if config
+        else "not recorded",
+        steps=steps if steps is not None else "not recorded",
+        coverage=f"{100 * coverage:.1f} %" if coverage is not None else "not recorded",
+        rows="".join(f"| {key} | {value} |\n" for key, value in sorted(info.items())),
+        dtype=" and ".join(dtypes) or "its dtype",
+    )

@@ -1,0 +1,78 @@
+"""The autograd function of SliceLinear: one linear product forward, gradients for the input, the bias and the slice backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slicefine import ops
+
+
+class SliceLinearFunction(torch.autograd.Function):
+    """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row slice.
+
+    ``layer`` is None but for the two cases in which backward does more than return gradients: scores for the next move, and
+    `optimizer_in_bwd`.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
+        if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
+            cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+        else:
+            cast_weight = weight
+        needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
+        ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
+        kept = None
+        if needs_slice:
+            kept = input if cols is None or ctx.scoring else input.index_select(-1, cols)
+        # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
+        ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
+        ctx.layer, ctx.slice_shape = layer, slice_weight.shape
+        ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
+        return F.linear(input, cast_weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
+        updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
+        if updater is not None:
+            # torch.autograd.grad towards something else asks for no update
+            needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
+            if needs_slice:
+                updater.before_backward(ctx.layer)
+        weight, kept, rows, cols = ctx.saved_tensors
+        grad_input = grad_bias = grad_slice = None
+        # once for both products: attention hands back a transposed gradient, which each of them would copy
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if needs_input:
+            grad_input = flat.mm(weight.to(flat.dtype)).view(*grad_output.shape[:-1], weight.shape[1])
+        if needs_bias:
+            grad_bias = flat.sum(0)
+        if needs_slice:
+            grad_slice = _slice_gradient(ctx, flat, kept.reshape(-1, kept.shape[-1]), rows, cols)
+        return grad_input, None, grad_bias, grad_slice, None, None, None
+
+
+slice_product = SliceLinearFunction.apply
+
+
+def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
+    """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
+    layer = ctx.layer
+    if ctx.scoring:
+        layer.add_scores(grad_output, kept)
+        if cols is not None:
+            kept = kept.index_select(1, cols)
+    if layer is not None and layer.updater is not None:
+        layer.updater.update_in_backward(layer, grad_output, kept)
+        return None
+    grad = ops.slice_grad(grad_output, kept, rows)
+    if grad.shape == ctx.slice_shape:
+        return grad
+    flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail
+    flat[: grad.numel()] = grad.flatten()
+    return flat

@@ -1,0 +1,113 @@
+"""Deltas combined into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slicefine.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
+
+
+def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """old + sum of weights times (new - old) for every entry that any of the deltas changes, in float64, rounded once.
+
+    Entries that one delta alone changes, with weight 1, are copied. Raises DeltaError unless all deltas have the same base and
+    whole modules (heads) come from one of them only.
+    """
+    first = deltas[0]
+    for other in deltas[1:]:
+        if other.base.get("sha256") != first.base.get("sha256"):
+            raise DeltaError("the adapters were made for different base models; they cannot be combined")
+    combined = {}
+    for key in dict.fromkeys(key for delta in deltas for key in delta.weights):
+        parts = [(d.weights[key], w) for d, w in zip(deltas, weights, strict=True) if key in d.weights]
+        combined[key] = _weight(key, parts)
+    whole: dict[str, WholeDelta] = {}
+    for delta, scale in zip(deltas, weights, strict=True):
+        for key, entry in delta.whole.items():
+            if key in whole:
+                raise DeltaError(f"{key} trains whole in several of the adapters; it can come from one of them only")
+            whole[key] = (
+                entry if scale == 1 else WholeDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
+            )
+    info = {"combined": [{"sha256": d.sha256, "weight": w} for d, w in zip(deltas, weights, strict=True)]}
+    return Delta(combined, whole, first.config, first.base, info)
+
+
+def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
+    first, _ = parts[0]
+    for i, (a, _) in enumerate(parts):
+        for b, _ in parts[:i]:
+            crossing = any(meet(p, q) and (_kind(p) != _kind(q)) for p in a.patches for q in b.patches)
+            if crossing or any(meet(p, q) and not _same_place(p, q) for p in _blocks(a) for q in _blocks(b)):
+                raise DeltaError(
+                    f"two adapters change {key} along different axes (rows of one cross columns of another, or blocks overlap in part); "
+                    "only what neither touches is known there. Apply them with set_adapter([...], stack=True) instead"
+                )
+    patches: list[tuple[Patch, float]] = [(patch, scale) for weight, scale in parts for patch in weight.patches]
+    combined = []
+    for kind, dim in (("columns", 1), ("rows", 0)):
+        if chosen := [(p, w) for p, w in patches if _kind(p) == kind]:
+            combined.append(_union(chosen, dim))
+    places: dict[tuple, list[tuple[Patch, float]]] = {}
+    for patch, scale in patches:
+        if _kind(patch) == "blocks":
+            places.setdefault(_place(patch), []).append((patch, scale))
+    for same in places.values():
+        patch = same[0][0]
+        combined.append(Patch(patch.rows, patch.cols, patch.old, _blend(patch.old, [(p.new, w) for p, w in same])))
+    return WeightDelta(first.shape, first.transposed, first.base_sha256, combined)
+
+
+def _kind(patch: Patch) -> str:
+    return "columns" if patch.rows is None else "rows" if patch.cols is None else "blocks"
+
+
+def _blocks(weight: WeightDelta) -> list[Patch]:
+    return [patch for patch in weight.patches if _kind(patch) == "blocks"]
+
+
+def _place(patch: Patch) -> tuple:
+    return tuple(None if index is None else tuple(index.tolist()) for index in (patch.rows, patch.cols))
+
+
+def _same_place(a: Patch, b: Patch) -> bool:
+    return _place(a) == _place(b)
+
+
+def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
+    """Patches of whole columns (dim 1) or rows (dim 0) as one."""
+    indices: list[Tensor] = [p.cols if dim else p.rows for p, _ in patches]  # pyright: ignore[reportAssignmentType]
+    union = torch.cat(indices).unique()
+    where = [torch.searchsorted(union, index) for index in indices]
+    shape = list(patches[0][0].old.shape)
+    shape[dim] = len(union)
+    old = patches[0][0].old.new_empty(shape)
+    for (patch, _), place in zip(patches, where, strict=True):
+        old.index_copy_(dim, place, patch.old)
+    new = old.clone()
+    count = torch.zeros(len(union), dtype=torch.int64)
+    for place in where:
+        count[place] += 1
+    for (patch, scale), place in zip(patches, where, strict=True):  # alone in its features: nothing to add up
+        alone = count[place] == 1
+        values = _blend(patch.old, [(patch.new, scale)])
+        new.index_copy_(dim, place[alone], values.index_select(dim, alone.nonzero().flatten()))
+    if bool((count > 1).any()):
+        total = old.double()
+        for (patch, scale), place in zip(patches, where, strict=True):
+            total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
+        shared = (count > 1).nonzero().flatten()
+        new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))
+    return Patch(None if dim else union, union if dim else None, old, new)
+
+
+def _blend(old: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    total = old.double()
+    for new, scale in terms:
+        total = total + scale * (new.double() - old.double())
+    return total.to(old.dtype)
