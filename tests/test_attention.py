@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model, list_targets, track_memory
+from slicefine import SliceAdamW, SliceConfig, SliceLinear, SliceModel, get_slice_model, list_targets, track_memory
 
 E, HEADS, L, S, N = 12, 3, 5, 7, 2
 
@@ -269,6 +269,26 @@ def test_interrupted_training_goes_on_bit_for_bit(options):
     resumed.load_state_dict(optimizer.state_dict())
     steps(rest, resumed, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
+def test_a_delta_goes_to_a_file_and_back(slice_type, tmp_path):
+    model = get_slice_model(Net(), SliceConfig(r=4, slice_type=slice_type, switch_interval=2, bias="slice_only"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(*inputs("cross"))[0].square().sum().backward()
+        optimizer.step()
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    loaded = SliceModel.from_pretrained(Net(), tmp_path)
+    again = SliceModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    same = lambda a, b: sorted(a) == sorted(b) and all(torch.equal(a[key], b[key]) for key in a)
+    for twin in (loaded, again):
+        assert same(twin.state_dict(), trained) and same(twin.unload().state_dict(), before)
+    model.revert()
+    assert same(model.state_dict(), before) and not same(before, trained)
 
 
 def test_a_single_attention_and_one_that_trains_whole():

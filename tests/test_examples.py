@@ -69,7 +69,9 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_bits(one: Path, other: Path, columns: int = 3 * 8) -> None:
     a, b = trained(one), trained(other)
-    assert a.keys() == b.keys() and len(a) == 13 and all(v.shape[1] == columns for v in a.values())  # three positions each
+    assert (
+        a.keys() == b.keys() and len(a) == 13 and all(v.shape[1] == columns for v in a.values())
+    )  # three positions each
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -180,7 +182,13 @@ def test_lightning_resumes_bit_for_bit(tmp_path, monkeypatch):
     from examples import train_with_lightning
 
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    epochs = [*QUICK, "--data", data_file(tmp_path), "--batch-size", "8"]  # of three steps: Lightning resumes between epochs
+    epochs = [
+        *QUICK,
+        "--data",
+        data_file(tmp_path),
+        "--batch-size",
+        "8",
+    ]  # of three steps: Lightning resumes between epochs
     train_with_lightning.main([*epochs, "--output", str(tmp_path / "once")], **quiet)
     real = torch.optim.lr_scheduler.LinearLR
     with monkeypatch.context() as patch:
@@ -198,9 +206,24 @@ def test_trl(tmp_path, decoder):
 
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "The tides follow the moon twice a day."}\n' * 8, encoding="utf-8")
-    more = ["--model", decoder, "--data", str(texts), "--steps", "8", "--batch-size", "2", "--switch-interval", "3", "--lr", "2e-3"]
+    more = [
+        "--model",
+        decoder,
+        "--data",
+        str(texts),
+        "--steps",
+        "8",
+        "--batch-size",
+        "2",
+        "--switch-interval",
+        "3",
+        "--lr",
+        "2e-3",
+    ]
     trainer = train_with_trl.main([*more, "--r", "8", "--output", str(tmp_path)], logging_steps=1, disable_tqdm=True)
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    assert logs[-1]["loss"] < 0.95 * logs[0]["loss"] and logs[-1]["slice_moves"] == 2  # falls at every step, over two moves
+    assert (
+        logs[-1]["loss"] < 0.95 * logs[0]["loss"] and logs[-1]["slice_moves"] == 2
+    )  # falls at every step, over two moves
     assert all(late["loss"] < early["loss"] for early, late in itertools.pairwise(logs))
     assert len(trained(tmp_path)) == 2 * 7  # two layers of seven linears

@@ -122,7 +122,9 @@ class SliceCallback(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:  # fmt: skip
         layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
         if not layers:
-            warnings.warn("SliceCallback: the model has no slices; call get_slice_model(model, ...) first", stacklevel=2)
+            warnings.warn(
+                "SliceCallback: the model has no slices; call get_slice_model(model, ...) first", stacklevel=2
+            )
         if not state.global_step or _holds_slices(optimizer):
             return
         path = _checkpoint(args, state) / self.FILE
