@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from slicefine import adapters
-from slicefine.adapters import DEFAULT, AdapterModel
 from slicefine.attention import SliceMultiheadAttention, is_attention
 from slicefine.config import SliceConfig
-from slicefine.delta import Delta
+from slicefine.deltas import adapters
+from slicefine.deltas.adapters import DEFAULT, AdapterModel
+from slicefine.deltas.delta import Delta
 from slicefine.experts import SliceExperts
 from slicefine.linear import SliceLinear
 from slicefine.parameters import HoldsSlices, SliceParameter, give_back_parameters, hold, replace_parameter

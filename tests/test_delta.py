@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel, get_slice_model
-from slicefine.delta import CONFIG_FILE, FILE
+from slicefine.deltas.delta import CONFIG_FILE, FILE
 from slicefine.linear import SliceLinear
 from slicefine.model import named_slice_layers
 
@@ -569,7 +569,7 @@ def test_a_thousand_corruptions_and_none_loads(tmp_path):
     flipped = bytearray(good)
     flipped[-1] ^= 1
     broken.write_bytes(bytes(flipped))
-    names = {entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest({})["weights"]} | set(
+    names = {entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest()["weights"]} | set(
         Delta.load(tmp_path).whole
     )
     with pytest.raises(DeltaError) as error:
@@ -617,7 +617,7 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slicefine.delta.save_file", full)
+    monkeypatch.setattr("slicefine.deltas.file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_bytes() == good and not list(tmp_path.glob(".*.tmp"))

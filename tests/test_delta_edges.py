@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import slicefine
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel
-from slicefine.delta import FILE, Patch, WeightDelta, WholeDelta
+from slicefine.deltas.delta import FILE, Patch, WeightDelta, WholeDelta
 from slicefine.files import replacing, tensor_sha256
 from slicefine.ledger import Ledger
 from slicefine.linear import SliceLinear
@@ -128,7 +128,7 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
     _, model = trained()
     model.save_pretrained(tmp_path)
     good = (tmp_path / FILE).read_bytes()
-    monkeypatch.setattr("slicefine.delta._LONGEST_HEADER", 100)
+    monkeypatch.setattr("slicefine.deltas.file._LONGEST_HEADER", 100)
     with pytest.raises(ValueError, match="would have a header of .* bytes; safetensors reads at most 100"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_bytes() == good
@@ -446,7 +446,7 @@ def test_a_whole_file_with_nonsense_in_it_is_refused(tmp_path, delta, problem):
 )
 def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkeypatch):
     delta, manifest = one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1)), Delta._manifest
-    monkeypatch.setattr(Delta, "_manifest", lambda self, tensors: {**manifest(self, tensors), **content})
+    monkeypatch.setattr(Delta, "_manifest", lambda self: {**manifest(self), **content})
     delta.save(tmp_path)
     with pytest.raises(DeltaError, match="is whole but no well-formed delta"):
         Delta.load(tmp_path)
@@ -454,7 +454,7 @@ def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkey
 
 def test_ranges_too_long_for_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
     delta = one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1))
-    monkeypatch.setattr("slicefine.delta.to_ranges", lambda index: None if index is None else [[0, 10**13]])
+    monkeypatch.setattr("slicefine.deltas.file.to_ranges", lambda index: None if index is None else [[0, 10**13]])
     delta.save(tmp_path)
     with pytest.raises(DeltaError, match=r"the run of features \[0, 10000000000000\]"):
         Delta.load(tmp_path)

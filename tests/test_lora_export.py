@@ -11,8 +11,8 @@ from test_real_model import minilm
 from torch import nn
 
 from slicefine import DeltaError, SliceAdamW, SliceConfig, get_slice_model
-from slicefine.delta import Delta, Patch, WeightDelta, WholeDelta
-from slicefine.lora import VLLM_RANKS, to_lora
+from slicefine.deltas.delta import Delta, Patch, WeightDelta, WholeDelta
+from slicefine.deltas.lora import VLLM_RANKS, to_lora
 
 peft = pytest.importorskip("peft")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from slicefine import DeltaError
-from slicefine.delta import Delta, Patch, WeightDelta
-from slicefine.difference import difference
-from slicefine.store import Store, StoreError
+from slicefine.deltas.delta import Delta, Patch, WeightDelta
+from slicefine.deltas.difference import difference
+from slicefine.deltas.store import Store, StoreError
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,7 +155,7 @@ WRITER = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
 from test_store import small
-from slicefine.store import Store
+from slicefine.deltas.store import Store
 store = Store(sys.argv[1])
 print("ready", flush=True)
 for i in range(int(sys.argv[2]), int(sys.argv[2]) + 1000):
@@ -199,7 +199,7 @@ KILLED = """
 import os, shutil, signal, sys
 sys.path.insert(0, sys.argv[2])
 from test_store import small
-from slicefine.store import Store
+from slicefine.deltas.store import Store
 store = Store(sys.argv[1])
 for home, name in ((shutil, "copyfile"), (os, "replace"), (os, "fsync"), (os, "write")):
     call, left = getattr(home, name), 0

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from slicefine.cli.app import app
-from slicefine.delta import Delta
-from slicefine.store import Store
+from slicefine.deltas.delta import Delta
+from slicefine.deltas.store import Store
 
 ROOT = Path(__file__).parent.parent
 # Hugging Face's own progress bars leave a lock to the garbage collector
@@ -278,7 +278,7 @@ def test_lineage_differences_and_export(here):
 
 def test_what_goes_on_from_a_delta_or_is_merged_of_two_names_its_parents(here):
     from slicefine import SliceModel
-    from slicefine.merging import weighted
+    from slicefine.deltas.merging import weighted
 
     def fresh():
         return transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)

@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 
 from slicefine.cli import tables
 from slicefine.cli.data import UserError
-from slicefine.delta import FILE, Delta, DeltaError
-from slicefine.store import Entry, Store
+from slicefine.deltas.delta import FILE, Delta, DeltaError
+from slicefine.deltas.store import Entry, Store
 
 
 class _Group(TyperGroup):
@@ -112,7 +112,7 @@ def show(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> Non
 @app.command()
 def diff(target: str, other: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
     """Where two deltas change the same entries, and where to different values."""
-    from slicefine.difference import difference
+    from slicefine.deltas.difference import difference
 
     one, two = _Target(store, target), _Target(store, other)
     rows = difference(one.delta, two.delta)
@@ -123,7 +123,7 @@ def diff(target: str, other: str, store: StorePath = _STORE, as_json: AsJson = F
 @app.command()
 def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
     """A delta, what it was trained on top of or merged from, and so on to the base."""
-    from slicefine.store import parents_of
+    from slicefine.deltas.store import parents_of
 
     found = _Target(store, target)
     known = {entry.sha256: entry for entry in found.store.entries()} if found.store.path.is_dir() else {}
@@ -246,7 +246,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a delta as a LoRA adapter of equal outputs; without loss unless a rank is truncated, and then says the error."""
-    from slicefine.lora import to_lora
+    from slicefine.deltas.lora import to_lora
 
     if server not in ("peft", "vllm"):
         raise typer.BadParameter(f"{server!r} is not one of peft, vllm", param_hint="--server")
@@ -418,7 +418,7 @@ def _usable(store: Path, target: str, force: bool) -> _Target:
 
 def _local(target: str) -> Path:
     """A path here, or where a delta of the hub has been downloaded to."""
-    from slicefine.adapters import local_path
+    from slicefine.deltas.adapters import local_path
 
     try:
         return local_path(target)

@@ -16,7 +16,7 @@ from torch import nn
 
 from slicefine.cli.data import Row, UserError, chunks, read_rows, split_rows
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
-from slicefine.delta import Delta
+from slicefine.deltas.delta import Delta
 
 
 @dataclass

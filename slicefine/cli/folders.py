@@ -14,7 +14,7 @@ from torch import nn
 from slicefine import files
 from slicefine.cli.data import UserError
 from slicefine.cli.tasks import pretrained
-from slicefine.delta import Delta
+from slicefine.deltas.delta import Delta
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 _BESIDE = (".json", ".txt", ".model", ".jinja")  # tokenizers, processors, templates
@@ -95,7 +95,7 @@ def _origin(source: str) -> Path | None:
 
 def same_base(delta: Delta, model: nn.Module) -> bool:
     """Whether every tensor of a model is that of the delta's base, by hash."""
-    from slicefine.delta import base_hashes, combined_hash
+    from slicefine.deltas.delta import base_hashes, combined_hash
 
     new = {key for key, entry in delta.whole.items() if not entry.replaces}
     return combined_hash(base_hashes(model, new)) == delta.base.get("sha256")

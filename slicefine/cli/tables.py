@@ -12,10 +12,10 @@ from typing import Any
 
 import typer
 
-from slicefine.delta import Delta
-from slicefine.difference import Difference
-from slicefine.lora import LoraAdapter
-from slicefine.store import Entry
+from slicefine.deltas.delta import Delta
+from slicefine.deltas.difference import Difference
+from slicefine.deltas.lora import LoraAdapter
+from slicefine.deltas.store import Entry
 
 
 def print_json(value: Any) -> None:

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError("signatures need cryptography: pip install 'slicefine[sign]'") from error
 
 from slicefine import files
-from slicefine.delta import FILE, Delta, DeltaError
+from slicefine.deltas.delta import FILE, Delta, DeltaError
 
 ALGORITHM = "Ed25519"
 _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw

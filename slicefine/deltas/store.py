@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from slicefine import files
-from slicefine.delta import FILE, Delta, DeltaError
+from slicefine.deltas.delta import FILE, Delta, DeltaError
 
 INDEX, BLOBS, LOCK = "index.jsonl", "blobs", "lock"
 _NOTHING = "0" * 64  # what the first line is chained to

@@ -11,30 +11,19 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slicefine.files import dtype_name, replacing, tensor_sha256, version_of
+from slicefine.deltas import file
+from slicefine.deltas.file import CONFIG_FILE, FILE, DeltaError
+from slicefine.files import dtype_name, tensor_sha256
 from slicefine.ledger import Piece, same_bits
 from slicefine.reference import read_slice, write_slice
 from slicefine.sharding import is_sharded
 
-SUFFIX = ".safetensors"
-FILE = "adapter_model" + SUFFIX
-CONFIG_FILE = "adapter_config.json"
-FORMAT = "slicefine-delta"
-VERSION = 1
-_BLANK = "0" * 64  # stands where the file's own hash will
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
-
-
-class DeltaError(ValueError):
-    """A delta that is damaged, of another base, or in the way of another one."""
+__all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "Patch", "WeightDelta", "WholeDelta"]
 
 
 @dataclass
@@ -107,17 +96,7 @@ class Delta:
 
         Raises TypeError for info that JSON cannot hold, ValueError for more patches than a safetensors header can.
         """
-        path = _file(path)
-        for name in ("base", "config", "info"):
-            _check_json(name, getattr(self, name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"slicefine": json.dumps(self._manifest(tensors), sort_keys=True)})
-            self.sha256, where = _identity(temporary, _BLANK)
-            with open(temporary, "rb+") as file:
-                file.seek(where)
-                file.write(self.sha256.encode())
+        self.sha256 = file.write(file.file_in(path), self._manifest(), dict(self._tensors()))
         return self.sha256
 
     @classmethod
@@ -126,17 +105,8 @@ class Delta:
 
         Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
         """
-        path = _file(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no delta at {path}: expected a file, or a folder with {FILE} in it")
-        while True:
-            version = version_of(path)
-            try:
-                manifest, tensors = _read_checked(path)
-                break
-            except DeltaError:
-                if version_of(path) == version:  # else it was replaced while it was read: a whole one is there now
-                    raise
+        path = file.file_in(path)
+        manifest, tensors = file.read(path)
         try:
             return cls._from(manifest, tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -153,18 +123,17 @@ class Delta:
             yield f"{key}/old", whole.old
             yield f"{key}/new", whole.new
 
-    def _manifest(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         return {
-            "format": FORMAT, "version": VERSION, "file_sha256": _BLANK, "base": self.base, "config": self.config, "info": self.info,
+            "base": self.base, "config": self.config, "info": self.info,
             "weights": {
                 key: {
                     "shape": list(w.shape), "transposed": w.transposed, "base_sha256": w.base_sha256,
-                    "patches": [{"rows": to_ranges(p.rows), "cols": to_ranges(p.cols)} for p in w.patches],
+                    "patches": [{"rows": file.to_ranges(p.rows), "cols": file.to_ranges(p.cols)} for p in w.patches],
                 }
                 for key, w in self.weights.items()
             },
             "whole": {key: {"replaces": w.replaces} for key, w in self.whole.items()},
-            "tensors": {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()},
         }  # fmt: skip
 
     @classmethod
@@ -174,7 +143,7 @@ class Delta:
             out_features, in_features = entry["shape"]
             patches = []
             for i, p in enumerate(entry["patches"]):
-                rows, cols = from_ranges(p["rows"], out_features), from_ranges(p["cols"], in_features)
+                rows, cols = file.from_ranges(p["rows"], out_features), file.from_ranges(p["cols"], in_features)
                 patches.append(Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]))
             weights[key] = WeightDelta((out_features, in_features), entry["transposed"], entry["base_sha256"], patches)
             weights[key].check(key)
@@ -401,104 +370,3 @@ def meet(a: Patch, b: Patch) -> bool:
 def patches_of(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[Patch]:
     """Patches from a ledger's pieces and what stands there now."""
     return [Patch(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)]
-
-
-def to_ranges(index: Tensor | None) -> list[list[int]] | None:
-    """Ascending features as [start, length] runs; None for all."""
-    if index is None:
-        return None
-    runs: list[list[int]] = []
-    for feature in index.tolist():
-        if runs and feature == sum(runs[-1]):
-            runs[-1][1] += 1
-        else:
-            runs.append([feature, 1])
-    return runs
-
-
-def from_ranges(runs: list[list[int]] | None, features: int) -> Tensor | None:
-    """Counterpart of `to_ranges`. Raises ValueError unless the runs are ascending, apart and within 0 to features - 1."""
-    if runs is None:
-        return None
-    end = 0
-    for start, length in runs:
-        if type(start) is not int or type(length) is not int or start < end or length < 1 or start + length > features:
-            raise ValueError(f"the run of features [{start!r}, {length!r}] does not follow {end} within {features}")
-        end = start + length
-    if not runs:
-        raise ValueError("a patch has no features")
-    return torch.cat([torch.arange(start, start + length) for start, length in runs])
-
-
-# -- reading a file that may be damaged ---------------------------------------------------------------------------------
-
-
-def _file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path if path.suffix == SUFFIX and not path.is_dir() else path / FILE
-
-
-def _check_json(name: str, value: Any) -> None:
-    """Raise TypeError, naming where, for what JSON cannot hold: such as a tensor among the metrics."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} has the key {key!r}; JSON has strings for keys")
-            _check_json(f"{name}[{key!r}]", entry)
-    elif isinstance(value, (list, tuple)):
-        for number, entry in enumerate(value):
-            _check_json(f"{name}[{number}]", entry)
-    elif not (value is None or isinstance(value, (str, int, float))):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}, which JSON cannot hold; give a number, string, list or dict"
-        )
-
-
-def _identity(path: Path, recorded: str) -> tuple[str, int]:
-    """SHA-256 of a file with its own recorded hash taken as zeros, and where in the file that hash stands."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError(
-                f"{path} would have a header of {length:,d} bytes; safetensors reads at most {_LONGEST_HEADER:,d}"
-            )
-        header = file.read(length)
-        mark = b'\\"file_sha256\\": \\"'
-        where = header.find(mark + recorded.encode(errors="replace")) + len(
-            mark
-        )  # info may have a file_sha256 of its own, further on
-        if where < len(mark) or len(recorded) != len(_BLANK):
-            raise DeltaError(f"{path} is damaged or no delta: its header has no file_sha256")
-        digest = hashlib.sha256(start + header[:where] + _BLANK.encode() + header[where + len(_BLANK) :])
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest(), 8 + where
-
-
-def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {})["slicefine"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        recorded = str(manifest["file_sha256"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DeltaError(
-            f"{path} is damaged or no delta: its header cannot be read ({type(error).__name__}: {error})"
-        ) from error
-    if _identity(path, recorded)[0] != recorded:
-        raise DeltaError(f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies.")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DeltaError(
-            f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}; this slicefine reads {FORMAT!r} version {VERSION}"
-        )
-    return manifest, tensors
-
-
-def _culprit(manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    recorded = manifest.get("tensors")
-    if isinstance(recorded, dict):
-        wrong = sorted({n.split("/")[0] for n, t in tensors.items() if recorded.get(n) != tensor_sha256(n, t)})
-        if wrong:
-            return f"the values of {', '.join(wrong[:3])} are not those that were saved"
-    return "its header is not the one that was saved"

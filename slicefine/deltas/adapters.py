@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from slicefine import files
-from slicefine.delta import (
+from slicefine.deltas.delta import (
     CONFIG_FILE,
     FILE,
-    SUFFIX,
     Delta,
     DeltaError,
     WeightDelta,
@@ -31,6 +30,7 @@ from slicefine.delta import (
     tensor_of,
     whole_state,
 )
+from slicefine.deltas.file import SUFFIX
 from slicefine.ledger import same_bits, set_version
 from slicefine.linear import SliceLinear
 
@@ -186,7 +186,7 @@ class AdapterModel:
 
         Where one adapter alone changes an entry with weight 1 its value is copied, so disjoint deltas merge without rounding.
         """
-        from slicefine.merging import weighted
+        from slicefine.deltas.merging import weighted
 
         check_name(_module(self), adapter_name)
         if combination_type != "linear":
@@ -221,7 +221,7 @@ class AdapterModel:
         names = selected_adapters or ([self._adapters.live] if self._adapters.live else self.active_adapters)
         if not names:
             raise DeltaError("no adapter is applied: nothing to save. set_adapter one, or name it in selected_adapters")
-        from slicefine.card import model_card
+        from slicefine.deltas.card import model_card
 
         for name in names:
             folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name

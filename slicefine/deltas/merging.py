@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slicefine.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
+from slicefine.deltas.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slicefine.delta import Delta, WeightDelta
+from slicefine.deltas.delta import Delta, WeightDelta
 from slicefine.reference import write_slice
 
 

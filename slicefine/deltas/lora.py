@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slicefine import files
-from slicefine.delta import CONFIG_FILE, FILE, Delta, DeltaError, Patch, WeightDelta
+from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError, Patch, WeightDelta
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PREFIX = "base_model.model."

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from slicefine.delta import Delta
+from slicefine.deltas.delta import Delta
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model; a local path is no use to others
 
