@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slicefine.config import SliceConfig
 from slicefine.function import slice_product
 from slicefine.linear import SliceLinear
+from slicefine.sharding import local
 
 
 class SliceParameter(SliceLinear):
@@ -38,7 +39,7 @@ class SliceParameter(SliceLinear):
 
     @property
     def weight_matrix(self) -> Tensor:
-        return self.weight.view(-1, self.in_features)
+        return local(self.weight).view(-1, self.in_features)
 
     def forward(self, input: Tensor, bias: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """``input @ weight[start:stop].T + bias``. input: (..., in). bias: (stop - start,)."""
