@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slicefine.files import dtype_name, replacing, tensor_sha256
-from slicefine.ledger import Piece
+from slicefine.files import dtype_name, replacing, tensor_sha256, version_of
+from slicefine.ledger import Piece, same_bits
 from slicefine.reference import read_slice, write_slice
 from slicefine.sharding import is_sharded
 
-FILE = "adapter_model.safetensors"
+SUFFIX = ".safetensors"
+FILE = "adapter_model" + SUFFIX
 CONFIG_FILE = "adapter_config.json"
 FORMAT = "slicefine-delta"
 VERSION = 1
 _BLANK = "0" * 64  # stands where the file's own hash will
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 
 
 class DeltaError(ValueError):
@@ -61,6 +63,19 @@ class WeightDelta:
     def dtype(self) -> torch.dtype:
         return self.patches[0].new.dtype
 
+    def check(self, key: str) -> None:
+        """Raise ValueError unless every patch has values of its own shape and all have one dtype."""
+        if not self.patches:
+            raise ValueError(f"{key} has no patches")
+        for patch in self.patches:
+            shape = tuple(n if i is None else len(i) for i, n in zip((patch.rows, patch.cols), self.shape, strict=True))
+            if not tuple(patch.old.shape) == tuple(patch.new.shape) == shape:
+                raise ValueError(
+                    f"{key} has values of shape {tuple(patch.old.shape)} and {tuple(patch.new.shape)} for {shape}"
+                )
+            if not patch.old.dtype == patch.new.dtype == self.dtype:
+                raise ValueError(f"{key} has values of several dtypes")
+
 
 @dataclass
 class WholeDelta:
@@ -88,13 +103,18 @@ class Delta:
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the file's SHA-256 identity."""
+        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the file's SHA-256 identity.
+
+        Raises TypeError for info that JSON cannot hold, ValueError for more patches than a safetensors header can.
+        """
         path = _file(path)
+        for name in ("base", "config", "info"):
+            _check_json(name, getattr(self, name))
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"slicefine": json.dumps(self._manifest(tensors), sort_keys=True)})
-            self.sha256, where = _identity(temporary)
+            self.sha256, where = _identity(temporary, _BLANK)
             with open(temporary, "rb+") as file:
                 file.seek(where)
                 file.write(self.sha256.encode())
@@ -109,8 +129,20 @@ class Delta:
         path = _file(path)
         if not path.is_file():
             raise FileNotFoundError(f"no delta at {path}: expected a file, or a folder with {FILE} in it")
-        manifest, tensors = _read_checked(path)
-        return cls._from(manifest, tensors)
+        while True:
+            version = version_of(path)
+            try:
+                manifest, tensors = _read_checked(path)
+                break
+            except DeltaError:
+                if version_of(path) == version:  # else it was replaced while it was read: a whole one is there now
+                    raise
+        try:
+            return cls._from(manifest, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DeltaError(
+                f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it was not written by slicefine"
+            ) from error
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:
         for key, weight in self.weights.items():
@@ -139,18 +171,23 @@ class Delta:
     def _from(cls, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
         weights = {}
         for key, entry in manifest["weights"].items():
-            patches = [
-                Patch(
-                    from_ranges(p["rows"]), from_ranges(p["cols"]), tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]
-                )
-                for i, p in enumerate(entry["patches"])
-            ]
             out_features, in_features = entry["shape"]
+            patches = []
+            for i, p in enumerate(entry["patches"]):
+                rows, cols = from_ranges(p["rows"], out_features), from_ranges(p["cols"], in_features)
+                patches.append(Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]))
             weights[key] = WeightDelta((out_features, in_features), entry["transposed"], entry["base_sha256"], patches)
+            weights[key].check(key)
         whole = {
             key: WholeDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
         }
+        for key, entry in whole.items():
+            if (entry.old.shape, entry.old.dtype) != (entry.new.shape, entry.new.dtype):
+                raise ValueError(f"{key} has old and new values of different shape or dtype")
+        for name in ("config", "base", "info"):
+            if not isinstance(manifest[name], dict):
+                raise TypeError(f"{name} is no object")
         return cls(weights, whole, manifest["config"], manifest["base"], manifest["info"], manifest["file_sha256"])
 
     def config_json(self) -> str:
@@ -173,7 +210,7 @@ class Delta:
         everything: compare hashes of the whole base model; False: only the entries that the delta replaces.
         """
         for key, weight in self.weights.items():
-            tensor = _tensor(model, key)
+            tensor = tensor_of(model, key)
             stored = weight.shape[::-1] if weight.transposed else weight.shape
             if tuple(_matrix(model, key, weight).shape) != weight.shape or tensor.dtype != weight.dtype:
                 raise DeltaError(
@@ -181,7 +218,7 @@ class Delta:
                     f"{tuple(stored)}{_load_in(weight.dtype) if tensor.dtype != weight.dtype else ''}"
                 )
         for key, whole in self.whole.items():
-            tensor = _tensor(model, key)
+            tensor = tensor_of(model, key)
             if tensor.shape != whole.new.shape or tensor.dtype != whole.new.dtype:
                 raise DeltaError(
                     f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta holds {dtype_name(whole.new)} {tuple(whole.new.shape)}"
@@ -208,7 +245,7 @@ class Delta:
         wrong = []
         for key, weight in self.weights.items():
             matrix = _matrix(model, key, weight)
-            if not all(torch.equal(_read(matrix, p), p.old) for p in weight.patches):
+            if not all(same_bits(_read(matrix, p), p.old) for p in weight.patches):
                 wrong.append(key)
         return wrong
 
@@ -227,9 +264,9 @@ class Delta:
         """Write the old values back, bit for bit. Raises DeltaError if the model does not hold the new ones."""
         _refuse_slices(model)
         wrong = [
-            key for key, w in self.weights.items() for p in w.patches if not torch.equal(_read(_matrix(model, key, w), p), p.new)
+            key for key, w in self.weights.items() for p in w.patches if not same_bits(_read(_matrix(model, key, w), p), p.new)
         ]  # fmt: skip
-        wrong += [key for key, w in self.whole.items() if not torch.equal(_tensor(model, key).detach().cpu(), w.new)]
+        wrong += [key for key, w in self.whole.items() if not same_bits(tensor_of(model, key), w.new)]
         if wrong:
             raise DeltaError(
                 f"the model does not hold this delta: {', '.join(wrong[:3])} have other values. Revert what came after it first."
@@ -242,7 +279,7 @@ class Delta:
         for key, weight in self.weights.items():
             self.write_one(model, key, weight, which)
         for key, whole in self.whole.items():
-            _tensor(model, key).copy_(getattr(whole, which))
+            tensor_of(model, key).copy_(getattr(whole, which))
 
     def write_one(self, model: nn.Module, key: str, weight: WeightDelta, which: str) -> None:
         for patch in weight.patches:
@@ -257,7 +294,7 @@ class Delta:
             patches = [Patch(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches]
             weights[key] = WeightDelta(w.shape, w.transposed, w.base_sha256, patches)
         whole = {
-            key: WholeDelta(w.old, _tensor(model, key).detach().to("cpu", copy=True), w.replaces)
+            key: WholeDelta(w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces)
             for key, w in self.whole.items()
         }
         return Delta(weights, whole, self.config, self.base, self.info)
@@ -275,16 +312,16 @@ class Delta:
 # -- the base model -----------------------------------------------------------------------------------------------------
 
 
-def base_hashes(model: nn.Module, leave_out: set[str], originals: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+def base_hashes(
+    model: nn.Module, leave_out: set[str], original: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, str]:
     """SHA-256 by key of everything in a model's state dict but ``leave_out``.
 
-    originals: tensors that stand for those in the model.
+    original: (key, tensor in the model) -> what stands for it; asked one by one, so that no second model is in memory.
     """
-    state = whole_state(model)
-    originals = originals or {}
     return {
-        key: tensor_sha256(key, originals.get(key, value))
-        for key, value in state.items()
+        key: tensor_sha256(key, original(key, value) if original else value)
+        for key, value in whole_state(model).items()
         if key not in leave_out and isinstance(value, Tensor)
     }
 
@@ -306,7 +343,7 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()).hexdigest()
 
 
-def _tensor(model: nn.Module, key: str) -> Tensor:
+def tensor_of(model: nn.Module, key: str) -> Tensor:
     path, _, name = key.rpartition(".")
     try:
         tensor = getattr(model.get_submodule(path), name)
@@ -315,12 +352,19 @@ def _tensor(model: nn.Module, key: str) -> Tensor:
         raise DeltaError(
             f"the model has no {key}, which the delta changes; it has {near or 'nothing of that name'}"
         ) from error
-    # a parameter that a module uses itself and that is sliced now is a module of its name
-    return tensor.weight if isinstance(tensor, nn.Module) else tensor  # pyright: ignore[reportReturnType]
+    if isinstance(
+        tensor, nn.Module
+    ):  # a parameter that a module uses itself and that is sliced now is a module of its name
+        tensor = getattr(tensor, "weight", tensor)
+    if not isinstance(tensor, Tensor):
+        raise DeltaError(
+            f"{key}, which the delta changes, is a {type(tensor).__name__} in the model; expected a tensor"
+        )
+    return tensor
 
 
 def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
-    tensor = _tensor(model, key).detach()
+    tensor = tensor_of(model, key).detach()
     if tensor.dim() == 3:  # experts
         return tensor.view(-1, tensor.shape[-1])
     return tensor.t() if weight.transposed else tensor
@@ -333,7 +377,7 @@ def _read(matrix: Tensor, patch: Patch) -> Tensor:
 
 def _write(matrix: Tensor, patch: Patch, values: Tensor) -> None:
     rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
-    write_slice(matrix, rows, cols, values.to(matrix.device))
+    write_slice(matrix, rows, cols, values.to(matrix.device, matrix.dtype))  # a model that was cast: values follow it
 
 
 def _refuse_slices(model: nn.Module) -> None:
@@ -355,23 +399,8 @@ def meet(a: Patch, b: Patch) -> bool:
 
 
 def patches_of(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[Patch]:
-    """Patches from a ledger's pieces and what stands there now: all columns in one, all rows in one, blocks one each."""
-    columns, rows, blocks = [], [], []
-    for piece, new in zip(pieces, current, strict=True):
-        patch = Patch(piece.rows, piece.cols, piece.values, new)
-        (columns if piece.rows is None else rows if piece.cols is None else blocks).append(patch)
-    return [*_joined(columns, 1), *_joined(rows, 0), *blocks]
-
-
-def _joined(patches: list[Patch], dim: int) -> list[Patch]:
-    if not patches:
-        return []
-    index = torch.cat([p.cols if dim else p.rows for p in patches])  # pyright: ignore[reportCallIssue, reportArgumentType]
-    index, order = index.sort()
-    old, new = (
-        torch.cat([getattr(p, which) for p in patches], dim).index_select(dim, order) for which in ("old", "new")
-    )
-    return [Patch(None if dim else index, index if dim else None, old, new)]
+    """Patches from a ledger's pieces and what stands there now."""
+    return [Patch(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)]
 
 
 def to_ranges(index: Tensor | None) -> list[list[int]] | None:
@@ -387,9 +416,17 @@ def to_ranges(index: Tensor | None) -> list[list[int]] | None:
     return runs
 
 
-def from_ranges(runs: list[list[int]] | None) -> Tensor | None:
+def from_ranges(runs: list[list[int]] | None, features: int) -> Tensor | None:
+    """Counterpart of `to_ranges`. Raises ValueError unless the runs are ascending, apart and within 0 to features - 1."""
     if runs is None:
         return None
+    end = 0
+    for start, length in runs:
+        if type(start) is not int or type(length) is not int or start < end or length < 1 or start + length > features:
+            raise ValueError(f"the run of features [{start!r}, {length!r}] does not follow {end} within {features}")
+        end = start + length
+    if not runs:
+        raise ValueError("a patch has no features")
     return torch.cat([torch.arange(start, start + length) for start, length in runs])
 
 
@@ -398,18 +435,41 @@ def from_ranges(runs: list[list[int]] | None) -> Tensor | None:
 
 def _file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    return path if path.suffix == ".safetensors" else path / FILE
+    return path if path.suffix == SUFFIX and not path.is_dir() else path / FILE
 
 
-def _identity(path: Path) -> tuple[str, int]:
-    """SHA-256 of a file with its own hash taken as zeros, and where in the file that hash stands."""
+def _check_json(name: str, value: Any) -> None:
+    """Raise TypeError, naming where, for what JSON cannot hold: such as a tensor among the metrics."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has the key {key!r}; JSON has strings for keys")
+            _check_json(f"{name}[{key!r}]", entry)
+    elif isinstance(value, (list, tuple)):
+        for number, entry in enumerate(value):
+            _check_json(f"{name}[{number}]", entry)
+    elif not (value is None or isinstance(value, (str, int, float))):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, which JSON cannot hold; give a number, string, list or dict"
+        )
+
+
+def _identity(path: Path, recorded: str) -> tuple[str, int]:
+    """SHA-256 of a file with its own recorded hash taken as zeros, and where in the file that hash stands."""
     with open(path, "rb") as file:
         start = file.read(8)
-        header = file.read(int.from_bytes(start, "little"))
+        length = int.from_bytes(start, "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError(
+                f"{path} would have a header of {length:,d} bytes; safetensors reads at most {_LONGEST_HEADER:,d}"
+            )
+        header = file.read(length)
         mark = b'\\"file_sha256\\": \\"'
-        if header.count(mark) != 1:
-            raise DeltaError(f"{path}: not a delta (no file_sha256 in its header)")
-        where = header.index(mark) + len(mark)
+        where = header.find(mark + recorded.encode(errors="replace")) + len(
+            mark
+        )  # info may have a file_sha256 of its own, further on
+        if where < len(mark) or len(recorded) != len(_BLANK):
+            raise DeltaError(f"{path} is damaged or no delta: its header has no file_sha256")
         digest = hashlib.sha256(start + header[:where] + _BLANK.encode() + header[where + len(_BLANK) :])
         while chunk := file.read(1 << 24):
             digest.update(chunk)
@@ -421,12 +481,12 @@ def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["slicefine"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        recorded = manifest["file_sha256"]
+        recorded = str(manifest["file_sha256"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DeltaError(
             f"{path} is damaged or no delta: its header cannot be read ({type(error).__name__}: {error})"
         ) from error
-    if _identity(path)[0] != recorded:
+    if _identity(path, recorded)[0] != recorded:
         raise DeltaError(f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies.")
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise DeltaError(

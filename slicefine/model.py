@@ -36,9 +36,9 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict takes a dict)"
         )
-    adapters.check_name(model, adapter_name)
     if "slice_config" in model.__dict__:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
+    adapters.check_name(model, adapter_name)
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
     trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -241,6 +241,9 @@ def _with_delta(
         get_slice_model(model, config, adapter_name)
         adapters.go_on_from(model, delta)
     except BaseException:
+        if "slice_config" in model.__dict__:
+            sliced: Any = model
+            sliced.unload()
         if fresh and "slice_config" not in model.__dict__:
             model.__dict__.pop("_adapters", None)
             model.__class__ = _own_class(model)
@@ -249,14 +252,18 @@ def _with_delta(
 
 
 def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
-    """State-dict key of everything that trains beside slices -> whether the base model has it too (False: modules_to_save)."""
+    """State-dict key of everything that changes beside slices -> whether the base model has it too (False: modules_to_save)."""
     slices = {id(layer.slice_weight) for layer in slice_layers(model)}
     parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
-    buffers = dict(model.named_buffers())
+    # running statistics change in training mode, whether asked to or not
+    running = {id(b) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers()}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     whole = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key in (k for k in model.state_dict() if k in tensors):  # by name: a state-dict hook may hand out copies
+        value = tensors[key]
         saved = matches_modules_to_save(config, key.rpartition(".")[0])
-        if id(value) in parameters or (saved and key in buffers):
+        if id(value) in parameters or id(value) in running or (saved and key in buffers):
             whole[key] = not saved
     return whole
 

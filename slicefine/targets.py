@@ -58,10 +58,12 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
 
     Raises ValueError naming every entry that matches nothing, with the nearest module names.
     """
-    everything = config.target_modules is None or (
-        isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    )
+    everything = _means_everything(config)
     names = dict(model.named_modules())
+    if is_attention(model) or is_experts(model):
+        raise ValueError(
+            f"the model is a single {type(model).__name__}, whose parameters become slices within a model; put it into one"
+        )
     if not everything:
         _check_entries(config.target_modules or [], names)
     _warn_of_unused(config, names)
@@ -114,6 +116,11 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
             f"{type(model).__name__}. Linear layers there: {_some(n for n, m in names.items() if is_linear(m))}"
         )
     return targets
+
+
+def _means_everything(config: SliceConfig) -> bool:
+    targets = config.target_modules
+    return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -327,18 +334,19 @@ def _parameter_target(
 
 
 def left_out_experts(model: nn.Module, config: SliceConfig) -> list[str]:
-    """Suffixes of weights of experts that no entry of the config names: most of a model's weights may be there."""
+    """Suffixes of weights of experts that "all-linear" leaves out: most of a model's weights may be there."""
     entries = config.target_parameters or []
+    if not _means_everything(config):
+        return []
     found = {}
     for name, module in model.named_modules():
-        if is_experts(module):
-            for key, parameter in module._parameters.items():
-                if (
-                    parameter is not None
-                    and parameter.dim() == 3
-                    and not (entries and _named(entries, f"{name}.{key}"))
-                ):
-                    found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
+        if not is_experts(module) or _excluded(config, name):
+            continue
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}"
+            named = bool(entries and _named(entries, full)) or _excluded(config, full)
+            if parameter is not None and parameter.dim() == 3 and not named:
+                found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
     return list(found)
 
 

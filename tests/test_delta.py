@@ -132,6 +132,29 @@ def test_a_delta_is_as_large_as_its_values(tmp_path):
     assert "library_name: slicefine" in (tmp_path / "README.md").read_text()
 
 
+def test_statistics_that_training_moves_are_part_of_the_delta(tmp_path):
+    """BatchNorm in training mode: its buffers come back with the base, and go along with the delta."""
+    model = base().train()
+    before = state(model)
+    get_slice_model(model, config())
+    train(model)
+    after = state(model)
+    assert not torch.equal(before["body.3.running_mean"], after["body.3.running_mean"])
+    assert int(after["body.3.num_batches_tracked"]) == 9
+    model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    with model.disable_adapter():  # pyright: ignore[reportAttributeAccessIssue]
+        assert same({k: v for k, v in state(model).items()}, before)
+    assert same(state(model), after)
+    delta, fresh = Delta.load(tmp_path), base()
+    assert {k for k, w in delta.whole.items() if w.replaces and "3." in k} == {
+        f"body.3.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    delta.apply_to(fresh)
+    assert same(state(fresh), after)
+    delta.revert_from(fresh)
+    assert same(state(fresh), before)
+
+
 def test_disabled_slices_have_no_gradient_and_cannot_be_stepped():
     before, model = trained()
     after, masters = state(model), [m.slice_weight.clone() for _, m in named_slice_layers(model)]

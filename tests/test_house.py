@@ -19,7 +19,7 @@ FLOORS = [
     {"slices", "reference", "sharding"},
     {"_native", "_native_cuda", "config", "files", "ledger"},
     {"ops", "delta"},
-    {"scores", "moves", "merging", "card", "function"},
+    {"scores", "moves", "merging", "card", "function", "lora", "difference", "store"},
     {"linear"},
     {"parameters"},
     {"attention", "experts"},
