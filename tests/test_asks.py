@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,8 @@ def test_asks_25_more_than_one_device(both):
     trained = dispatched(batch()[0])
     assert torch.equal(dispatched.merge_and_unload()(batch()[0]), trained)  # type: ignore[operator]
     assert type(dispatched.blocks[0][0]) is nn.Linear and hasattr(dispatched.blocks[0][0], "_hf_hook")
+    with pytest.raises(ValueError, match="has its weight on the meta device.*a device map that offloads"):
+        get_slice_model(accelerate.cpu_offload(Net()), SliceConfig(r=4, modules_to_save=["classifier"]))
 
 
 def test_asks_26_hooks_and_keys_are_kept():
@@ -530,15 +533,18 @@ def test_asks_30_builds_without_torch():
     assert any("pybind11" in line for line in lines) and not any("torch" in line.lower() for line in lines)
 
 
-def test_asks_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(tmp_path):
-    environment = {
-        **os.environ,
-        "PATH": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-    }  # no nvcc, no gcc
-    code = "\n".join(line.strip() for line in TRAIN.strip().splitlines())
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.strip() == "trained", result.stderr
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> subprocess.CompletedProcess[str]:
+    """A process that trains with nothing on its PATH, and then says whether it has imported the Triton kernels."""
+    paths = {"PATH": str(tmp_path_factory.mktemp("empty")), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    code = textwrap.dedent(TRAIN + "\n    import sys\n    print('slicefine_kernels.slice_grad' in sys.modules)")
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **paths}, capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_asks_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(bare):
+    assert bare.stdout.split()[:1] == ["trained"], bare.stderr  # neither nvcc nor a C compiler
     with pytest.raises(ValueError, match="no backend 'cudnn'.*reference"), ops.use_backend("cudnn"):
         pass
     if not torch.cuda.is_available():
@@ -580,10 +586,8 @@ def test_asks_33_no_hard_dependency_on_triton():
     assert result.stdout.strip() == "trained", result.stderr
 
 
-def test_asks_34_triton_is_imported_late():
-    code = TRAIN + "\n    import sys\n    print('slicefine_kernels.slice_grad' in sys.modules)"
-    result = run_without("nothing", code)
-    assert result.stdout.split() == ["trained", "False"], result.stderr  # on a CPU the kernels are never imported
+def test_asks_34_triton_is_imported_late(bare):
+    assert bare.stdout.split() == ["trained", "False"], bare.stderr  # on a CPU the kernels are never imported
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(r"torch, Triton, Python \| \d[\d.]+, \d[\d.]+, \d[\d.]+ and \d[\d.]+, \d[\d.]+, \d[\d.]+", readme)
 
