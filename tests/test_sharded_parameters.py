@@ -24,12 +24,12 @@ def attention() -> nn.Module:
     return get_slice_model(nn.TransformerDecoder(layer, 2), SliceConfig(r=4, switch_interval=2))
 
 
-def experts() -> nn.Module:
+def experts(count: int = 4) -> nn.Module:
     import transformers
     from families import MOE
 
     torch.manual_seed(0)
-    config: Any = transformers.Qwen3MoeConfig(**MOE, num_experts=4)
+    config: Any = transformers.Qwen3MoeConfig(**MOE, num_experts=count)
     model = transformers.Qwen3MoeForCausalLM(config).eval()
     return get_slice_model(
         model, SliceConfig(r=4, switch_interval=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
@@ -67,3 +67,23 @@ def test_two_processes_train_what_one_does(both, make):
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=0, atol=1e-6)
     assert sum(not torch.equal(value, before[key]) for key, value in alone.items()) == 12
+
+
+def uneven() -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = fully_shard(experts(3))
+    ids = torch.arange(1, 13).view(2, 6)
+    try:
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        SliceAdamW(model.parameters(), lr=1e-2).step()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_experts_that_do_not_divide_are_refused(both):
+    assert (
+        "of 3 experts and another part of their slice; the number of experts must be a multiple of" in both(uneven)[0]
+    )
