@@ -414,7 +414,9 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if needs_bias:
         grad_bias = flat.sum(0)
     if needs_slice:
-        grad_slice = _slice_gradient(ctx, flat, kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]), rows, cols)
+        grad_slice = _slice_gradient(
+            ctx, flat, kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]), rows, cols
+        )
     return grad_input, None, grad_bias, grad_slice, None, None, None
 
 
