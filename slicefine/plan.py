@@ -152,9 +152,9 @@ def _reach(embeddings: nn.Module, compiled: bool) -> None:
     if not compiled:
         embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         return
-    weight = next(embeddings.parameters())
-    embeddings.reached = nn.Parameter(torch.zeros((), dtype=weight.dtype))
-    embeddings.register_forward_hook(lambda module, args, output: output + module.reached)
+    reached = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
+    embeddings.register_parameter("reached", reached)
+    embeddings.register_forward_hook(lambda module, args, output: output + reached)
 
 
 def _step(
