@@ -18,6 +18,8 @@ _HOME = {
     "track_memory": "memory",
     "use_backend": "ops",
 }
+# modules that go by a short name
+_MODULES = {"capacity": "studies.capacity", "continual": "studies.continual"}
 __all__ = [
     "Delta",
     "DeltaError",
@@ -26,6 +28,8 @@ __all__ = [
     "SliceLinear",
     "SliceModel",
     "__version__",
+    "capacity",
+    "continual",
     "get_slice_model",
     "list_targets",
     "load_slice_state_dict",
@@ -47,15 +51,20 @@ if TYPE_CHECKING:
     from slicefine.optim import SliceAdamW as SliceAdamW
     from slicefine.optim import load_slice_state_dict as load_slice_state_dict
     from slicefine.optim import slice_state_dict as slice_state_dict
+    from slicefine.studies import capacity as capacity
+    from slicefine.studies import continual as continual
 
 
 def __getattr__(name: str) -> object:
     # Lazy, so that `python -m slicefine env` can report a broken torch instead of failing on it.
-    if name in _HOME:
-        import importlib
+    import importlib
 
+    if name in _HOME:
         return getattr(importlib.import_module(f"slicefine.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'slicefine' has no attribute {name!r}; public names: {', '.join(_HOME)}")
+    if name in _MODULES:
+        return importlib.import_module(f"slicefine.{_MODULES[name]}")
+    public = ", ".join([*_HOME, *_MODULES])
+    raise AttributeError(f"module 'slicefine' has no attribute {name!r}; public names: {public}")
 
 
 def __dir__() -> list[str]:

@@ -152,7 +152,7 @@ def _reach(embeddings: nn.Module, compiled: bool) -> None:
     if not compiled:
         embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         return
-    reached = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
+    reached: Any = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
     embeddings.register_parameter("reached", reached)
     embeddings.register_forward_hook(lambda module, args, output: output + reached)
 

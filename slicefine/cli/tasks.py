@@ -58,6 +58,10 @@ class Task:
             **{key: value for key, value in known.items() if value is not None},
         }  # fmt: skip
 
+    def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
+        """A classifier with ``labels`` and the head that it was trained with, in float32; and which modules are new all the same."""
+        raise NotImplementedError
+
     def batch(self, rows: list[Row]) -> Batch:
         raise NotImplementedError
 
@@ -177,6 +181,13 @@ class TextClassification(_TextTask):
         self.labels = labels_of(rows, self.columns.label)
 
     def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+        loaded, new = self._load(model, dtype)
+        return loaded, _with_head(loaded, new)
+
+    def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
+        return self._load(model, torch.float32)
+
+    def _load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = self._tokenizer(model)
@@ -187,7 +198,7 @@ class TextClassification(_TextTask):
         )  # fmt: skip
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self._check_length(loaded)
-        return loaded, _with_head(loaded, _new_modules(info))
+        return loaded, _new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
         return {**self._encode(rows), "labels": self._label_ids(rows)}
@@ -250,6 +261,13 @@ class ImageClassification(Task):
                 )
 
     def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+        loaded, new = self._load(model, dtype)
+        return loaded, _with_head(loaded, new)
+
+    def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
+        return self._load(model, torch.float32)
+
+    def _load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = pretrained(AutoImageProcessor, model, None)
@@ -258,7 +276,7 @@ class ImageClassification(Task):
             AutoModelForImageClassification, model, dtype, num_labels=len(names), id2label=names,
             label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-        return loaded, _with_head(loaded, _new_modules(info))
+        return loaded, _new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
         from PIL import Image

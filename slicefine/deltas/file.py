@@ -32,17 +32,21 @@ class DeltaError(ValueError):
     """A delta that is damaged, of another base, or in the way of another one."""
 
 
-def write(path: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def write(
+    path: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor], kind: tuple[str, int] = (FORMAT, VERSION)
+) -> str:
     """Write tensors and manifest, atomically; adds the SHA-256 of each tensor and of the file, and returns the latter.
+
+    kind: name and version of the format, which `read` insists on.
 
     Raises TypeError for a manifest that JSON cannot hold, ValueError for one longer than a safetensors header.
     """
-    for name in ("base", "config", "info"):
-        _check_json(name, manifest[name])
+    for name, value in manifest.items():
+        _check_json(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     hashes = {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()}
-    content = {**manifest, "format": FORMAT, "version": VERSION, "file_sha256": _BLANK, "tensors": hashes}
+    content = {**manifest, "format": kind[0], "version": kind[1], "file_sha256": _BLANK, "tensors": hashes}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"slicefine": json.dumps(content, sort_keys=True)})
         sha256, where = _identity(temporary, _BLANK)
@@ -52,7 +56,7 @@ def write(path: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -
     return sha256
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, kind: tuple[str, int] = (FORMAT, VERSION)) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(manifest, tensors), checked byte for byte.
 
     Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
@@ -62,7 +66,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     while True:
         version = version_of(path)
         try:
-            return _read_checked(path)
+            return _read_checked(path, kind)
         except DeltaError:
             if version_of(path) == version:  # else it was replaced while it was read: a whole one is there now
                 raise
@@ -111,7 +115,7 @@ def _identity(path: Path, recorded: str) -> tuple[str, int]:
     return digest.hexdigest(), 8 + where
 
 
-def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_checked(path: Path, kind: tuple[str, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["slicefine"])
@@ -123,10 +127,9 @@ def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if _identity(path, recorded)[0] != recorded:
         raise DeltaError(f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies.")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DeltaError(
-            f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}; this slicefine reads {FORMAT!r} version {VERSION}"
-        )
+    found = manifest.get("format"), manifest.get("version")
+    if found != kind:
+        raise DeltaError(f"{path} has format {found[0]!r} version {found[1]!r}; expected {kind[0]!r} version {kind[1]}")
     return manifest, tensors
 
 
