@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.config import SliceConfig
-from slicefine.targets import find_targets
+from slicefine.targets import find_targets, is_linear, output_head
 
 Batch = Mapping[str, Tensor]
 # (things, what is being done, how many of them) -> the same things, with a progress bar
@@ -57,6 +57,12 @@ def linear_layers(model: nn.Module, config: SliceConfig | None = None) -> list[L
             seen.add(id(target.module))
             layers.append(Layer(target.name, target.module))
     return layers
+
+
+def linear_layers_of_shapes(model: nn.Module) -> list[Layer]:
+    """The layers of a model on the meta device, whose shapes alone are known: every linear one but the output head."""
+    head = output_head(model)
+    return [Layer(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def input_features(
     """Features at the input of each layer, of one pass over the data; layers that are never called are left out.
 
     batches: keyword arguments of the model; positions that an ``attention_mask`` of the input's shape hides are left out.
-    samples: rows kept per layer, the same positions for layers with the same inputs.
+    samples: rows kept per layer; layers with the same inputs get one object.
     """
     collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
     shared: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
@@ -160,10 +166,15 @@ def input_features(
             current.update(mask=batch.get("attention_mask"), number=number, batch=len(next(iter(batch.values()))))
             model(**batch)
             shared.clear()
-    return {
-        name: Features(torch.cat([rows for rows, _ in parts])[:samples], torch.cat([means for _, means in parts]))
-        for name, parts in collected.items()
-    }
+    joined: dict[tuple[int, ...], Features] = {}
+    result: dict[str, Features] = {}
+    for name, parts in collected.items():
+        key = tuple(id(rows) for rows, _ in parts)
+        if key not in joined:
+            rows, means = torch.cat([r for r, _ in parts])[:samples], torch.cat([m for _, m in parts])
+            joined[key] = Features(rows, means)
+        result[name] = joined[key]
+    return result
 
 
 # -- the same model with random weights ---------------------------------------------------------------------------------
