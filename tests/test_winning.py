@@ -89,7 +89,7 @@ def test_exceptions_are_named():
     assert len(found["0"].trials) == 6  # all there are
     said = " | ".join(found["0"].exceptions)
     assert "4 of 24 input features are zero on this data; slices at positions 2 hold nothing else" in said
-    assert "positions 2 have less than 0.1 times the share r/d" in said
+    assert "position 2 has less than 0.1 times the share r/d" in said
     assert "the loss did not fall at positions 2" in said
     assert found["0"].winners == pytest.approx(5 / 6)
     assert "features 4 to 7: energy 16 times the median group's" in found["2"].exceptions

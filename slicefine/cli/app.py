@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slicefine.cli import env as env_verb
+from slicefine.cli.advise import advise
 from slicefine.cli.diagnose import diagnose
 from slicefine.cli.plan import plan
 from slicefine.cli.train import train
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(plan)
 app.command()(diagnose)
+app.command()(advise)
 
 
 @app.command()

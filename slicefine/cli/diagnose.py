@@ -26,7 +26,7 @@ def diagnose(
     rank: Annotated[bool, typer.Option("--rank", help="also the slices' tangent ranks: how many examples")] = False,
     report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="write everything measured to this file")] = None,
-    examples: Annotated[int, typer.Option(min=8, help="rows of the data looked at")] = 128,
+    examples: Annotated[int, typer.Option(min=8, help="rows of the data looked at")] = 96,
     tokens: Annotated[int, typer.Option(min=32, help="feature rows per layer")] = 1024,
     max_length: Annotated[int, typer.Option(min=1, help="tokens of an example")] = 64,
     r: Annotated[int, typer.Option(min=1, help="width of the slices looked at")] = 16,
@@ -101,19 +101,23 @@ def diagnose(
 
 @dataclass
 class Subject:
-    """A loaded model and a sample of its data. rows: the sample; rows_in_all: the data's. outputs: for tangents, where logits are too many."""
+    """A loaded model and a sample of its data. all_rows: the data's, shuffled; batches: of the sample, by length. outputs: for tangents, where logits are
+    too many."""
 
     model: Any
     task: Task
     task_name: str
     whole_modules: list[str]
-    rows: list[Row]
-    rows_in_all: int
+    all_rows: list[Row]
     batches: list[dict[str, torch.Tensor]]
     loss_batches: list[dict[str, torch.Tensor]]
     labels: torch.Tensor | None
     device: torch.device
     outputs: str | int | None
+
+    @property
+    def rows_in_all(self) -> int:
+        return len(self.all_rows)
 
 
 def load_subject(
@@ -131,7 +135,8 @@ def load_subject(
     rows = read_rows(data, task.required())
     task.prepare(rows)
     device = _device(device_name)
-    chosen = split_rows(rows, 0.0, seed)[0][:examples]
+    rows = split_rows(rows, 0.0, seed)[0]
+    chosen = rows[:examples]
     torch.manual_seed(seed)
     loaded, whole = task.load(model, torch.float32)
     loaded.to(device).eval()
@@ -142,9 +147,9 @@ def load_subject(
     ]
     classes = len(task.labels)
     labels = torch.cat([batch["labels"] for batch in batches]).cpu() if classes else None
-    few = {key: value.to(device) for key, value in task.batch(chosen[: 8 if not classes else 32]).items()}
+    few = {key: value.to(device) for key, value in task.batch(chosen[: 16 if classes else 4]).items()}
     return Subject(
-        loaded, task, task_name, whole, chosen, len(rows), batches, [few], labels, device, None if 0 < classes <= 16 else 4,
+        loaded, task, task_name, whole, rows, batches, [few], labels, device, None if 0 < classes <= 16 else 4,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from slicefine.config import SliceConfig
 from slicefine.diagnose.html import Page, new_figure
 from slicefine.diagnose.survey import kind_of
 
@@ -27,7 +28,7 @@ QUANTITIES: list[tuple[str, Callable[[dict[str, Any]], float | None], bool]] = [
 
 def survey_page(result: dict[str, Any]) -> Page:
     """A page of a `slicefine.diagnose.survey` with ``model``, ``data`` and ``task`` added to it."""
-    page = Page(f"slicefine diagnose: {result.get('model', 'model')}", _subtitle(result))
+    page = Page(f"slicefine diagnose: {short_name(result.get('model', 'model'))}", _subtitle(result))
     page.heading("In short")
     for line in summary(result):
         page.text(line)
@@ -62,12 +63,13 @@ def summary(result: dict[str, Any]) -> list[str]:
     measured = [row for row in result["layers"] if row["energy"]]
     k = sorted(row["energy"]["k"]["0.9"] for row in measured)
     null = sorted(row["random_energy"]["k"]["0.9"] for row in measured)
+    narrower = sum(row["energy"]["k"]["0.9"] < row["random_energy"]["k"]["0.9"] for row in measured)
     flagged = {axis: _flagged(result, axis) for axis in ("row", "column")}
     lines = [
         f"{len(result['layers'])} linear layers, {len(measured)} of them used on this data"
         + (f"; never called: {_some(result['unused'])}." if result["unused"] else "."),
-        f"Features span few directions: k(0.9) is {k[0]} to {k[-1]}, median {k[len(k) // 2]}; with random weights {null[0]} to {null[-1]}, median "
-        f"{null[len(null) // 2]}.",
+        f"Directions that the features span, k(0.9): {k[0]} to {k[-1]}, median {k[len(k) // 2]}; with random weights {null[0]} to {null[-1]}, median "
+        f"{null[len(null) // 2]}. Narrower than random in {narrower} of {len(measured)} layers.",
         f"Blocks of the weights unlike the rest: in {len(flagged['column'])} layers among input features, in {len(flagged['row'])} among output features.",
     ]
     trials = [t for w in result["winning"] for t in w["trials"]]
@@ -131,6 +133,17 @@ def _heat_map(layers: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def plain_ticks(ax: Any, axis: str) -> None:
+    """Numbers as people write them on a logarithmic axis of few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    which = getattr(ax, f"{axis}axis")
+    low, high = getattr(ax, f"get_{axis}lim")()
+    which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+    which.set_minor_locator(NullLocator())
+    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
 def energy_section(page: Page, result: dict[str, Any]) -> None:
     """Curves of explained variance with their null, and the table of k."""
     rows = [row for row in result["layers"] if row["energy"]]
@@ -153,6 +166,7 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
     left.set(xscale="log", xlabel="components", ylabel="explained variance", ylim=(0, 1.02))
     left.axhline(0.9, color=ORANGE, lw=0.8, ls="--")
     right.set(yscale="log", xlabel="layer, in the model's order", ylabel="components")
+    plain_ticks(right, "y")
     if any(row["energy"]["aligned_k"] for row in rows):
         right.plot([row["energy"]["aligned_k"]["0.9"] if row["energy"]["aligned_k"] else math.nan for row in rows], "+", color=ORANGE,
                    label="label-aligned", ms=5)  # fmt: skip
@@ -239,7 +253,7 @@ def tangent_section(page: Page, result: dict[str, Any]) -> None:
             **style,
         )
     left.set(yscale="log", xlabel="singular value", ylabel="relative to the largest")
-    right.set(xscale="log", xlabel="training examples", ylabel="invisible share of the pool's tangent", ylim=(0, 1.02))
+    right.set(xlabel="training examples", ylabel="invisible share of the pool's tangent", ylim=(0, 1.02))
     right.legend(frameon=False)
     page.figure(
         figure,
@@ -277,6 +291,7 @@ def balance_section(page: Page, result: dict[str, Any]) -> None:
                 [f["energies"][g["group"]] / sorted(f["energies"])[len(f["energies"]) // 2] for f in rows for g in f["flagged"]],
                 "o", mfc="none", color=ORANGE, ms=6)  # fmt: skip
         ax.set(yscale="log", xlabel="layer, in the model's order", title=title, ylabel="energy over the median group's")
+        plain_ticks(ax, "y")
     page.figure(figure, "Energy of each contiguous group of features; circles: flagged (by energy or by profile).")
     if flagged:
         page.table(flagged, "Blocks where a contiguous slice would behave unlike the others")
@@ -300,7 +315,7 @@ def balance_section(page: Page, result: dict[str, Any]) -> None:
 def coverage_section(page: Page, found: dict[str, Any]) -> None:
     """How much of the weights a training would reach."""
     page.heading("Coverage")
-    figure, ax = new_figure(8, 2.8)
+    figure, ax = new_figure(12, 3)
     ax.step([0, *found["steps"]], [0, *found["share"]], where="post", color=BLUE)
     ax.set(
         xlabel="optimizer steps", ylabel="share of the weights", ylim=(0, 1.02), xlim=(0, found["total_steps"] * 1.02)
@@ -309,3 +324,58 @@ def coverage_section(page: Page, found: dict[str, Any]) -> None:
         figure,
         f"r = {found['r']}, a move every {found['interval']} steps: {found['share'][-1]:.0%} of the weights' entries after {found['total_steps']:,d} steps.",
     )
+
+
+def advice_page(found: dict[str, Any]) -> Page:
+    """A page of the advice that `slicefine advise` writes as JSON."""
+    page = Page(f"slicefine advise: {short_name(found.get('model', 'model'))}", _subtitle(found))
+    page.heading("Recommendation")
+    page.text(
+        "Ranked by the measured fall of the held-out loss against the alternative; lines without an effect are rules and costs."
+    )
+    page.table(
+        [
+            {"": i, "setting": line["setting"], "use": line["value"], "held-out loss": None if line["effect"] is None else -line["effect"], "evidence": line["evidence"]}
+            for i, line in enumerate(found["lines"], 1)
+        ]
+    )  # fmt: skip
+    for claim in found["claims"]:
+        page.text(claim, note=True)
+    page.heading("Learning rate")
+    figure, (left, right) = new_figure(12, 3.6, ncols=2)
+    test = found["range_test"]
+    left.plot(test["lrs"], test["losses"], color=GREY, lw=0.8, label="loss")
+    left.plot(test["lrs"], test["smoothed"], color=BLUE, label="smoothed")
+    left.axvspan(test["low"], test["high"], color=BLUE, alpha=0.08)
+    left.axvline(found["lr"], color=ORANGE, ls="--", label="recommended")
+    low, high = min(test["smoothed"]), max(test["smoothed"])
+    left.set(
+        xscale="log", xlabel="learning rate", ylabel="loss", ylim=(low - 0.3 * (high - low), high + 0.3 * (high - low))
+    )
+    left.legend(frameon=False)
+    tried = [c for c in found["candidates"] if c["held_loss"] is not None]
+    right.barh(
+        [c["name"] for c in tried],
+        [c["held_loss"] for c in tried],
+        color=[ORANGE if i == 0 else BLUE for i in range(len(tried))],
+    )
+    losses = [c["held_loss"] for c in tried]
+    margin = max(max(losses) - min(losses), 1e-3 * max(losses))
+    right.set(xlabel="held-out loss after a short training", xlim=(min(losses) - margin, max(losses) + 0.5 * margin))
+    right.invert_yaxis()
+    page.figure(
+        figure,
+        "Left: range test, shaded where the loss falls. Right: candidates at the recommended learning rate (the axis does not start at 0).",
+    )
+    page.heading("Configuration")
+    page.code(SliceConfig.from_dict(found["config"]).to_json())
+    energy_section(page, found["survey"])
+    winning_section(page, found["survey"])
+    if found["survey"]["tangent"]:
+        tangent_section(page, found["survey"])
+    return page
+
+
+def short_name(model: str) -> str:
+    """The last two parts of a path; a hub id as it is."""
+    return "/".join(model.rstrip("/").split("/")[-2:])

@@ -29,7 +29,7 @@ from slicefine.diagnose.capture import (
 )
 from slicefine.diagnose.energy import Energy, task_energy
 from slicefine.diagnose.spectra import AXES, Balance, Null, gaussian_null, group_bounds, spectral_balance
-from slicefine.diagnose.tangent import PASS_BYTES, model_outputs, report_from_gram, slice_gram, slice_of
+from slicefine.diagnose.tangent import PASS_BYTES, model_outputs, report_from_gram, slice_grams, slice_of
 from slicefine.diagnose.winning import LEAST_POSITIONS, Loss, Winning, loss_of_output, winning_report
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 
@@ -236,8 +236,7 @@ def tangent_rows(
         width = min(options.r, layer.in_features if options.axis == "column" else layer.out_features)
         slices[name] = slice_of(layer, width, options.axis)
     rows, total, parameters = [], None, 0
-    for name in track(list(slices), "slice tangents", len(slices)):
-        gram = slice_gram(model, {name: slices[name]}, few, outputs)
+    for name, gram in track(slice_grams(model, slices, few, outputs), "slice tangents", len(slices)):
         size = (by_name[name].out_features if options.axis == "column" else by_name[name].in_features) * options.r
         rows.append(_tangent_row(name, gram, held, size))
         total, parameters = gram.clone() if total is None else total.add_(gram), parameters + size
@@ -274,7 +273,9 @@ def _tangent_row(name: str, gram: Tensor, held: int, parameters: int) -> dict[st
 def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[str, Any]:
     """Share of the weights' entries that training reaches, by optimizer step, and where it ends."""
     total = options.epochs * -(-examples // options.batch_size)
-    points = sorted({1, total, *(max(1, round(total * i / 24)) for i in range(1, 24))})
+    moves = -(-total // options.interval) if options.interval else 1
+    each = max(1, moves // 60)  # the share changes with a move only
+    points = sorted({1, total, *(1 + (options.interval or 0) * i for i in range(0, moves, each))})
     shapes: dict[tuple[int, int], int] = {}
     for layer in layers:
         shapes[layer.out_features, layer.in_features] = shapes.get((layer.out_features, layer.in_features), 0) + 1

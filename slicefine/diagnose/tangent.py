@@ -12,7 +12,7 @@ restriction to slices is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slicefine.diagnose.capture import Batch, Layer, Track, evaluating, linear_layers, quietly
+from slicefine.diagnose.capture import Batch, Layer, evaluating, linear_layers
 from slicefine.slices import SliceSpec
 
 # rows and columns of a weight; None stands for all of them
@@ -159,34 +159,40 @@ def slice_gram(
     batches: Sequence[Batch],
     outputs: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
-    track: Track = quietly,
 ) -> Tensor:
-    """J J^T without J: (examples * C, examples * C), float64.
+    """J J^T without J: (examples * C, examples * C), float64; the sum of `slice_grams` over the layers. Raises ValueError without a slice."""
+    total: Tensor | None = None
+    for _, gram in slice_grams(model, slices, batches, outputs, chunk_bytes):
+        total = gram if total is None else total.add_(gram)
+    if total is None:
+        raise ValueError("slices is empty; name at least one layer")
+    return total
 
-    As many layers in one pass as `PASS_BYTES` hold, by the size of the first; of a layer with one position per example the product of two Gram matrices, of others a sum over chunks of at most
-    ``chunk_bytes`` of J (at least one row of a slice). Arguments otherwise as for `slice_jacobian`.
+
+def slice_grams(
+    model: nn.Module,
+    slices: Mapping[str, Slice],
+    batches: Sequence[Batch],
+    outputs: Any = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[str, Tensor]]:
+    """(layer, J J^T of its slice alone), one after the other.
+
+    As many layers share a pass over the data as `PASS_BYTES` hold, by the size of the first; of a layer with one position per example it is the product of two
+    Gram matrices, of others a sum over chunks of at most ``chunk_bytes`` of J (at least one row of a slice). Arguments otherwise as for `slice_jacobian`.
     """
     layers = _prepared(model, slices)
     outputs = outputs or model_outputs()
-    gram: Tensor | None = None
     waiting, together = list(slices), 1
-    shown = iter(track(waiting, "slice tangents", len(waiting)))
-    with evaluating(model):
-        while waiting:
-            names, waiting = waiting[:together], waiting[together:]
+    while waiting:
+        names, waiting = waiting[:together], waiting[together:]
+        with evaluating(model):
             parts = [_terms(model, layers, {n: slices[n] for n in names}, batch, outputs) for batch in batches]
-            for name in names:
-                next(shown)
-                mine = [part.pop(name) for part in parts]
-                size = sum(4 * (x.numel() + d.numel()) for x, d in mine)
-                together = max(1, PASS_BYTES // (size * len(names))) if len(names) == 1 else together
-                added = _gram_of(*_joined(mine), chunk_bytes)
-                gram = added if gram is None else gram.add_(added)
-    for _ in shown:  # lets a progress bar end
-        pass
-    if gram is None:
-        raise ValueError("slices is empty; name at least one layer")
-    return gram
+        for name in names:
+            mine = [part.pop(name) for part in parts]
+            if len(names) == 1:
+                together = max(1, PASS_BYTES // sum(4 * (x.numel() + d.numel()) for x, d in mine))
+            yield name, _gram_of(*_joined(mine), chunk_bytes)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -262,7 +268,6 @@ def tangent_rank(
     outputs: Any = None,
     tolerance: float = 1e-6,
     r: int | None = None,
-    track: Track = quietly,
 ) -> TangentReport:
     """Rank of the slices' tangent on a pool and on a training set, from one Gram matrix.
 
@@ -272,7 +277,7 @@ def tangent_rank(
     """
     if not 1e-7 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; expected 1e-7 (what float64 resolves in J J^T) to 1")
-    gram = slice_gram(model, slices, [*pool, *train], outputs, track=track)
+    gram = slice_gram(model, slices, [*pool, *train], outputs)
     examples = sum(len(next(iter(batch.values()))) for batch in pool)
     total = examples + sum(len(next(iter(batch.values()))) for batch in train)
     count = len(gram) // total

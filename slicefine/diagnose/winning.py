@@ -287,13 +287,17 @@ def _exceptions(
         (by_position > _MUCH * expected).nonzero().flatten(),
     )
     if len(low):
-        said.append(f"positions {_list(low.tolist())} have less than {_LITTLE:g} times the share r/d of the gradient")
+        said.append(f"{_positions(low.tolist())} less than {_LITTLE:g} times the share r/d of the gradient")
     if len(high):
-        said.append(f"positions {_list(high.tolist())} have more than {_MUCH:g} times the share r/d of the gradient")
+        said.append(f"{_positions(high.tolist())} more than {_MUCH:g} times the share r/d of the gradient")
     if worse := [t.position for t in trials if t.drop <= 0]:
         said.append(f"the loss did not fall at positions {_list(worse)}")
     said += [f"features {start} to {stop - 1}: {why}" for start, stop, why in outliers]
     return said
+
+
+def _positions(numbers: Sequence[int]) -> str:
+    return f"position {numbers[0]} has" if len(numbers) == 1 else f"positions {_list(numbers)} have"
 
 
 def _list(numbers: Sequence[int], most: int = 6) -> str:
