@@ -11,7 +11,7 @@ import typer
 
 from slicefine import SliceConfig
 from slicefine.cli.data import UserError
-from slicefine.cli.diagnose import Subject, load_subject, machine, progress, write_json
+from slicefine.cli.diagnose import Subject, check_report, load_subject, machine, progress, write_json
 from slicefine.cli.tasks import TASKS, Columns
 
 _AUTO = {
@@ -50,6 +50,7 @@ def advise(
 ) -> None:
     """Recommend slices, r per layer, learning rate and interval from measurements on your data; nothing is trained for keeps."""
     try:
+        check_report(report)
         columns = Columns(text_column, label_column, image_column)
         subject = load_subject(model, data, task, columns, examples, max_length, seed, device)
         found = advice_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import platform
@@ -55,6 +56,7 @@ def diagnose(
         options = Options(
             r=r, axis=slice_type, tokens=tokens, tried=layers, positions=positions, rank=rank, budget=size_in_bytes(memory), seed=seed,
         )  # fmt: skip
+        check_report(report)
         if slice_type not in ("column", "row"):
             raise UserError(f"--slice-type {slice_type}: expected column or row")
         if dry_run:
@@ -164,6 +166,14 @@ def guess_task(row: Row, columns: Columns, data: str) -> str:
     )
 
 
+def check_report(report: Path | None) -> None:
+    """Raise UserError where a report is asked for and cannot be drawn, before anything is measured."""
+    if report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "--report draws with matplotlib, which is not installed: pip install 'slicefine[diagnose]', or use --json"
+        )
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     """A `Track` that draws one bar per stage on standard error, for a terminal and for a log alike."""
@@ -203,7 +213,8 @@ def machine(device: torch.device) -> str:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         name = names[0] if names else name
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
 
 
 def write_json(found: dict[str, Any], path: Path) -> None:

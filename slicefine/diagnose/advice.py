@@ -186,7 +186,8 @@ def advise(
 
 def _claims(trial_steps: int, held: int) -> list[str]:
     return [
-        f"Held-out losses are of trainings of {trial_steps} steps at the first position, on {held} held-out batches and one seed: a prediction of a longer training and no more.",
+        f"Held-out losses are of trainings of {trial_steps} steps at the first position, on {held} held-out batches and one seed: a prediction of a longer training and no more. "
+        "Whether a much longer training wants a lower learning rate has not been measured.",
         "Memory is planned (slicefine plan), not measured.",
         "The number of examples is the noise-free, local best case at the pretrained weights; more are better.",
     ]

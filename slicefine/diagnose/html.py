@@ -60,7 +60,7 @@ class Page:
         self.title, self.subtitle = title, subtitle
         self._parts: list[str] = []
         self._sections: list[tuple[str, str]] = []
-        self._figures = 0
+        self._figures: list[Any] = []
 
     def heading(self, text: str, level: int = 2) -> None:
         """A section (level 2, also listed at the top) or a part of one (level 3)."""
@@ -100,9 +100,9 @@ class Page:
 
     def figure(self, fig: Any, caption: str = "") -> None:
         """A `matplotlib.figure.Figure` as inline SVG; build it with `new_figure` and no GUI is ever asked for."""
-        self._figures += 1
+        self._figures.append(fig)
         title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{_svg(fig, f'f{self._figures}', caption)}{title}</figure>")
+        self._parts.append(f"<figure>{_svg(fig, f'f{len(self._figures)}', caption)}{title}</figure>")
 
     def html(self) -> str:
         """The whole document."""
@@ -115,6 +115,15 @@ class Page:
             + "\n".join(self._parts)
             + "</main></body></html>\n"
         )
+
+    def write_figures(self, folder: str | os.PathLike[str], stem: str, dpi: int = 110) -> list[Path]:
+        """The figures as PNG files ``stem-1.png``, ``stem-2.png`` and so on, for documents that cannot hold the page."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{stem}-{i}.png" for i in range(1, len(self._figures) + 1)]
+        for figure, path in zip(self._figures, paths, strict=True):
+            figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        return paths
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the document to a file, making its folder."""

@@ -70,8 +70,12 @@ def summary(result: dict[str, Any]) -> list[str]:
         + (f"; never called: {_some(result['unused'])}." if result["unused"] else "."),
         f"Directions that the features span, k(0.9): {k[0]} to {k[-1]}, median {k[len(k) // 2]}; with random weights {null[0]} to {null[-1]}, median "
         f"{null[len(null) // 2]}. Narrower than random in {narrower} of {len(measured)} layers.",
-        f"Blocks of the weights unlike the rest: in {len(flagged['column'])} layers among input features, in {len(flagged['row'])} among output features.",
+        f"Layers with blocks of the weight unlike the rest: {len(flagged['column'])} among input features, {len(flagged['row'])} among output features.",
     ]
+    if narrow := [row["name"] for row in measured if row["energy"]["k"]["0.9"] <= 2]:
+        lines.append(
+            f"In {_some(narrow)} one or two directions hold nine tenths of the variance: a few tokens with massive activations, not a simple task."
+        )
     trials = [t for w in result["winning"] for t in w["trials"]]
     if trials:
         fell = sum(t["drop"] > 0 for t in trials)
