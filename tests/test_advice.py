@@ -181,22 +181,37 @@ def test_a_survey_has_every_quantity(surveyed):
     assert found["coverage"]["share"][-1] == pytest.approx(4 / 64, rel=0.5)
 
 
-def test_a_survey_keeps_to_its_bound_of_memory():
-    """Features in several passes, a Gram matrix at a time: less than the stated bound beyond the model, and less with a smaller budget."""
-    from slicefine import track_memory
-    from slicefine.diagnose.capture import linear_layers
+class Wide(nn.Module):
+    """Ten layers of 192 x 192 in a row."""
 
-    model, batches, _, loss = setting()
-    used = {}
-    for budget in (60_000, 1 << 30):
-        options = Options(r=4, tokens=64, draws=1, tried=0, budget=budget)
-        few = [{k: v[:8] for k, v in batch.items()} for batch in batches[:2]]
-        layers = linear_layers(model)
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList(nn.Linear(192, 192) for _ in range(10))
+
+    def forward(self, x, labels=None):
+        for layer in self.layer:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_survey_keeps_to_its_bound_of_memory():
+    """Features in several passes, a decomposition at a time: within the stated bound, and less where the budget is smaller."""
+    from slicefine import track_memory
+    from slicefine.diagnose.capture import linear_layers, passes
+
+    model, batches = Wide(), [{"x": torch.randn(64, 192)} for _ in range(4)]
+    loss = lambda net, batch: net(batch["x"]).square().mean()
+    layers, used = linear_layers(model), {}
+    a_pass = 20 * 4 * 64 * 192  # what a forward and backward pass of one batch holds by itself, and more
+    for budget in (2 * 4 * 512 * 192, 1 << 24):
+        options = Options(r=4, tokens=256, draws=1, tried=0, budget=budget)
         with track_memory(model=model) as report:
-            survey(model, few, options, loss=loss)
+            survey(model, batches, options, loss=loss)
         used[budget] = report.peak_bytes - report.bytes_before
-        assert used[budget] < bound(layers, options)
-    assert used[60_000] < 60_000 + bound(layers, Options(r=4, tokens=64, budget=0))
+        assert used[budget] < bound(layers, options, model) + a_pass
+    small, large = used.values()
+    assert len(passes([192] * 10, 256, 256, 2 * 4 * 512 * 192)) == 5
+    assert small < 0.5 * large and large > 10 * 4 * 512 * 192  # two layers' features at a time, against all ten layers'
 
 
 def test_layers_are_chosen_over_depth_and_kinds():

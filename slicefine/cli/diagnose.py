@@ -247,5 +247,5 @@ def passes_planned(model: str, options: Any, examples: int) -> str:
     return (
         f"{len(layers)} linear layers, {weights:,d} parameters ({4 * weights / 2**30:.1f} GiB in float32); features in {2 * len(groups)} passes over "
         f"{examples} examples, half of them with random weights; beyond the model and one pass of one batch at most "
-        f"{bound(layers, options) / 2**20:,.0f} MiB"
+        f"{bound(layers, options, built) / 2**20:,.0f} MiB"
     )

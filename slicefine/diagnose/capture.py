@@ -166,15 +166,17 @@ def input_features(
             current.update(mask=batch.get("attention_mask"), number=number, batch=len(next(iter(batch.values()))))
             model(**batch)
             shared.clear()
-    joined: dict[tuple[int, ...], Features] = {}
-    result: dict[str, Features] = {}
+    alike: dict[tuple[int, ...], list[str]] = {}
     for name, parts in collected.items():
-        key = tuple(id(rows) for rows, _ in parts)
-        if key not in joined:
-            rows, means = torch.cat([r for r, _ in parts])[:samples], torch.cat([m for _, m in parts])
-            joined[key] = Features(rows, means)
-        result[name] = joined[key]
-    return result
+        alike.setdefault(tuple(id(rows) for rows, _ in parts), []).append(name)
+    joined: dict[str, Features] = {}
+    for names in alike.values():  # parts go as they are joined: features are held once and not twice
+        lists = [collected.pop(name) for name in names]
+        parts = lists[0]
+        features = Features(torch.cat([rows for rows, _ in parts])[:samples], torch.cat([means for _, means in parts]))
+        joined.update(dict.fromkeys(names, features))
+        del lists, parts
+    return {layer.name: joined[layer.name] for layer in layers if layer.name in joined}
 
 
 # -- the same model with random weights ---------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     So the randomly initialised twin of a model takes the memory of its largest module and not that of a second model. Linear and embedding weights are normal
     with ``model.config.initializer_range`` where there is one; else modules initialise themselves (``reset_parameters``). Other
-    parameters: vectors called weight are ones, biases zeros, everything else normal with 0.02.
+    parameters: vectors called weight are ones, biases zeros, everything else normal with 0.02. A module whose weights its parent reads without calling it keeps them.
     """
     deviation = getattr(getattr(model, "config", None), "initializer_range", None)
 

@@ -126,20 +126,23 @@ def survey(
         "notes": NOTES,
         "options": asdict(options),
         "examples": held,
-        "bound_bytes": bound(layers, options),
+        "bound_bytes": bound(layers, options, model),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }  # fmt: skip
 
 
-def bound(layers: Sequence[Layer], options: Options) -> int:
-    """Bytes that the features, tangents and gradients take beyond the model and a pass of one batch, at the most.
+def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = None) -> int:
+    """Bytes that a survey takes beyond the model and a pass of one batch, at the most.
 
-    Features of one pass and their float64 copies while one layer is decomposed; the largest weight's gradient; slice tangents.
+    Features of one pass, and beside them the largest of: float64 copies while one layer is decomposed, the largest module's random parameters (with a model), three times the largest
+    weight in float32 (its gradient, or a null of its shape), slice tangents.
     """
     widest = max(layer.in_features for layer in layers)
     largest = max(layer.in_features * layer.out_features for layer in layers)
     decomposed = 8 * (3 * options.tokens * widest + 3 * min(options.tokens, widest) ** 2)
-    return options.budget + max(decomposed, 3 * 4 * largest, 3 * PASS_BYTES if options.rank else 0)
+    own = lambda module: sum(4 * p.numel() for p in module._parameters.values() if p is not None)
+    module = max(map(own, model.modules())) if model is not None else 0
+    return options.budget + max(decomposed, 3 * 4 * largest, module, 3 * PASS_BYTES if options.rank else 0)
 
 
 def balances(layers: Sequence[Layer], options: Options, track: Track = quietly) -> dict[str, dict[str, Balance]]:
