@@ -187,8 +187,8 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
             {
                 "layer": row["name"], "width": row["in_features"], "k(0.9)": row["energy"]["k"]["0.9"], "k(0.95)": row["energy"]["k"]["0.95"],
                 "k(0.99)": row["energy"]["k"]["0.99"], "random k(0.9)": row["random_energy"]["k"]["0.9"], "random k(0.99)": row["random_energy"]["k"]["0.99"],
-                "label-aligned k(0.9)": row["energy"]["aligned_k"] and row["energy"]["aligned_k"]["0.9"],
-                "effective rank": row["energy"]["effective_rank"], "constant features": row["energy"]["dead"],
+                "aligned k(0.9)": row["energy"]["aligned_k"] and row["energy"]["aligned_k"]["0.9"],
+                "effective rank": row["energy"]["effective_rank"], "constant": row["energy"]["dead"],
             }
             for row in rows
         ],
@@ -267,11 +267,12 @@ def tangent_section(page: Page, result: dict[str, Any]) -> None:
         [
             {
                 "slices": row["name"], "parameters": row["parameters"], "pool": row["examples"], "C": row["outputs"], "rank (1e-6)": row["rank"],
-                "rank (1e-3)": row["rank_1e-3"], "pool bounds it": row["saturated"], "effective rank": row["effective_rank"], "n_min": row["n_min"],
-                "2 R": row["advised"], "verdict": row["verdict"],
+                "rank (1e-3)": row["rank_1e-3"], "pool bounds R": row["saturated"], "effective rank": row["effective_rank"], "n_min": row["n_min"],
+                "2 R": row["advised"], "invisible": row["invisible"],
             }
             for row in result["tangent"]
-        ]
+        ],
+        "R: rank on the pool; invisible: share of the pool's tangent outside the span of as many training examples",
     )  # fmt: skip
 
 
@@ -306,8 +307,8 @@ def balance_section(page: Page, result: dict[str, Any]) -> None:
             {
                 "layer": row["name"], "axis": axis, "groups": b["groups"], "energy ratio": b["energy_ratio"],
                 "shuffled": b["permutation"]["energy_ratio"]["mean"], "Gaussian": b["gaussian"]["energy_ratio"]["mean"],
-                "profile ratio": b["profile_ratio"], "shuffled, profile": b["permutation"]["profile_ratio"]["mean"],
-                "Gaussian, profile": b["gaussian"]["profile_ratio"]["mean"],
+                "profile ratio": b["profile_ratio"], "shuffled ": b["permutation"]["profile_ratio"]["mean"],
+                "Gaussian ": b["gaussian"]["profile_ratio"]["mean"],
                 "effective ranks": f"{b['effective_rank_min']:.1f} to {b['effective_rank_max']:.1f}",
             }
             for row in result["layers"] for axis, b in row["balance"].items()
