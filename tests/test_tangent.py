@@ -278,6 +278,20 @@ def test_a_pool_that_is_too_small_says_so():
     assert report.parameters == 100 and report.spectrum[0] == 1.0 and len(report.spectrum) == 16
 
 
+def test_label_alignment_and_the_share_of_the_top():
+    torch.manual_seed(1)
+    jacobian, targets = torch.randn(12, 7, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    singular = torch.linalg.svdvals(jacobian)
+    expected = (jacobian.t() @ targets.flatten()).square().sum() / targets.square().sum() / singular[0].square()
+    gram = jacobian @ jacobian.t()
+    assert tangent.label_alignment(gram, targets) == pytest.approx(float(expected))
+    assert tangent.label_alignment(gram, torch.linalg.svd(jacobian).U[:, 0].view(6, 2)) == pytest.approx(1.0)
+    share = singular.square()[:5].sum() / singular.square().sum()
+    assert tangent.report_from_gram(gram, 6, 2, 7).top_share == pytest.approx(float(share))
+    with pytest.raises(ValueError, match="targets have 4 entries and the Gram matrix 12 rows"):
+        tangent.label_alignment(gram, targets[:2])
+
+
 def test_errors():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     batch = [{"input": torch.randn(2, 3)}]

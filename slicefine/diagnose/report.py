@@ -267,7 +267,8 @@ def tangent_section(page: Page, result: dict[str, Any]) -> None:
         [
             {
                 "slices": row["name"], "parameters": row["parameters"], "pool": row["examples"], "C": row["outputs"], "rank (1e-6)": row["rank"],
-                "rank (1e-3)": row["rank_1e-3"], "pool bounds R": row["saturated"], "effective rank": row["effective_rank"], "n_min": row["n_min"],
+                "rank (1e-3)": row["rank_1e-3"], "pool bounds R": row["saturated"], "effective rank": row["effective_rank"],
+                "top five": row["top_share"], "aligned with labels": row["label_alignment"], "n_min": row["n_min"],
                 "2 R": row["advised"], "invisible": row["invisible"],
             }
             for row in result["tangent"]

@@ -29,7 +29,14 @@ from slicefine.diagnose.capture import (
 )
 from slicefine.diagnose.energy import Energy, task_energy
 from slicefine.diagnose.spectra import AXES, Balance, Null, gaussian_null, group_bounds, spectral_balance
-from slicefine.diagnose.tangent import PASS_BYTES, model_outputs, report_from_gram, slice_grams, slice_of
+from slicefine.diagnose.tangent import (
+    PASS_BYTES,
+    label_alignment,
+    model_outputs,
+    report_from_gram,
+    slice_grams,
+    slice_of,
+)
 from slicefine.diagnose.winning import LEAST_POSITIONS, Loss, Winning, loss_of_output, winning_report
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 
@@ -113,7 +120,9 @@ def survey(
         ),
     )  # fmt: skip
     tangents = (
-        timed("tangent", lambda: tangent_rows(model, used, tried, batches, options, track)) if options.rank else []
+        timed("tangent", lambda: tangent_rows(model, used, tried, batches, options, track, labels))
+        if options.rank
+        else []
     )
     by_name = {w.name: w for w in winning}
     held = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -226,7 +235,8 @@ def spread_over(layers: Sequence[Layer], count: int) -> list[str]:
 
 
 def tangent_rows(
-    model: nn.Module, layers: Sequence[Layer], tried: Sequence[str], batches: Sequence[Batch], options: Options, track: Track = quietly
+    model: nn.Module, layers: Sequence[Layer], tried: Sequence[str], batches: Sequence[Batch], options: Options, track: Track = quietly,
+    labels: Tensor | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each layer tried and one for all of them together: ranks on a pool of half the examples, at most 48, and what training sets of growing size leave invisible."""
     by_name = {layer.name: layer for layer in layers}
@@ -241,10 +251,10 @@ def tangent_rows(
     rows, total, parameters = [], None, 0
     for name, gram in track(slice_grams(model, slices, few, outputs), "slice tangents", len(slices)):
         size = (by_name[name].out_features if options.axis == "column" else by_name[name].in_features) * options.r
-        rows.append(_tangent_row(name, gram, held, size))
+        rows.append(_tangent_row(name, gram, held, size, labels))
         total, parameters = gram.clone() if total is None else total.add_(gram), parameters + size
     if total is not None and len(rows) > 1:
-        rows.append(_tangent_row("all of these together", total, held, parameters))
+        rows.append(_tangent_row("all of these together", total, held, parameters, labels))
     return rows
 
 
@@ -257,7 +267,7 @@ def _first_examples(batches: Sequence[Batch], most: int) -> list[Batch]:
     return chosen
 
 
-def _tangent_row(name: str, gram: Tensor, held: int, parameters: int) -> dict[str, Any]:
+def _tangent_row(name: str, gram: Tensor, held: int, parameters: int, labels: Tensor | None) -> dict[str, Any]:
     outputs = len(gram) // held
     pool = held // 2
     sizes = [n for n in (2, 4, 8, 16, 32, 48) if n <= held - pool]
@@ -269,6 +279,10 @@ def _tangent_row(name: str, gram: Tensor, held: int, parameters: int) -> dict[st
     last = reports[sizes[-1]] if sizes else report_from_gram(gram, held, outputs, parameters, tolerance=1e-6)
     loose = int((torch.tensor(last.spectrum) > 1e-3).sum())
     row = asdict(last)
+    row["label_alignment"] = None
+    if labels is not None and outputs == int(labels.max()) + 1 and len(labels) >= held:
+        targets = torch.nn.functional.one_hot(labels[:held].long(), outputs).double()
+        row["label_alignment"] = label_alignment(gram, targets - targets.mean(0))
     row["spectrum"] = [round(v, 9) for v in row["spectrum"]]
     return {"name": name, "rank_1e-3": loose, "invisible_by_examples": curve, **row}
 

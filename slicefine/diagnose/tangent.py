@@ -230,7 +230,7 @@ class TangentReport:
     invisible: share, in [0, 1], of the pool's tangent (Frobenius norm) outside the span of the training set's.
     effective_rank: exp of the entropy of the squared singular values. per_example: largest rank that one example adds, min(C, r) for a row slice.
     n_min: ceil(rank / per_example), the noise-free, local best case. advised: 2 rank examples.
-    spectrum: singular values over the largest.
+    spectrum: singular values over the largest. top_share: of the five largest squared singular values in the sum of all.
     """
 
     parameters: int
@@ -244,6 +244,7 @@ class TangentReport:
     n_min: int
     advised: int
     spectrum: list[float]
+    top_share: float
     train_rank: int | None = None
     invisible: float | None = None
     verdict: str = ""
@@ -304,9 +305,22 @@ def report_from_gram(
     saturated = rank == min(split, parameters) and split < parameters
     return TangentReport(
         parameters, examples, outputs, rank, tolerance, saturated, float((-(share * share.clamp_min(1e-300).log()).sum()).exp()),
-        min(outputs, r or outputs), n_min, advised, singular.tolist(), train_rank, invisible,
+        min(outputs, r or outputs), n_min, advised, singular.tolist(), float(share[:5].sum()), train_rank, invisible,
         _verdict(rank, saturated, train_rank, invisible),
     )  # fmt: skip
+
+
+def label_alignment(gram: Tensor, targets: Tensor) -> float:
+    """yᵀ K y / (‖y‖² ‖K‖) in [0, 1]: how much the labels lie where the slices move the outputs most.
+
+    gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centred one-hot labels. ‖K‖ is the largest eigenvalue.
+    """
+    y = targets.to("cpu", torch.float64).flatten()
+    if len(y) != len(gram) or not float(y.square().sum()) > 0.0:
+        raise ValueError(
+            f"targets have {len(y)} entries and the Gram matrix {len(gram)} rows; expected as many, not all zero"
+        )
+    return float(y @ gram @ y / (y @ y) / torch.linalg.eigvalsh(gram)[-1])
 
 
 def _seen(gram: Tensor, split: int, tolerance: float) -> tuple[int, float]:
