@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from benchmarks.record import where
 from benchmarks.text_tasks import NAMES, encoder, rows_of, train_once
 from slicefine import SliceConfig
+from slicefine.cli.diagnose import write_json
 
 DEFAULT_LR = 1e-3  # of slicefine train
 
@@ -30,7 +32,7 @@ def advised(rows: list[dict[str, str]], folder: Path, epochs: int, max_length: i
     from slicefine.cli.diagnose import load_subject
     from slicefine.cli.tasks import Columns
 
-    path = folder / "advised-train.csv"
+    path = folder / f"advised-{len(rows)}-{zlib.crc32(rows[0]['text'].encode())}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
@@ -58,6 +60,42 @@ def summary(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def arms_of(advice: dict[str, Any]) -> dict[str, tuple[SliceConfig, float]]:
+    """arm -> (slices, learning rate)."""
+    config = SliceConfig.from_dict(advice["config"])
+    return {
+        "default": (SliceConfig(), DEFAULT_LR),
+        "default, advised lr": (SliceConfig(), advice["lr"]),
+        "advised": (config, advice["lr"]),
+    }
+
+
+def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool:
+    """Do the next piece of a task, the advice or one training; returns whether there was any left."""
+    train, test = rows_of(name, given.folder)
+    train, test = train[: given.train], test[: given.test]
+    task = found["tasks"].setdefault(name, {"runs": []})
+    if "advice" not in task:
+        start = time.perf_counter()
+        advice = advised(train, given.folder, given.epochs, 64)
+        advice.pop("survey")
+        task.update(advice=advice, advice_seconds=time.perf_counter() - start)
+        return True
+    arms, done = arms_of(task["advice"]), {(run["seed"], run["arm"]) for run in task["runs"]}
+    missing = [(seed, arm) for seed in range(given.seeds) for arm in arms if (seed, arm) not in done]
+    if missing:
+        seed, arm = missing[0]
+        slices, lr = arms[arm]
+        task["runs"].append(
+            {"arm": arm, "seed": seed, "lr": lr, **train_once(train, test, slices, lr, seed, given.epochs)}
+        )
+        print(name, task["runs"][-1], flush=True)
+    if len(missing) <= 1 and "summary" not in task:
+        task["summary"] = summary(task)
+        print(name, json.dumps(task["summary"]), flush=True)
+    return bool(missing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tasks", nargs="+", default=list(NAMES))
@@ -66,37 +104,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("demo"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="goes on where this file ends")
+    parser.add_argument(
+        "--once", action="store_true", help="one piece of work, then exit with 0 if there was any, else 3"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {
-        "where": where("cpu"),
-        "settings": {k: v for k, v in vars(given).items() if k not in ("out", "folder")},
-        "tasks": {},
-    }
+    settings = {k: getattr(given, k) for k in ("train", "test", "epochs", "seeds")}
+    found = (
+        json.loads(given.out.read_text())
+        if given.out.exists()
+        else {"where": where("cpu"), "settings": settings, "tasks": {}}
+    )
+    if found["settings"] != settings:
+        raise SystemExit(f"{given.out} was made with {found['settings']}, not {settings}: choose another file")
     for name in given.tasks:
-        train, test = rows_of(name, given.folder)
-        train, test = train[: given.train], test[: given.test]
-        start = time.perf_counter()
-        advice = advised(train, given.folder, given.epochs, 64)
-        seconds = time.perf_counter() - start
-        advice.pop("survey")
-        task: dict[str, Any] = {"advice": advice, "advice_seconds": seconds, "runs": []}
-        config = SliceConfig.from_dict(advice["config"])
-        arms = {
-            "default": (SliceConfig(), DEFAULT_LR),
-            "default, advised lr": (SliceConfig(), advice["lr"]),
-            "advised": (config, advice["lr"]),
-        }
-        for seed in range(given.seeds):
-            for arm, (slices, lr) in arms.items():
-                task["runs"].append(
-                    {"arm": arm, "seed": seed, "lr": lr, **train_once(train, test, slices, lr, seed, given.epochs)}
-                )
-                print(name, task["runs"][-1], flush=True)
-        found["tasks"][name] = {**task, "summary": summary(task)}
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(found["tasks"][name]["summary"]), flush=True)
+        while advance(found, name, given):
+            write_json(found, given.out)
+            if given.once:
+                return
+    write_json(found, given.out)
+    if given.once:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,24 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool:
+    """Do the next training of a task; returns whether there was one left."""
+    task = found["tasks"].setdefault(name, {"runs": []})
+    done = {(run["seed"], run["mode"]) for run in task["runs"]}
+    missing = [(seed, mode) for seed in range(given.seeds) for mode in MODES if (seed, mode) not in done]
+    if missing:
+        seed, mode = missing[0]
+        train, test = rows_of(name, given.folder)
+        config = SliceConfig(switch_mode=mode, switch_interval=given.interval)
+        row = train_once(train[: given.train], test[: given.test], config, given.lr, seed, given.epochs)
+        task["runs"].append({"mode": mode, "seed": seed, **row})
+        print(name, task["runs"][-1], flush=True)
+    if len(missing) <= 1 and "summary" not in task:
+        task["summary"] = compare(task["runs"])
+        print(name, json.dumps(task["summary"]), flush=True)
+    return bool(missing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tasks", nargs="+", default=["movie", "r52"])
@@ -50,26 +68,26 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("demo"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="goes on where this file ends")
+    parser.add_argument("--once", action="store_true", help="one training, then exit with 0 if there was any, else 3")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {
-        "where": where("cpu"),
-        "settings": {k: v for k, v in vars(given).items() if k not in ("out", "folder")},
-        "tasks": {},
-    }
+    settings = {k: getattr(given, k) for k in ("train", "test", "epochs", "interval", "lr", "seeds")}
+    found = (
+        json.loads(given.out.read_text())
+        if given.out.exists()
+        else {"where": where("cpu"), "settings": settings, "tasks": {}}
+    )
+    if found["settings"] != settings:
+        raise SystemExit(f"{given.out} was made with {found['settings']}, not {settings}: choose another file")
     for name in given.tasks:
-        train, test = rows_of(name, given.folder)
-        runs = []
-        for seed in range(given.seeds):
-            for mode in MODES:
-                config = SliceConfig(switch_mode=mode, switch_interval=given.interval)
-                row = train_once(train[: given.train], test[: given.test], config, given.lr, seed, given.epochs)
-                runs.append({"mode": mode, "seed": seed, **row})
-                print(name, runs[-1], flush=True)
-        found["tasks"][name] = {"runs": runs, "summary": compare(runs)}
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(found["tasks"][name]["summary"]), flush=True)
+        while advance(found, name, given):
+            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            if given.once:
+                return
+    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if given.once:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":
