@@ -26,20 +26,20 @@ from slicefine.cli.diagnose import write_json
 DEFAULT_LR = 1e-3  # of slicefine train
 
 
-def advised(rows: list[dict[str, str]], folder: Path, epochs: int, max_length: int) -> dict[str, Any]:
+def advised(rows: list[dict[str, str]], given: argparse.Namespace, max_length: int) -> dict[str, Any]:
     """The advice from these rows alone, as `slicefine advise` gives it."""
     from slicefine.cli.advise import advice_for
     from slicefine.cli.diagnose import load_subject
     from slicefine.cli.tasks import Columns
 
-    path = folder / f"advised-{len(rows)}-{zlib.crc32(rows[0]['text'].encode())}.csv"
+    path = given.folder / f"advised-{len(rows)}-{zlib.crc32(rows[0]['text'].encode())}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
         writer.writerows(rows)
     subject = load_subject(encoder(), str(path), None, Columns("text", "label", "image"), 96, max_length, 0, "cpu")
     return advice_for(
-        subject, "MiniLM", r=16, epochs=epochs, batch_size=32, max_length=max_length, trial_steps=40, held=256, bf16=True, seed=0
+        subject, "MiniLM", r=16, epochs=given.epochs, batch_size=32, max_length=max_length, trial_steps=given.trial_steps, held=given.held, bf16=True, seed=0, tried=0,
     )  # fmt: skip
 
 
@@ -79,8 +79,9 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
     task = found["tasks"].setdefault(name, {"runs": []})
     if "advice" not in task:
         start = time.perf_counter()
-        advice = advised(train, given.folder, given.epochs, 64)
+        advice = advised(train, given, 64)
         advice.pop("survey")
+        task["advice_settings"] = {"trial_steps": given.trial_steps, "held": given.held}
         task.update(advice=advice, advice_seconds=time.perf_counter() - start)
         return True
     arms, done = arms_of(task["advice"]), {(run["seed"], run["arm"]) for run in task["runs"]}
@@ -108,6 +109,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trial-steps", type=int, default=40, help="of the advice")
+    parser.add_argument("--held", type=int, default=256, help="of the advice")
     parser.add_argument("--folder", type=Path, default=Path("demo"))
     parser.add_argument("--out", type=Path, required=True, help="goes on where this file ends")
     parser.add_argument(

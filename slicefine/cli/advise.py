@@ -73,9 +73,10 @@ def advise(
 
 
 def advice_for(
-    subject: Subject, name: str, *, r: int, epochs: int, batch_size: int, max_length: int, trial_steps: int, held: int, bf16: bool, seed: int
+    subject: Subject, name: str, *, r: int, epochs: int, batch_size: int, max_length: int, trial_steps: int, held: int, bf16: bool, seed: int,
+    tried: int = 4,
 ) -> dict[str, Any]:  # fmt: skip
-    """Survey and advice of a loaded model as one dictionary."""
+    """Survey and advice of a loaded model as one dictionary. tried: layers in which slices are trained at random positions, for the report."""
     from slicefine.diagnose.advice import advise as recommend
     from slicefine.diagnose.survey import Options, survey
     from slicefine.diagnose.trials import Recipe
@@ -84,7 +85,7 @@ def advice_for(
     steps = epochs * -(-subject.rows_in_all // batch_size)
     options = Options(
         r=r,
-        tried=4,
+        tried=tried,
         rank=True,
         epochs=epochs,
         batch_size=batch_size,
