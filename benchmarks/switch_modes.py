@@ -1,8 +1,10 @@
-"""Do positions chosen by a score beat an order that knows nothing? Accuracy and training loss of the switch modes, seed by seed.
+"""Do positions chosen by a score beat an order that knows nothing? Accuracy and training loss of the switch modes, seed
+by seed.
 
     python -m benchmarks.switch_modes --out benchmarks/results/switch-modes.json
 
-gradient: the position with the largest Frobenius norm of the slice's gradient in the step before the move. magnitude: the largest norm of its weights. Both visit each position once a sweep, as random and ascending do.
+gradient: the position with the largest Frobenius norm of the slice's gradient in the step before the move. magnitude:
+the largest norm of its weights. Both visit each position once a sweep, as random and ascending do.
 Everything else is equal: rows, batches, head, learning rate, interval. The first position is the same for all.
 """
 
@@ -24,7 +26,8 @@ MODES = ("random", "ascending", "gradient", "magnitude")
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Against random, over seeds: mean difference of accuracy and its standard error; "beats" needs more than two of them."""
+    """Against random, over seeds: mean difference of accuracy and its standard error; "beats" needs more than two of
+    them."""
     by = {(run["mode"], run["seed"]): run["accuracy"] for run in runs}
     seeds = sorted({seed for _, seed in by})
     result = {}

@@ -48,7 +48,8 @@ def advise(
     seed: int = 0,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")] = None,
 ) -> None:
-    """Recommend slices, r per layer, learning rate and interval from measurements on your data; nothing is trained for keeps."""
+    """Recommend slices, r per layer, learning rate and interval from measurements on your data; nothing is trained for
+    keeps."""
     try:
         check_report(report)
         columns = Columns(text_column, label_column, image_column)
@@ -76,7 +77,8 @@ def advice_for(
     subject: Subject, name: str, *, r: int, epochs: int, batch_size: int, max_length: int, trial_steps: int, held: int, bf16: bool, seed: int,
     tried: int = 4,
 ) -> dict[str, Any]:  # fmt: skip
-    """Survey and advice of a loaded model as one dictionary. tried: layers in which slices are trained at random positions, for the report."""
+    """Survey and advice of a loaded model as one dictionary. tried: layers in which slices are trained at random
+    positions, for the report."""
     from slicefine.diagnose.advice import advise as recommend
     from slicefine.diagnose.survey import Options, survey
     from slicefine.diagnose.trials import Recipe
@@ -121,7 +123,8 @@ def planner(subject: Subject, name: str, batch_size: int, max_length: int) -> An
 
 
 def _trial_batches(subject: Subject, size: int, steps: int, held: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) batches of the data, shuffled by the seed; the held-out rows are a quarter of the data at the most."""
+    """(training, held-out) batches of the data, shuffled by the seed; the held-out rows are a quarter of the data at
+    the most."""
     rows = subject.all_rows
     held = min(held, len(rows) // 4)
     if held < 4 or len(rows) - held < size:

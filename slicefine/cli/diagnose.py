@@ -47,7 +47,8 @@ def diagnose(
     seed: int = 0,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")] = None,
 ) -> None:
-    """Spectra, task energy, slice tangents and winning slices of a pretrained model on your data; nothing is trained for keeps."""
+    """Spectra, task energy, slice tangents and winning slices of a pretrained model on your data; nothing is trained
+    for keeps."""
     from slicefine.cli.plan import size_in_bytes
     from slicefine.diagnose.report import summary, survey_page
     from slicefine.diagnose.survey import Options, survey
@@ -103,8 +104,8 @@ def diagnose(
 
 @dataclass
 class Subject:
-    """A loaded model and a sample of its data. all_rows: the data's, shuffled; batches: of the sample, by length. outputs: for tangents, where logits are
-    too many."""
+    """A loaded model and a sample of its data. all_rows: the data's, shuffled; batches: of the sample, by length.
+    outputs: for tangents, where logits are too many."""
 
     model: Any
     task: Task

@@ -1,7 +1,9 @@
-"""One ranked recommendation: which modules, which slices, which r per layer, which learning rate, how many examples, and why.
+"""One ranked recommendation: which modules, which slices, which r per layer, which learning rate, how many examples,
+and why.
 
-What could be measured on the user's data was measured, in short trainings that are taken back (`slicefine.diagnose.trials`): the learning rate, and candidates of equal or smaller
-planned memory side by side with the default. What was not is marked as a rule. A short training is a prediction of a long one and no more.
+What could be measured on the user's data was measured, in short trainings that are taken back
+(`slicefine.diagnose.trials`): the learning rate, and candidates of equal or smaller planned memory side by side with
+the default. What was not is marked as a rule. A short training is a prediction of a long one and no more.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ LEAST_INTERVAL = 100  # steps between moves: 20 and 50 were behind 100 at the sa
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the recommendation. effect: fall of the held-out loss against the alternative, where it was measured; lines are ranked by it."""
+    """One line of the recommendation. effect: fall of the held-out loss against the alternative, where it was measured;
+    lines are ranked by it."""
 
     setting: str
     value: Any
@@ -36,7 +39,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Advice:
-    """lines: ranked. config: the `SliceConfig` to use. lr: of the slices. cost: planned bytes by candidate. candidates: what was tried, best first."""
+    """lines: ranked. config: the `SliceConfig` to use. lr: of the slices. cost: planned bytes by candidate. candidates:
+    what was tried, best first."""
 
     lines: list[Line]
     config: SliceConfig
@@ -54,8 +58,8 @@ class Advice:
 
 
 def method_of(config: SliceConfig, name: str = "slices") -> Method:
-    """A `slicefine.plan.Method` of a config. Heads that train whole are left out: fake tensors have no values for their optimizer to read, and they
-    cost every candidate the same."""
+    """A `slicefine.plan.Method` of a config. Heads that train whole are left out: fake tensors have no values for their
+    optimizer to read, and they cost every candidate the same."""
     slices = _changed(
         config,
         modules_to_save=None,
@@ -78,9 +82,10 @@ def _listed(names: list[str] | str | None) -> list[str]:
 def allocate(weights: dict[str, float], heights: dict[str, int], widths: dict[str, int], r: int) -> dict[str, int]:
     """Widths in proportion to weights that cost no more than r everywhere.
 
-    weights: layer -> how much it should get. heights: the slice's other extent (out_features of a column slice). widths: features that r may take of.
-    out: layer -> width, a multiple of 4 between 4 and 64 where the layer is wide enough, with sum(r_l) <= r L and sum(r_l h_l) <= r sum(h_l):
-    neither kept activations nor trained parameters exceed those of r everywhere.
+    weights: layer -> how much it should get. heights: the slice's other extent (out_features of a column slice).
+    widths: features that r may take of.
+    out: layer -> width, a multiple of 4 between 4 and 64 where the layer is wide enough, with sum(r_l) <= r L and
+    sum(r_l h_l) <= r sum(h_l): neither kept activations nor trained parameters exceed those of r everywhere.
     """
     bounds = {
         name: (min(LEAST_R, r, widths[name]), max(min(MOST_R, widths[name] // 2), min(r, widths[name])))
@@ -142,8 +147,10 @@ def advise(
 ) -> Advice:
     """Recommend a configuration for a model and data that `slicefine.diagnose.survey` has looked at.
 
-    batches, held: training and held-out batches; no example in both. base: the default to compare with, `SliceConfig()` with new heads in ``modules_to_save``.
-    steps_in_all: optimizer steps of the training to come. trial_steps: of each trial. cost: config -> planned peak bytes; candidates above the default's are left out.
+    batches, held: training and held-out batches; no example in both. base: the default to compare with, `SliceConfig()`
+    with new heads in ``modules_to_save``.
+    steps_in_all: optimizer steps of the training to come. trial_steps: of each trial. cost: config -> planned peak
+    bytes; candidates above the default's are left out.
     out: an `Advice`. The model is the same afterwards, bit for bit.
     """
     base = base or SliceConfig()
@@ -194,7 +201,8 @@ def _claims(trial_steps: int, held: int) -> list[str]:
 
 
 def _interval(survey: dict[str, Any], base: SliceConfig, steps: int) -> int | None:
-    """Every position once if the steps allow it, but never faster than `LEAST_INTERVAL`; a training shorter than two intervals stays."""
+    """Every position once if the steps allow it, but never faster than `LEAST_INTERVAL`; a training shorter than two
+    intervals stays."""
     if steps < 2 * LEAST_INTERVAL:
         return None
     widths = sorted(row["in_features" if base.slice_type == "column" else "out_features"] for row in survey["layers"])

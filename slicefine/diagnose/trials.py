@@ -1,4 +1,5 @@
-"""Short trainings on the user's data that are taken back afterwards: the learning-rate range test, and candidates side by side."""
+"""Short trainings on the user's data that are taken back afterwards: the learning-rate range test, and candidates side
+by side."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from slicefine.optim import SliceAdamW
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear decay to 0 after it. clip: gradient norm, 0 for none."""
+    """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear decay to 0 after it.
+    clip: gradient norm, 0 for none."""
 
     head_lr: float = 2e-3
     warmup: float = 0.1
@@ -31,7 +33,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ShortRun:
-    """losses: of the training batches, before each step. held_loss: mean over the held-out batches afterwards, None without them."""
+    """losses: of the training batches, before each step. held_loss: mean over the held-out batches afterwards, None
+    without them."""
 
     losses: list[float]
     held_loss: float | None
@@ -41,7 +44,8 @@ class ShortRun:
 class RangeTest:
     """A learning-rate range test. lrs, losses, smoothed: (steps,), smoothed with an exponential average.
 
-    low: where the smoothed loss has made a tenth of its fall. high: where it is lowest. suggested: a tenth of high, at least low.
+    low: where the smoothed loss has made a tenth of its fall. high: where it is lowest. suggested: a tenth of high, at
+    least low.
     diverged: whether it was stopped by a loss above its start. usable: whether the smoothed loss fell at all.
     """
 
@@ -68,9 +72,11 @@ def short_training(
     stop: Callable[[list[float]], bool] = lambda losses: False,
     ticks: Iterable[Any] | None = None,
 ) -> ShortRun:
-    """Train slices at their first positions for a few steps, look at the held-out loss, and take everything back bit for bit.
+    """Train slices at their first positions for a few steps, look at the held-out loss, and take everything back bit
+    for bit.
 
-    config: its slices do not move during the run, so that what is to be taken back is known. batches: used in turn. lr: peak of warm-up and linear decay, or a function of the step.
+    config: its slices do not move during the run, so that what is to be taken back is known. batches: used in turn. lr:
+    peak of warm-up and linear decay, or a function of the step.
     stop: losses so far -> whether to end early.
     """
     recipe = recipe or Recipe()
@@ -154,7 +160,8 @@ def lr_range_test(
 ) -> RangeTest:
     """Raise the learning rate of the slices from step to step and watch the loss; the model is the same afterwards.
 
-    lowest, highest: geometric ends of the range. It stops where the smoothed loss exceeds its start by as much as it had fallen, and by a tenth at least.
+    lowest, highest: geometric ends of the range. It stops where the smoothed loss exceeds its start by as much as it
+    had fallen, and by a tenth at least.
     Source: Smith, arXiv 1506.01186.
     """
     if not 0 < lowest < highest or steps < 10:

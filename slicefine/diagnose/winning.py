@@ -1,7 +1,9 @@
-"""Is any slice as good as another? Shares of the gradient, and what training a slice at random positions does to the loss.
+"""Is any slice as good as another? Shares of the gradient, and what training a slice at random positions does to the
+loss.
 
-A non-zero restricted gradient makes every slice a "winner" in the weak sense of a falling loss; what tells slices apart is how much it falls. The universal
-winning-slice hypothesis (arXiv 2510.08513) is checked on the user's own model by the spread of that fall over positions, and exceptions are named.
+A non-zero restricted gradient makes every slice a "winner" in the weak sense of a falling loss; what tells slices apart
+is how much it falls. The universal winning-slice hypothesis (arXiv 2510.08513) is checked on the user's own model by
+the spread of that fall over positions, and exceptions are named.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def loss_of_output(model: nn.Module, batch: Batch) -> Tensor:
 class GradientShares:
     """How the squared gradient norm of one weight is spread over its features. norm: of the whole gradient.
 
-    columns: (in,) share of each input feature; rows: (out,) of each output feature; each sums to 1 (to 0 for a zero gradient).
+    columns: (in,) share of each input feature; rows: (out,) of each output feature; each sums to 1 (to 0 for a zero
+    gradient).
     dead: (in,) bool, input features that are zero at every position.
     """
 
@@ -69,8 +72,9 @@ class Trial:
 class Winning:
     """One layer. shares: (positions,) of the squared gradient norm, to be compared with r / d = ``expected``.
 
-    share_cv: their coefficient of variation. trials: at random positions, none where only gradients were asked for. drop_cv, one_step_cv: coefficients of variation
-    of the trials' drops. winners: share of the trials whose loss fell. exceptions: what is unlike the rest, in words.
+    share_cv: their coefficient of variation. trials: at random positions, none where only gradients were asked for.
+    drop_cv, one_step_cv: coefficients of variation of the trials' drops. winners: share of the trials whose loss fell.
+    exceptions: what is unlike the rest, in words.
     """
 
     name: str
@@ -90,10 +94,11 @@ class Winning:
 def gradient_shares(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], loss: Loss = loss_of_output
 ) -> dict[str, GradientShares]:
-    """Where the gradient of the mean loss of each batch lies, averaged over batches as squared norms; layers never reached are left out.
+    """Where the gradient of the mean loss of each batch lies, averaged over batches as squared norms; layers never
+    reached are left out.
 
-    The gradient of one weight at a time exists, for as long as its norms take. A layer that is called several times in one forward pass counts with the sum of the calls'
-    squared norms.
+    The gradient of one weight at a time exists, for as long as its norms take. A layer that is called several times in
+    one forward pass counts with the sum of the calls' squared norms.
     """
     sums: dict[str, list[Tensor]] = {}
     alive: dict[str, Tensor] = {}
@@ -160,10 +165,13 @@ def winning_report(
 ) -> list[Winning]:
     """The empirical check of the winning-slice hypothesis on a model and a few batches.
 
-    layers: whose gradient shares are measured. tried: names of those in which slices are trained too, one at a time, at ``positions`` random positions (all where
-    there are fewer) for ``steps`` steps of `SliceAdamW` with ``lr`` on the first batch; weights are put back bit for bit. Layers narrower than r get a slice of all.
-    outliers: layer -> (first feature, past the last, why) of blocks flagged by `slicefine.diagnose.spectra`, named where they meet a slice.
-    Raises ValueError for fewer than 8 positions, for an axis that is neither "column" nor "row", for unknown names in ``tried``.
+    layers: whose gradient shares are measured. tried: names of those in which slices are trained too, one at a time, at
+    ``positions`` random positions (all where there are fewer) for ``steps`` steps of `SliceAdamW` with ``lr`` on the
+    first batch; weights are put back bit for bit. Layers narrower than r get a slice of all.
+    outliers: layer -> (first feature, past the last, why) of blocks flagged by `slicefine.diagnose.spectra`, named
+    where they meet a slice.
+    Raises ValueError for fewer than 8 positions, for an axis that is neither "column" nor "row", for unknown names in
+    ``tried``.
     """
     if positions < LEAST_POSITIONS:
         raise ValueError(f"positions is {positions}; a spread over fewer than {LEAST_POSITIONS} says nothing")
@@ -230,7 +238,8 @@ def _train_slice(
 
 
 def _keep_module(model: nn.Module, layer: Layer) -> None:
-    """Put the layer's own module back in place of the one that merging made: others may hold hooks on it, or a reference."""
+    """Put the layer's own module back in place of the one that merging made: others may hold hooks on it, or a
+    reference."""
     merged = model.get_submodule(layer.name)
     for parent in model.modules():
         for key, child in parent._modules.items():
