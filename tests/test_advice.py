@@ -299,3 +299,22 @@ def test_the_benchmarks_judge_as_they_say():
     ]
     judged = summary({"runs": runs})
     assert judged["advised"]["mean"] == 81 and judged["as_accurate"] and not judged["no_more_memory"]
+
+
+def test_the_docs_have_the_figures_of_the_committed_runs():
+    import json
+    from pathlib import Path
+
+    from benchmarks.advised import arms_of
+    from benchmarks.switch_modes import compare
+
+    root = Path(__file__).parent.parent
+    docs = (root / "docs" / "diagnose.md").read_text(encoding="utf-8")
+    modes = json.loads((root / "benchmarks" / "results" / "switch-modes.json").read_text())["tasks"]["movie"]
+    assert compare(modes["runs"]) == modes["summary"]
+    for mode, row in modes["summary"].items():
+        assert f"| `{mode}` | {', '.join(f'{a:.1f}' for a in row['accuracies'])} | {row['mean']:.2f} |" in docs
+    for task in json.loads((root / "benchmarks" / "results" / "advised.json").read_text())["tasks"].values():
+        config, lr = arms_of(task["advice"])["advised"]
+        assert config.r == 16 and f"{lr:.1e} (" in docs
+        assert task["advice"]["cost"]["default"] >= task["advice"]["candidates"][0]["planned_bytes"]
