@@ -1,11 +1,11 @@
 """A report as one HTML file that needs nothing else: text, tables, matplotlib figures as inline SVG.
 
-    page = Page("Title", "one line under it")
-    page.heading("A section")
-    page.text("A paragraph.")
-    page.table([{"layer": "encoder.0", "share": 0.25}], "what the rows are")
-    page.figure(fig, "what the figure shows")
-    page.write("report.html")
+page = Page("Title", "one line under it")
+page.heading("A section")
+page.text("A paragraph.")
+page.table([{"layer": "encoder.0", "share": 0.25}], "what the rows are")
+page.figure(fig, "what the figure shows")
+page.write("report.html")
 """
 
 from __future__ import annotations
