@@ -84,6 +84,14 @@ def test_the_core_needs_torch_and_nothing_else():
         assert outside <= {"torch", "safetensors", "slicefine"}, f"{path.relative_to(ROOT)} imports {outside}"
 
 
+def test_diagnose_needs_nothing_but_matplotlib_and_numpy_and_those_when_drawing():
+    for path in (ROOT / "slicefine" / "diagnose").glob("*.py"):
+        outside = {i.split(".")[0] for i in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "slicefine", "matplotlib", "numpy"}, f"{path.name} imports {outside}"
+    code = "import sys, slicefine.diagnose.survey, slicefine.diagnose.report; print('matplotlib' in sys.modules)"
+    assert run_without("matplotlib", code).stdout.strip() == "False"
+
+
 def test_kernels_know_nothing_of_slicefine():
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not any(i.split(".")[0] == "slicefine" for i in imports_of(path)), path
