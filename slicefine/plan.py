@@ -154,7 +154,7 @@ def _reach(embeddings: nn.Module, compiled: bool) -> None:
         return
     reached = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
     embeddings.register_parameter("reached", reached)
-    embeddings.register_forward_hook(lambda module, args, output: output + reached)
+    embeddings.register_forward_hook(lambda module, args, output: torch.add(output, reached))
 
 
 def _step(
