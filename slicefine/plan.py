@@ -154,7 +154,11 @@ def _reach(embeddings: nn.Module, compiled: bool) -> None:
         return
     reached: Any = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
     embeddings.register_parameter("reached", reached)
-    embeddings.register_forward_hook(lambda module, args, output: output + reached)
+
+    def add(module: nn.Module, args: Any, output: Any) -> Tensor:
+        return output + reached
+
+    embeddings.register_forward_hook(add)
 
 
 def _step(
