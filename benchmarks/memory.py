@@ -1,10 +1,11 @@
 """Peak memory of a training step for every method, without a GPU: rows for machines, a table for people.
 
-python -m benchmarks.memory [--json FILE] [--model FOLDER_OR_ID ...] [--batch 4] [--seq 768] [--quick]
+python -m benchmarks.memory [--json FILE] [--model FOLDER_OR_ID ...] [--batch 4] [--seq 768] [--quick] [--mode eager ...]
 
 Rows: {"model", "method", "targets", "r", "peak_bytes", "weights", "activations", "gradients", "moments", "logits", "temporaries",
-"mode", "trainable", "ratio_to_floor", ...}; mode is "eager" or "checkpointing". Estimates under fake tensors (`slicefine.plan`); what they
-cannot see is in `slicefine.plan.UNSEEN`. torch.compile is not measured: its partitioner decides what is saved on the device itself.
+"mode", "trainable", "ratio_to_floor", ...}; mode is "eager", "checkpointing" or "compiled". Estimates under fake tensors
+(`slicefine.plan`); what they cannot see is in `slicefine.plan.UNSEEN`. "compiled" counts the graphs that torch.compile's partitioner
+makes, run operator by operator, each row by the ratio to a floor that is compiled too; optimizer_in_bwd refuses to be compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slicefine.memory import KINDS
 
 MODELS = Path(__file__).parent / "models"
 PAIR = ["q_proj", "v_proj"]
+MODES = {"eager": lambda workload: workload, "checkpointing": plan.with_checkpointing, "compiled": plan.with_compile}
 
 
 def methods(r: int, quick: bool) -> Iterator[plan.Method]:
@@ -45,12 +47,16 @@ def methods(r: int, quick: bool) -> Iterator[plan.Method]:
     yield plan.full()
 
 
-def rows(models: list[str], batch: int, length: int, r: int = 16, quick: bool = False) -> Iterator[dict[str, Any]]:
+def rows(
+    models: list[str], batch: int, length: int, r: int = 16, quick: bool = False, modes: Iterable[str] = tuple(MODES)
+) -> Iterator[dict[str, Any]]:
     for model in models:
-        eager = workload(model, torch.bfloat16)
-        for made in (eager, plan.with_checkpointing(eager)):
+        for mode in modes:
+            made = MODES[mode](workload(model, torch.bfloat16))
             floor = None
             for method in methods(r, quick):
+                if made.compiled and "optimizer_in_bwd" in method.name:
+                    continue
                 row = plan.estimate(made, method, batch, length).row()
                 floor = floor or row["peak_bytes"]
                 yield {**row, "model": Path(model).name, "dtype": "bf16", "ratio_to_floor": row["peak_bytes"] / floor}
@@ -72,10 +78,11 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=768)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="fewer methods")
+    parser.add_argument("--mode", nargs="+", choices=tuple(MODES), default=list(MODES))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by an old name
     found = []
-    for row in rows(options.model, options.batch, options.seq, options.r, options.quick):
+    for row in rows(options.model, options.batch, options.seq, options.r, options.quick, options.mode):
         found.append(row)
         print(line(row), flush=True)
         if options.json:

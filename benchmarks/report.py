@@ -14,7 +14,8 @@ from typing import Any
 
 Row = dict[str, Any]
 FLOOR_BAR, LORA_BAR = 1.05, 1.2
-COLUMN, FLOOR, LORA = "slice column", "frozen floor", "LoRA"
+COLUMN, FLOOR = "slice column", "frozen floor"
+LORAS = ("LoRA", "LoRA, float32 adapters")  # in the weights' dtype; peft's default beside weights of another
 OURS = (COLUMN, "slice column, optimizer_in_bwd")
 AXES = {"r": "r", "tokens": "tokens", "width": "width of the model"}
 # what a method does less of than a column slice, where it comes out ahead of it
@@ -73,18 +74,25 @@ def steps(rows: list[Row]) -> dict[str, dict[str, Row]]:
 def bar(rows: list[Row]) -> str:
     lines = []
     for name, methods in steps(rows).items():
-        column, lora = methods.get(COLUMN), methods.get(LORA)
+        column = methods.get(COLUMN)
         if column is not None:
             lines.append([
                 f"{name}: column r={column['r']} / frozen floor", f"<= {FLOOR_BAR}", *both(column, "ratio_to_floor"),
                 met(column, "ratio_to_floor", lambda v: v <= FLOOR_BAR),
             ])  # fmt: skip
-        if lora is not None:
+        for lora in (methods[method] for method in LORAS if method in methods):
             lines.append([
-                f"{name}: LoRA r={lora['r']} / column", f">= {LORA_BAR}", *both(lora, "ratio_to_column"),
+                f"{name}: LoRA r={lora['r']} ({adapters(lora)}) / column", f">= {LORA_BAR}", *both(lora, "ratio_to_column"),
                 met(lora, "ratio_to_column", lambda v: v >= LORA_BAR),
             ])  # fmt: skip
     return table(("step time", "bar", "wall clock", "time on the core", "reached"), lines)
+
+
+def adapters(lora: Row) -> str:
+    """Which LoRA it is: peft keeps adapters in float32 unless told not to."""
+    if lora["dtype"] == "fp32" or lora["method"] != LORAS[0]:
+        return "float32 adapters, peft's default"
+    return {"bf16": "bfloat16", "fp16": "float16"}[lora["dtype"]] + " adapters, the faster choice"
 
 
 def both(row: Row, key: str) -> list[str]:

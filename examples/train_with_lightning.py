@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightnin
         common.encoded(args, tokenizer),  # type: ignore[arg-type]
         batch_size=args.batch_size,
         collate_fn=DataCollatorWithPadding(tokenizer),
-        generator=torch.Generator().manual_seed(0),  # or starting a loader would draw from the generator that dropout uses
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # or starting a loader would draw from the generator that dropout uses
     )
     values = {
         "default_root_dir": str(args.output), "max_steps": args.steps, "accumulate_grad_batches": args.accumulate,

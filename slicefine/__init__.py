@@ -11,8 +11,8 @@ _HOME = {
     "slice_state_dict": "optim",
     "load_slice_state_dict": "optim",
     "SliceModel": "model",
-    "Delta": "delta",
-    "DeltaError": "delta",
+    "Delta": "deltas.delta",
+    "DeltaError": "deltas.delta",
     "get_slice_model": "model",
     "list_targets": "model",
     "track_memory": "memory",
@@ -40,8 +40,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from slicefine.config import SliceConfig as SliceConfig
-    from slicefine.delta import Delta as Delta
-    from slicefine.delta import DeltaError as DeltaError
+    from slicefine.deltas.delta import Delta as Delta
+    from slicefine.deltas.delta import DeltaError as DeltaError
     from slicefine.linear import SliceLinear as SliceLinear
     from slicefine.memory import track_memory as track_memory
     from slicefine.model import SliceModel as SliceModel

@@ -49,8 +49,8 @@ class SliceMultiheadAttention(HoldsSlices):
     def in_proj_weight(self) -> Tensor | None:
         """(3 * embed_dim, embed_dim), the current weight."""
         child, weight = self.slice_of("in_proj_weight"), self.parameter("in_proj_weight")
-        if weight is None:
-            return None
+        if weight is None or weight.requires_grad:
+            return weight
         if child is not None:
             child.synchronise()
         return weight.detach().requires_grad_(torch.is_grad_enabled())

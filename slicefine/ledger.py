@@ -40,10 +40,12 @@ class Ledger:
     def __init__(self, spec: SliceSpec) -> None:
         self.pieces: list[Piece] = []
         self._spec = spec
+        self._most_pieces = 16  # until they are joined
         self._rows = torch.zeros(spec.out_features, dtype=torch.bool)
         self._cols = torch.zeros(spec.in_features, dtype=torch.bool)
-        self._blocks: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        self._blocks_overlap = spec.out_features % spec.r_out != 0 or spec.in_features % spec.r != 0
+        self._entries: Tensor | None = (
+            None  # (out, in) bool, for blocks only: a byte per entry is less than a list of blocks
+        )
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +56,14 @@ class Ledger:
     def record(self, values: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
         """Keep ``values`` (R, K), what the weight holds at a slice about to train, where the ledger has nothing yet."""
         rows, cols = _to_host(rows), _to_host(cols)
+        crossing = True
         if rows is not None and cols is not None:
-            key = tuple(rows.tolist()), tuple(cols.tolist())
-            if key in self._blocks:
+            seen = self._mark(rows, cols)
+            if bool(seen.all()):
                 return
-            self._blocks.add(key)
+            crossing = bool(seen.any())
+        elif bool(self._rows.all()) or bool(self._cols.all()):
+            return  # the other axis has been everywhere
         elif cols is not None:
             cols, values = _unseen(self._cols, cols, values, 1)
         elif rows is not None:
@@ -66,17 +71,39 @@ class Ledger:
         if any(index is not None and not len(index) for index in (rows, cols)):
             return  # all of it is on record; a process that holds none of the other features records empty values
         piece = Piece(rows, cols, values.detach().to("cpu", copy=True))
-        for earlier in self.pieces:
+        for earlier in self.pieces if crossing else ():
             self._overlay(piece, earlier)  # what an earlier slice has changed is not an original any more
         self.pieces.append(piece)
+        if len(self.pieces) > self._most_pieces:
+            self.join()
+
+    def _mark(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Mark a block as recorded; returns which of its entries were before."""
+        if self._entries is None:
+            self._entries = torch.zeros(len(self._rows), len(self._cols), dtype=torch.bool)
+        block = rows.unsqueeze(1), cols
+        seen = self._entries[block]
+        self._entries[block] = True
+        return seen
 
     def _overlay(self, piece: Piece, earlier: Piece) -> None:
         same_kind = (piece.rows is None) == (earlier.rows is None) and (piece.cols is None) == (earlier.cols is None)
-        if same_kind and (piece.rows is None or piece.cols is None or not self._blocks_overlap):
-            return
+        if same_kind and (piece.rows is None or piece.cols is None):
+            return  # features are recorded once
         mine_r, theirs_r = _common(piece.rows, earlier.rows, len(self._rows))
+        if not len(mine_r):
+            return
         mine_c, theirs_c = _common(piece.cols, earlier.cols, len(self._cols))
         piece.values[mine_r.unsqueeze(1), mine_c] = earlier.values[theirs_r.unsqueeze(1), theirs_c]
+
+    def join(self) -> None:
+        """One piece for all columns, one for all rows, one for all blocks of the same rows: fewer and longer copies."""
+        groups: dict[tuple[int, ...] | str, list[Piece]] = {}
+        for piece in self.pieces:
+            key = "columns" if piece.rows is None else "rows" if piece.cols is None else tuple(piece.rows.tolist())
+            groups.setdefault(key, []).append(piece)
+        self.pieces = [_joined(group) for group in groups.values()]
+        self._most_pieces = 2 * len(self.pieces) + 16
 
     def originals(self) -> list[Tensor]:
         return [piece.values for piece in self.pieces]
@@ -98,6 +125,15 @@ class Ledger:
         self.write(weight, values)
         return before
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` (out, in) has the originals at every piece: nothing that trained is in it."""
+        return all(same_bits(now, piece.values) for now, piece in zip(self.read(weight), self.pieces, strict=True))
+
+    def take(self, weight: Tensor) -> None:
+        """From now on the originals are what ``weight`` (out, in) holds."""
+        for piece, values in zip(self.pieces, self.read(weight), strict=True):
+            piece.values = values
+
     def restored(self, weight: Tensor) -> Tensor:
         """(out, in), on the host: the weight as it was before anything trained."""
         original = weight.detach().to("cpu", copy=True)
@@ -112,7 +148,7 @@ class Ledger:
     def clear(self) -> None:
         """Forget everything: the weight as it stands is the original."""
         self.pieces.clear()
-        self._blocks.clear()
+        self._entries = None
         self._rows.zero_()
         self._cols.zero_()
 
@@ -129,7 +165,7 @@ class Ledger:
             rows, cols = _to_host(rows), _to_host(cols)
             self.pieces.append(Piece(rows, cols, values.to("cpu")))
             if rows is not None and cols is not None:
-                self._blocks.add((tuple(rows.tolist()), tuple(cols.tolist())))
+                self._mark(rows, cols)
             elif cols is not None:
                 self._cols[cols] = True
             elif rows is not None:
@@ -140,11 +176,12 @@ class Ledger:
         for axis, seen in visited.items():
             for position in seen.nonzero().flatten().tolist():
                 rows, cols = self._spec.features(axis, position)
-                if axis == "block":
-                    assert rows is not None and cols is not None
-                    known = (tuple(rows.tolist()), tuple(cols.tolist())) in self._blocks
+                if rows is not None and cols is not None:
+                    known = self._entries is not None and bool(self._entries[rows.unsqueeze(1), cols].all())
+                elif rows is None:
+                    known = bool(self._cols[cols].all()) or bool(self._rows.all())
                 else:
-                    known = bool(self._cols[cols].all() if rows is None else self._rows[rows].all())
+                    known = bool(self._rows[rows].all()) or bool(self._cols.all())
                 if not known:
                     raise ValueError(
                         f"the loaded slice state has no originals for {axis} position {position}, which has trained. {_LOST}"
@@ -163,6 +200,28 @@ def _unseen(seen: Tensor, index: Tensor, values: Tensor, dim: int) -> tuple[Tens
     if bool(new.all()):
         return index, values
     return index[new], values.index_select(dim, new.nonzero().flatten().to(values.device))
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """Pieces of whole columns, of whole rows, or of the same rows, as one; where they share entries they agree."""
+    first, dim = pieces[0], 0 if pieces[0].cols is None else 1
+    if len(pieces) == 1:
+        return first
+    indices: list[Tensor] = [piece.cols if dim else piece.rows for piece in pieces]  # pyright: ignore[reportAssignmentType]
+    union = torch.cat(indices).unique()
+    shape = list(first.values.shape)
+    shape[dim] = len(union)
+    values = first.values.new_empty(shape)
+    for piece, index in zip(pieces, indices, strict=True):
+        values.index_copy_(dim, torch.searchsorted(union, index), piece.values)
+    return Piece(first.rows if dim else union, union if dim else None, values)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, on the host: NaN is equal to itself, and -0 is not 0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(x.detach().to("cpu").contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
 def _common(mine: Tensor | None, theirs: Tensor | None, features: int) -> tuple[Tensor, Tensor]:

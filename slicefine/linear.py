@@ -16,23 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slicefine import ops
+from slicefine import ops, sharding
 from slicefine.config import SliceConfig
 from slicefine.function import slice_product
 from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
-from slicefine.reference import read_slice, write_slice
+from slicefine.reference import read_slice, rounds_to, write_slice
 from slicefine.scores import gradient_scores, slice_norms
-from slicefine.sharding import (
-    check_conversion,
-    check_sharding,
-    check_whole,
-    is_sharded,
-    local,
-    shard_ledger,
-    shard_values,
-    sum_over_shards,
-)
 from slicefine.slices import SliceSchedule, SliceSpec
 
 
@@ -98,7 +88,7 @@ class SliceLinear(nn.Linear):
 
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
-        if is_sharded(weight):
+        if sharding.is_sharded(weight):
             raise ValueError(f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard")
         if not weight.dtype.is_floating_point:
             raise TypeError(
@@ -144,7 +134,7 @@ class SliceLinear(nn.Linear):
     @property
     def weight_matrix(self) -> Tensor:
         """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this process's part of it."""
-        weight = local(self.weight)
+        weight = sharding.local(self.weight)
         return weight.t() if self.fan_in_fan_out else weight
 
     @property
@@ -159,7 +149,7 @@ class SliceLinear(nn.Linear):
 
     def active(self, flat: Tensor) -> Tensor:
         """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column``, and under FSDP2."""
-        flat = local(flat)
+        flat = sharding.local(flat)
         if self.spec.slice_type != "row_column":
             return flat
         R, K = self.spec.shape(self.axis)
@@ -199,7 +189,7 @@ class SliceLinear(nn.Linear):
         """Make the master follow the weight; entries that already round to it keep their extra bits."""
         master = self.active(self.slice_weight)
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
-        master.copy_(torch.where(_rounds_to(master, truth), master, truth.to(master.dtype)))
+        master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
         self._awaiting_weight = False
         self.mark_synchronised()
 
@@ -216,7 +206,7 @@ class SliceLinear(nn.Linear):
         """Bring weight and slice_weight together after one of them was written to from outside."""
         if (not self._awaiting_weight and _versions_of(self) == self._versions) or self.disabled:
             return
-        if self.sharded and not is_sharded(self.weight):
+        if self.sharded and not sharding.is_sharded(self.weight):
             return  # gathered for a forward pass: a copy
         if self._awaiting_weight:
             self._check_belongs()
@@ -230,7 +220,7 @@ class SliceLinear(nn.Linear):
 
     def _check_belongs(self) -> None:
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
-        if not bool(_rounds_to(self.active(self.slice_weight).detach(), truth).all()):
+        if not bool(rounds_to(self.active(self.slice_weight).detach(), truth).all()):
             raise RuntimeError(
                 "the loaded slice state does not belong to the weights in the model: the saved master of the active slice differs "
                 "from the weight. Load the model's state dict of the same checkpoint too."
@@ -247,7 +237,11 @@ class SliceLinear(nn.Linear):
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
             norms = slice_norms(self.weight_matrix, self.spec, axis)
-            return sum_over_shards(norms.square(), self.weight).sqrt() if is_sharded(self.weight) else norms
+            return (
+                sharding.sum_over_shards(norms.square(), self.weight).sqrt()
+                if sharding.is_sharded(self.weight)
+                else norms
+            )
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
@@ -279,6 +273,7 @@ class SliceLinear(nn.Linear):
             return
         self.synchronise()
         ledger = self.required_ledger("be disabled")
+        ledger.join()
         version = self.weight._version
         trained = ledger.exchange(self.weight_matrix, ledger.originals())
         for layer in {self, *layers_of(self.slice_weight)}:
@@ -294,13 +289,13 @@ class SliceLinear(nn.Linear):
         set_version(self.weight, self._trained_version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer._trained = None
-        self.mark_synchronised()
+        self.read_back()  # changes nothing unless the model has been cast in between
 
     def required_ledger(self, purpose: str) -> Ledger:
         if self.ledger is None:
             raise RuntimeError(
                 f"a slice cannot {purpose}: its original values were not kept (SliceConfig(keep_originals=False)). Train with "
-                "keep_originals=True, the default."
+                "keep_originals=True, the default, and resume with the slices' own state (load_slice_state_dict, or SliceAdamW's)."
             )
         return self.ledger
 
@@ -320,7 +315,7 @@ class SliceLinear(nn.Linear):
         """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            check_whole(self)
+            sharding.check_whole(self)
             self.synchronise()
         device = input.device.type
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
@@ -349,7 +344,9 @@ class SliceLinear(nn.Linear):
         if self.ledger is not None:
             state["ledger"] = self.ledger.state_dict()
             if self.sharded:
-                state["ledger"]["values"] = [shard_values(v, self.slice_weight) for v in state["ledger"]["values"]]
+                state["ledger"]["values"] = [
+                    sharding.shard_values(v, self.slice_weight) for v in state["ledger"]["values"]
+                ]
         return state
 
     @torch.no_grad()
@@ -360,7 +357,7 @@ class SliceLinear(nn.Linear):
                 f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
                 "build the model with the saved SliceConfig"
             )
-        if is_sharded(state["master"]) != self.sharded:
+        if sharding.is_sharded(state["master"]) != self.sharded:
             raise ValueError(
                 f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is {'' if self.sharded else 'not '}sharded: load it "
                 "before fully_shard, or save it from a model that is sharded like this one"
@@ -371,8 +368,9 @@ class SliceLinear(nn.Linear):
         if "ledger" not in state:
             self.ledger = None  # nobody can tell any more what the originals were
         elif self.ledger is not None:
-            values = [local(value) for value in state["ledger"]["values"]]
+            values = [sharding.local(value) for value in state["ledger"]["values"]]
             self.ledger.load_state_dict({**state["ledger"], "values": values})
+            self.ledger.cast(self.weight.dtype)
             self.ledger.check_covers(self.schedule.visited)
         self.place()
         self.slice_weight.copy_(state["master"])
@@ -388,6 +386,9 @@ class SliceLinear(nn.Linear):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         self.require_enabled("loading weights")
+        # if nothing has trained, what is loaded are the originals; a slice that goes on from a delta has others already
+        untouched = self.ledger is not None and self.schedule.steps == 0 and not self.weight.is_meta
+        untouched = untouched and self.ledger is not None and self.ledger.holds(self.weight_matrix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -396,14 +397,14 @@ class SliceLinear(nn.Linear):
         for other in layers_of(self.slice_weight):
             other.weight = self.weight  # load_state_dict(assign=True) would untie them
         self.read_back()
-        if self.ledger is not None and self.schedule.steps == 0:  # nothing has trained: these are the originals
+        if self.ledger is not None and untouched:
             self.ledger.clear()
             self.ledger.record(read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols)
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
         if self.sharded:
-            check_conversion(self, fn)
+            sharding.check_conversion(self, fn)
         master = self._parameters.pop("slice_weight")
         assert master is not None
         try:
@@ -433,8 +434,8 @@ class SliceLinear(nn.Linear):
 
     def _become_sharded(self) -> None:
         """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows the whole again, for reading only."""
-        check_sharding(self)
-        shard_ledger(self)
+        sharding.check_sharding(self)
+        sharding.shard_ledger(self)
         self.sharded = True
         self.mark_synchronised()
 
@@ -451,11 +452,11 @@ class SliceLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "weight" and is_sharded(value):
+        if name == "weight" and sharding.is_sharded(value):
             self.weight_sharded = True
         if name == "slice_weight":
             register(self)
-            if not self.sharded and is_sharded(value):
+            if not self.sharded and sharding.is_sharded(value):
                 self._become_sharded()
 
 
@@ -480,13 +481,3 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rounds_to(master: Tensor, truth: Tensor) -> Tensor:
-    """Where the master is a more precise copy of the weight; bfloat16 may have been rounded stochastically, up or down."""
-    nearest = master.to(truth.dtype) == truth
-    if truth.dtype != torch.bfloat16:
-        return nearest
-    down = master.view(torch.int32) >> 16
-    bits = truth.contiguous().view(torch.int16).to(torch.int32)
-    return nearest | (down == bits) | (down + 1 == bits)

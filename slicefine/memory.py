@@ -124,6 +124,18 @@ def track_memory(
         report.peak_bytes = torch.cuda.max_memory_allocated(device)
         return
     tracker = _StorageTracker(logits_width)
+    with _following(tracker, model, optimizer, held):
+        report.bytes_before = tracker.current
+        with saved_tensors_hooks(tracker.save, lambda tensor: tensor), tracker:
+            yield report
+    report.peak_bytes, report.breakdown = tracker.peak, tracker.at_peak
+
+
+@contextmanager
+def _following(
+    tracker: _StorageTracker, model: nn.Module | None, optimizer: Optimizer | None, held: Iterable[Tensor]
+) -> Iterator[None]:
+    """Tell the tracker what is held already, and of gradients and moments as they come."""
     with ExitStack() as hooks:
         if model is not None:
             tracker.follow_all([*model.parameters(), *model.buffers()], "weights")
@@ -137,8 +149,57 @@ def track_memory(
             moments()
             hooks.callback(optimizer.register_step_post_hook(moments).remove)
         tracker.follow_all(held)
+        yield
+
+
+@dataclass
+class CompiledTracking:
+    """backend: for torch.compile(..., fullgraph=True). eager: around what runs outside its graphs, such as an optimizer's step."""
+
+    report: MemoryReport
+    backend: Any
+    eager: TorchDispatchMode
+
+
+@contextmanager
+def track_compiled(
+    held: Iterable[Tensor] = (),
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    logits_width: int | None = None,
+) -> Iterator[CompiledTracking]:
+    """`track_memory` for a function under torch.compile, on the CPU or with fake tensors.
+
+    The backend runs the forward and backward graphs that torch.compile's own decompositions and partitioner make, so what is saved
+    for backward and what is computed again is as compiled code has it. It runs them operator by operator, and each intermediate
+    lives until its last use: the kernels into which inductor fuses operators allocate fewer.
+    Activations are what the forward graphs hand on to the backward.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    tracker, report = _StorageTracker(logits_width), MemoryReport()
+
+    def compiler(kind: str) -> Any:
+        def compile(graph: torch.fx.GraphModule, example: Any) -> Any:
+            def run(arguments: list[Any]) -> Any:
+                with tracker:
+                    result = torch.fx.Interpreter(graph).boxed_run(arguments)
+                tracker.follow_all(tree_iter(result), kind)
+                return result
+
+            run._boxed_call = True  # the caller lets go of the arguments
+            return run
+
+        return compile
+
+    backend = aot_autograd(
+        fw_compiler=compiler("activations"), bw_compiler=compiler("temporaries"), decompositions=select_decomp_table,
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    with _following(tracker, model, optimizer, held):
         report.bytes_before = tracker.current
-        hooks.enter_context(saved_tensors_hooks(tracker.save, lambda tensor: tensor))
-        hooks.enter_context(tracker)
-        yield report
+        yield CompiledTracking(report, backend, tracker)
     report.peak_bytes, report.breakdown = tracker.peak, tracker.at_peak

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from slicefine import adapters
-from slicefine.adapters import DEFAULT, AdapterModel
 from slicefine.attention import SliceMultiheadAttention, is_attention
 from slicefine.config import SliceConfig
-from slicefine.delta import Delta
+from slicefine.deltas import adapters
+from slicefine.deltas.adapters import DEFAULT, AdapterModel
+from slicefine.deltas.delta import Delta
 from slicefine.experts import SliceExperts
 from slicefine.linear import SliceLinear
 from slicefine.parameters import HoldsSlices, SliceParameter, give_back_parameters, hold, replace_parameter
@@ -36,9 +36,9 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict takes a dict)"
         )
-    adapters.check_name(model, adapter_name)
     if "slice_config" in model.__dict__:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
+    adapters.check_name(model, adapter_name)
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
     trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -67,6 +67,8 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
             stacklevel=2,
         )
 
+    for layer in layers.values():
+        _renew_hook(layer)
     _set_trainable(model, set())
     replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None}
     for parent in list(model.modules()):  # every place that holds the module, however many
@@ -239,6 +241,9 @@ def _with_delta(
         get_slice_model(model, config, adapter_name)
         adapters.go_on_from(model, delta)
     except BaseException:
+        if "slice_config" in model.__dict__:
+            sliced: Any = model
+            sliced.unload()
         if fresh and "slice_config" not in model.__dict__:
             model.__dict__.pop("_adapters", None)
             model.__class__ = _own_class(model)
@@ -247,14 +252,18 @@ def _with_delta(
 
 
 def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
-    """State-dict key of everything that trains beside slices -> whether the base model has it too (False: modules_to_save)."""
+    """State-dict key of everything that changes beside slices -> whether the base model has it too (False: modules_to_save)."""
     slices = {id(layer.slice_weight) for layer in slice_layers(model)}
     parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
-    buffers = dict(model.named_buffers())
+    # running statistics change in training mode, whether asked to or not
+    running = {id(b) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers()}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     whole = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key in (k for k in model.state_dict() if k in tensors):  # by name: a state-dict hook may hand out copies
+        value = tensors[key]
         saved = matches_modules_to_save(config, key.rpartition(".")[0])
-        if id(value) in parameters or (saved and key in buffers):
+        if id(value) in parameters or id(value) in running or (saved and key in buffers):
             whole[key] = not saved
     return whole
 
@@ -415,7 +424,15 @@ def _unload(layer: SliceLinear) -> nn.Module:
     kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
     plain.__dict__.update(kept)
     plain.__class__ = layer.plain_class  # pyright: ignore[reportAttributeAccessIssue]  # a subclass with nn.Linear's own forward
+    _renew_hook(plain)
     return plain
+
+
+def _renew_hook(module: nn.Module) -> None:
+    if "_hf_hook" in module.__dict__:
+        from slicefine.integrations.accelerate import renew_hook
+
+        renew_hook(module)
 
 
 def _let_inputs_carry_gradients(model: Any) -> None:

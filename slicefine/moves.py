@@ -82,7 +82,7 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> Non
     for parameter, layers in slices_of(optimizer).items():
         updated = parameter.grad is not None if trained is None else parameter in trained
         if trained is None and layers[0].schedule.steps == 0:
-            _warn_if_resumed(optimizer, parameter)
+            _warn_if_resumed(optimizer, parameter, layers)
         for layer in layers if updated and trained is None else ():
             layer.write_through()
         first = layers[0]
@@ -90,13 +90,15 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> Non
             _move(optimizer, parameter, layers)
 
 
-def _warn_if_resumed(optimizer: Optimizer, parameter: Tensor) -> None:
+def _warn_if_resumed(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
     """An optimizer whose state has many steps before the slices' first has been loaded without the slices' own state."""
     step = optimizer.state.get(parameter, {}).get("step", 1)
     if float(step) > 1:
+        for layer in layers:
+            layer.ledger = None  # it would take the checkpoint's values for the base's
         warnings.warn(
             f"{type(optimizer).__name__} resumes at step {int(step) - 1}, but the slices start at their first position with moments of "
-            "another: load_slice_state_dict(model, ...) restores them, and SliceAdamW's state_dict holds them itself",
+            "another, and what the base was is lost: load_slice_state_dict(model, ...) restores them, and SliceAdamW's state_dict holds them itself",
             stacklevel=3,
         )
 

@@ -246,6 +246,7 @@ class SliceAdamW(Optimizer):
 
     def before_backward(self, layer: SliceLinear) -> None:
         """Called before the weight is read: it must not have been updated since the forward pass."""
+        layer.require_enabled("an update in backward")
         if layer.slice_weight in self._trained_slices:
             raise RuntimeError(
                 "optimizer_in_bwd=True: a second gradient arrived for a layer that has been updated since the last step() "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slicefine.config import SliceConfig
 from slicefine.function import slice_product
 from slicefine.linear import SliceLinear
+from slicefine.sharding import local
 
 
 class SliceParameter(SliceLinear):
@@ -38,7 +39,14 @@ class SliceParameter(SliceLinear):
 
     @property
     def weight_matrix(self) -> Tensor:
-        return self.weight.view(-1, self.in_features)
+        weight = local(self.weight)
+        matrix = weight.view(-1, self.in_features)
+        if weight is not self.weight and len(matrix) != len(local(self.slice_weight)) and self.axis == "column":
+            raise ValueError(
+                f"fully_shard gives this process {len(weight)} of {len(self.weight)} experts and another part of their slice; the number "
+                "of experts must be a multiple of the number of processes"
+            )
+        return matrix
 
     def forward(self, input: Tensor, bias: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """``input @ weight[start:stop].T + bias``. input: (..., in). bias: (stop - start,)."""
@@ -76,7 +84,7 @@ class HoldsSlices(nn.Module):
     """Mixed into the class of a module some of whose parameters have become `SliceParameter` children."""
 
     _parameter_order: list[str]
-    _slices_mixed_in_to: type[nn.Module]
+    _held_class: type[nn.Module]
 
     def slice_of(self, name: str) -> SliceParameter | None:
         """The slice that has taken the place of a parameter."""
@@ -104,7 +112,7 @@ class HoldsSlices(nn.Module):
         order = self.__dict__.pop("_parameter_order")
         late = [name for name in self._parameters if name not in order]
         self._parameters = {n: held[n].weight if n in held else self._parameters[n] for n in [*order, *late]}  # pyright: ignore
-        self.__class__ = type(self)._slices_mixed_in_to  # pyright: ignore[reportAttributeAccessIssue]
+        self.__class__ = type(self)._held_class  # pyright: ignore[reportAttributeAccessIssue]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._modules:
@@ -114,7 +122,7 @@ class HoldsSlices(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the mixed class cannot be found by name; the two it is made of can
-        own, mixin = self._slices_mixed_in_to, type(self).__mro__[1]
+        own, mixin = self._held_class, type(self).__mro__[1]
         state: Any = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _rebuild, (mixin, own), state
 
@@ -141,7 +149,7 @@ def give_back_parameters(model: nn.Module) -> None:
 
 @functools.cache
 def _mixed(mixin: type, own: type) -> Any:
-    body = {"_slices_mixed_in_to": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    body = {"_held_class": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (mixin, own), body)
 
 

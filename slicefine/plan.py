@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 
 from slicefine.config import SliceConfig
-from slicefine.memory import MemoryReport, track_memory
+from slicefine.memory import MemoryReport, track_compiled, track_memory
 from slicefine.model import get_slice_model
 from slicefine.moves import slices_of
 from slicefine.optim import SliceAdamW
 from slicefine.targets import find_targets
 
 UNSEEN = "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, fragmentation of the allocator"
+UNSEEN_COMPILED = UNSEEN + ", and what inductor changes by fusing operators and reusing buffers"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Workload:
     logits_width: int | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     checkpointing: bool = False
+    compiled: bool = False
+
+    @property
+    def mode(self) -> str:
+        """ "eager", "checkpointing" or "compiled"."""
+        return "checkpointing" if self.checkpointing else "compiled" if self.compiled else "eager"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of one step. mode: "eager" or "checkpointing"."""
+    """Bytes at the peak of one step. mode: "eager", "checkpointing" or "compiled"."""
 
     model: str
     method: str
@@ -129,23 +136,70 @@ def estimate(workload: Workload, method: Method, batch: int, length: int) -> Est
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         inputs = workload.inputs(batch, length)
         if optimizer is None:
-            workload.embeddings(model).register_forward_hook(lambda module, args, output: output.requires_grad_())
+            _reach(workload.embeddings(model), workload.compiled)
         else:
             _prime(optimizer)
-        tracked = track_memory(
-            [v for v in inputs.values() if isinstance(v, Tensor)], model=model, optimizer=optimizer,
-            logits_width=workload.logits_width,
-        )  # fmt: skip
-        with workload.context(), tracked as report:
-            workload.loss(model(**inputs), inputs).backward()
-            if optimizer is not None:
-                method.after_backward(model)
-                optimizer.step()
-                optimizer.zero_grad()
+        with workload.context():
+            report = (_compiled_step if workload.compiled else _step)(workload, method, model, optimizer, inputs)
     return Estimate(
         workload.name, method.name, method.targets, method.r, batch, length, report.peak_bytes, trainable,
-        "checkpointing" if workload.checkpointing else "eager", _whole(report),
+        workload.mode, _whole(report),
     )  # fmt: skip
+
+
+def _reach(embeddings: nn.Module, compiled: bool) -> None:
+    """Let gradients flow back to the embeddings' output. Compiled graphs take no requires_grad_, but a sum with a parameter."""
+    if not compiled:
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        return
+    reached: Any = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
+    embeddings.register_parameter("reached", reached)
+
+    def add(module: nn.Module, args: Any, output: Any) -> Tensor:
+        return output + reached
+
+    embeddings.register_forward_hook(add)
+
+
+def _step(
+    workload: Workload, method: Method, model: nn.Module, optimizer: Optimizer | None, inputs: dict[str, Any]
+) -> MemoryReport:
+    with track_memory(_tensors(inputs), model=model, optimizer=optimizer, logits_width=workload.logits_width) as report:
+        workload.loss(model(**inputs), inputs).backward()
+        _update(method, model, optimizer)
+    return report
+
+
+def _compiled_step(
+    workload: Workload, method: Method, model: nn.Module, optimizer: Optimizer | None, inputs: dict[str, Any]
+) -> MemoryReport:
+    """Model and loss are one compiled function; the update is eager."""
+    torch._dynamo.reset()
+    with track_compiled(
+        _tensors(inputs), model=model, optimizer=optimizer, logits_width=workload.logits_width
+    ) as tracking:
+        loss = torch.compile(
+            lambda inputs: workload.loss(model(**inputs), inputs),
+            backend=tracking.backend,
+            fullgraph=True,
+            dynamic=False,
+        )
+        loss(inputs).backward()
+        with tracking.eager:
+            _update(method, model, optimizer)
+    torch._dynamo.reset()  # it would keep the model
+    return tracking.report
+
+
+def _update(method: Method, model: nn.Module, optimizer: Optimizer | None) -> None:
+    if optimizer is not None:
+        method.after_backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _tensors(inputs: dict[str, Any]) -> list[Tensor]:
+    return [v for v in inputs.values() if isinstance(v, Tensor)]
 
 
 def _whole(report: MemoryReport) -> dict[str, int]:
@@ -261,6 +315,13 @@ def advice(estimates: list[Estimate]) -> str:
         "moments": "train slices instead of whole weights, or use optim_bits=8",
     }[kind]  # fmt: skip
     return f"Leanest trained method: {leanest.method}. {share:.0%} of its peak are {kind}: {help_with}."
+
+
+def with_compile(workload: Workload) -> Workload:
+    """The same under torch.compile: graphs of its own partitioner, run operator by operator (`slicefine.memory.track_compiled`)."""
+    if workload.checkpointing:
+        raise ValueError("a step with activation checkpointing is not planned under torch.compile; choose one of them")
+    return replace(workload, compiled=True)
 
 
 def with_checkpointing(workload: Workload) -> Workload:

@@ -213,6 +213,16 @@ def round_to(values: Tensor, dtype: torch.dtype, seed: int | None = None, slice_
     return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
+def rounds_to(master: Tensor, truth: Tensor) -> Tensor:
+    """Where the master is a more precise copy of the weight; bfloat16 may have been rounded stochastically, up or down."""
+    nearest = master.to(truth.dtype) == truth
+    if truth.dtype != torch.bfloat16:
+        return nearest
+    down = master.view(torch.int32) >> 16
+    bits = truth.contiguous().view(torch.int16).to(torch.int32)
+    return nearest | (down == bits) | (down + 1 == bits)
+
+
 def philox(seed: int, c0: Tensor, c1: int) -> Tensor:
     """First word of Philox4x32-10 with counter (c0, c1, 0, 0), as int64 in [0, 2^32). Source: Salmon et al. 2011."""
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF

@@ -63,6 +63,12 @@ def check_sharding(layer: SliceLinear) -> None:
             f"{what}{' stored as (in, out)' if layer.fan_in_fan_out else ''} does not work with {weight.placements}, where no process "  # type: ignore[union-attr]
             f"would hold the weights of its part of the slice. {advice.get(slice_type, 'Use column slices (slice_type=' + repr('column') + ').')}"
         )
+    rows, held = layer.weight_matrix.shape[0], local(master).shape[0]  # type: ignore[arg-type]
+    if "out" in cuts and rows != held:
+        raise ValueError(
+            f"a process would hold {rows} rows of the weight {tuple(layer.weight.shape)} and {held} of its slice: experts shard only where "
+            "their number divides by the number of processes"
+        )
 
 
 def check_whole(layer: SliceLinear) -> None:

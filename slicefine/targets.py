@@ -58,10 +58,12 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
 
     Raises ValueError naming every entry that matches nothing, with the nearest module names.
     """
-    everything = config.target_modules is None or (
-        isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    )
+    everything = _means_everything(config)
     names = dict(model.named_modules())
+    if is_attention(model) or is_experts(model):
+        raise ValueError(
+            f"the model is a single {type(model).__name__}, whose parameters become slices within a model; put it into one"
+        )
     if not everything:
         _check_entries(config.target_modules or [], names)
     _warn_of_unused(config, names)
@@ -114,6 +116,11 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
             f"{type(model).__name__}. Linear layers there: {_some(n for n, m in names.items() if is_linear(m))}"
         )
     return targets
+
+
+def _means_everything(config: SliceConfig) -> bool:
+    targets = config.target_modules
+    return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -193,7 +200,10 @@ def _obstacle(
             "permanent first, or leave the layer out (exclude_modules)",
         )
     if weight.is_meta:
-        return _refuse(False, f"{name} has its weight on the meta device, without values; load the weights first")
+        return _refuse(
+            False,
+            f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)",
+        )
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear) and not of_attention:
         return _refuse(
             everything,
@@ -204,11 +214,11 @@ def _obstacle(
         return _refuse(
             everything, f"{name} is a {type(module).__name__} with a forward of its own, which a slice would replace"
         )
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # a device map's is renewed
         return _refuse(
             False,
-            f"the forward of {name} has been replaced on the instance (by accelerate's device_map, for instance), so a slice would "
-            "never be called; make slices before dispatching the model",
+            f"the forward of {name} has been replaced on the instance, so a slice would never be called; make slices before whatever "
+            "replaces it",
         )
     others = [user for user in users[weight] if user != name]
     if others and config.tied_weights == "skip":
@@ -324,18 +334,19 @@ def _parameter_target(
 
 
 def left_out_experts(model: nn.Module, config: SliceConfig) -> list[str]:
-    """Suffixes of weights of experts that no entry of the config names: most of a model's weights may be there."""
+    """Suffixes of weights of experts that "all-linear" leaves out: most of a model's weights may be there."""
     entries = config.target_parameters or []
+    if not _means_everything(config):
+        return []
     found = {}
     for name, module in model.named_modules():
-        if is_experts(module):
-            for key, parameter in module._parameters.items():
-                if (
-                    parameter is not None
-                    and parameter.dim() == 3
-                    and not (entries and _named(entries, f"{name}.{key}"))
-                ):
-                    found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
+        if not is_experts(module) or _excluded(config, name):
+            continue
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}"
+            named = bool(entries and _named(entries, full)) or _excluded(config, full)
+            if parameter is not None and parameter.dim() == 3 and not named:
+                found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
     return list(found)
 
 

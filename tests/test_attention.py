@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model, list_targets, track_memory
+from slicefine import SliceAdamW, SliceConfig, SliceLinear, SliceModel, get_slice_model, list_targets, track_memory
 
 E, HEADS, L, S, N = 12, 3, 5, 7, 2
 
@@ -247,6 +247,63 @@ def _saved(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"optim_bits": 8}, {"optimizer_in_bwd": True}], ids=str)
+def test_interrupted_training_goes_on_bit_for_bit(options):
+    make = lambda: get_slice_model(Net().float(), SliceConfig(r=4, switch_interval=2, state_on_switch="remember"))
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            x = torch.ones(L, N, E)
+            optimizer.zero_grad()
+            model(x, x, x)[0].square().sum().backward()
+            optimizer.step()
+
+    whole, part, rest = make(), make(), make()
+    steps(whole, SliceAdamW(whole.parameters(), lr=1e-2, **options), 9)
+    optimizer = SliceAdamW(part.parameters(), lr=1e-2, **options)
+    steps(part, optimizer, 5)
+    resumed = SliceAdamW(rest.parameters(), lr=1e-2, **options)
+    rest.load_state_dict({k: v.clone() for k, v in part.state_dict().items()}, assign=True)
+    resumed.load_state_dict(optimizer.state_dict())
+    steps(rest, resumed, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
+def test_a_delta_goes_to_a_file_and_back(slice_type, tmp_path):
+    model = get_slice_model(Net(), SliceConfig(r=4, slice_type=slice_type, switch_interval=2, bias="slice_only"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(*inputs("cross"))[0].square().sum().backward()
+        optimizer.step()
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    loaded = SliceModel.from_pretrained(Net(), tmp_path)
+    again = SliceModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    same = lambda a, b: sorted(a) == sorted(b) and all(torch.equal(a[key], b[key]) for key in a)
+    for twin in (loaded, again):
+        assert same(twin.state_dict(), trained) and same(twin.unload().state_dict(), before)
+    model.revert()
+    assert same(model.state_dict(), before) and not same(before, trained)
+
+
+def test_a_single_attention_and_one_that_trains_whole():
+    with pytest.raises(
+        ValueError, match="the model is a single MultiheadAttention, whose parameters become slices within a model"
+    ):
+        get_slice_model(nn.MultiheadAttention(E, HEADS), SliceConfig(r=4))
+    model = nn.Sequential(nn.MultiheadAttention(E, HEADS), nn.Linear(E, E))
+    get_slice_model(model, SliceConfig(r=4, modules_to_save=["0"]))
+    x, attention = torch.randn(L, N, E), model[0]
+    attention(x, x, x)[0].sum().backward()
+    assert isinstance(attention.in_proj_weight, nn.Parameter) and attention.in_proj_weight.grad.shape == (3 * E, E)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "0.in_proj_weight", "0.in_proj_bias", "0.out_proj.weight", "0.out_proj.bias", "1.slice_weight",
+    }  # fmt: skip
 
 
 def test_casting_and_names():

@@ -185,7 +185,11 @@ def test_the_report_of_a_stored_run(stored, tmp_path):
     content = json.loads(stored.read_text())
     page = report.write(content, stored.stem, tmp_path / "docs").read_text()
     assert "column r=16 / frozen floor | <= 1.05 | 1.100 (1.100-1.100)" in page and "**no**" in page
-    assert "LoRA r=16 / column | >= 1.2 | 1.5" in page  # 1.7 / 1.1
+    # each LoRA by name: in float32 there is one, in bfloat16 peft's default and the faster choice
+    assert "encoder-fp32: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 | 1.5" in page  # 1.7 / 1.1
+    assert "encoder-bf16: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 |" in page
+    assert "encoder-bf16: LoRA r=16 (bfloat16 adapters, the faster choice) / column | >= 1.2 | 1.5" in page
+    assert page.count("/ column | >= 1.2") == 3
     assert "encoder-fp32, leanest: **yes**, slice column 101.0 MiB" in page
     assert "against r (512 tokens, width 384)" in page and "interval 500" in page and "share of roofline" in page
     assert {p.suffix for p in (tmp_path / "docs").iterdir()} == {".md", ".png"}

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from slicefine import SliceConfig
-from slicefine.delta import Delta, DeltaError
+from slicefine.deltas.delta import Delta, DeltaError
 from slicefine.studies import digits
 from slicefine.studies.continual import Recipe, Task, run
 from slicefine.studies.metrics import (

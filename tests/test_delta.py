@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel, get_slice_model
-from slicefine.delta import CONFIG_FILE, FILE
+from slicefine.deltas.delta import CONFIG_FILE, FILE
 from slicefine.linear import SliceLinear
 from slicefine.model import named_slice_layers
 
@@ -130,6 +130,29 @@ def test_a_delta_is_as_large_as_its_values(tmp_path):
     assert values < (tmp_path / FILE).stat().st_size < 1.1 * values
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["peft_type"] == "SLICEFINE"
     assert "library_name: slicefine" in (tmp_path / "README.md").read_text()
+
+
+def test_statistics_that_training_moves_are_part_of_the_delta(tmp_path):
+    """BatchNorm in training mode: its buffers come back with the base, and go along with the delta."""
+    model = base().train()
+    before = state(model)
+    get_slice_model(model, config())
+    train(model)
+    after = state(model)
+    assert not torch.equal(before["body.3.running_mean"], after["body.3.running_mean"])
+    assert int(after["body.3.num_batches_tracked"]) == 9
+    model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    with model.disable_adapter():  # pyright: ignore[reportAttributeAccessIssue]
+        assert same({k: v for k, v in state(model).items()}, before)
+    assert same(state(model), after)
+    delta, fresh = Delta.load(tmp_path), base()
+    assert {k for k, w in delta.whole.items() if w.replaces and "3." in k} == {
+        f"body.3.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    delta.apply_to(fresh)
+    assert same(state(fresh), after)
+    delta.revert_from(fresh)
+    assert same(state(fresh), before)
 
 
 def test_disabled_slices_have_no_gradient_and_cannot_be_stepped():
@@ -546,7 +569,7 @@ def test_a_thousand_corruptions_and_none_loads(tmp_path):
     flipped = bytearray(good)
     flipped[-1] ^= 1
     broken.write_bytes(bytes(flipped))
-    names = {entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest({})["weights"]} | set(
+    names = {entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest()["weights"]} | set(
         Delta.load(tmp_path).whole
     )
     with pytest.raises(DeltaError) as error:
@@ -594,7 +617,7 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slicefine.delta.save_file", full)
+    monkeypatch.setattr("slicefine.deltas.file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_bytes() == good and not list(tmp_path.glob(".*.tmp"))

@@ -246,6 +246,65 @@ def test_bfloat16_weights_keep_float32_masters_under_fsdp2(both, one_group):
     assert_close(first["state"], expected, 0.02)  # bfloat16 sums in another order; an update of the whole run is 0.07
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def fsdp_attention() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = get_slice_model(Attends(), SliceConfig(r=3, switch_interval=2, target_modules=["attention", "out"]))
+    alone = copy.deepcopy(model)
+    shard(model)
+    optimizers = [optimizer_for(m, "SliceAdamW") for m in (model, alone)]
+    for step in range(5):
+        x = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(step))
+        for m, optimizer, part in ((model, optimizers[0], x[dist.get_rank() :: 2]), (alone, optimizers[1], x)):
+            optimizer.zero_grad()
+            m(part).square().mean().backward()
+            optimizer.step()
+    return {"sharded": whole(model), "alone": whole(alone)}
+
+
+def test_a_fused_projection_of_attention_shards(both):
+    torch.manual_seed(0)
+    before = Attends().state_dict()["attention.in_proj_weight"]
+    for result in both(fsdp_attention):
+        assert all((result["sharded"][k] - v).abs().max() <= 2e-6 for k, v in result["alone"].items())
+        changed = (result["sharded"]["attention.in_proj_weight"] != before).any(0)
+        assert changed.tolist() == [True] * 9 + [False] * 3
+
+
+def fsdp_experts(count: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from slicefine.parameters import SliceParameter
+
+    torch.manual_seed(0)
+    layer = SliceParameter.from_parameter(nn.Parameter(torch.randn(count, 6, 8)), SliceConfig(r=2), "experts")
+    mesh = init_device_mesh("cpu", (2,))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]), requires_grad=False)
+    try:
+        layer.slice_weight = nn.Parameter(distribute_tensor(layer.slice_weight.detach(), mesh, [Shard(0)]))
+    except ValueError as error:
+        return str(error)
+    with torch.no_grad():
+        layer.slice_weight.to_local().fill_(1.0)  # type: ignore[attr-defined]
+    layer.write_through()
+    full: Any = layer.weight
+    return str(full.full_tensor().eq(1.0).sum(-1).unique().tolist())
+
+
+def test_experts_shard_where_their_number_divides(both):
+    assert both(fsdp_experts, 4) == ["[2]", "[2]"]  # two columns of every row of every expert
+    assert all("experts shard only where their number divides" in message for message in both(fsdp_experts, 3))
+
+
 # -- checkpoints ---------------------------------------------------------------------------------------------------------
 
 

@@ -257,5 +257,7 @@ def test_experts_that_no_entry_names_are_pointed_out():
         model = get_slice_model(qwen3(), SliceConfig(r=4, target_parameters=["experts.down_proj"]))
     assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
     assert train(model)[-1] < train(get_slice_model(qwen3(), CONFIG), 1)[0]
+    for deliberate in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["experts"]}):
+        get_slice_model(qwen3(), SliceConfig(r=4, **deliberate))  # no warning
     rows = {m.name: (m.out_features, m.in_features, m.parameters) for m in list_targets(qwen3(), CONFIG)}
     assert rows["model.layers.0.mlp.experts.down_proj"] == (4 * 16, 16, 4 * 16 * 4)

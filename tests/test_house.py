@@ -18,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"slices", "reference", "sharding"},
     {"_native", "_native_cuda", "config", "files", "ledger"},
-    {"ops", "delta"},
-    {"scores", "moves", "merging", "card", "function"},
+    {"ops"},
+    {"scores", "moves", "function"},
     {"linear"},
     {"parameters"},
     {"attention", "experts"},
-    {"optim", "targets", "memory", "adapters"},
+    {"optim", "targets", "memory", "deltas"},
     {"model"},
     {"plan"},
     {"integrations"},
@@ -31,7 +31,8 @@ FLOORS = [
     {"studies"},
     {"cli", "__main__", "__init__"},
 ]
-CORE = {name for floor in FLOORS[:-4] for name in floor}
+FOLDERS = {"deltas"}  # rooms of the core that are folders
+CORE = {name for floor in FLOORS[:-4] for name in floor} - FOLDERS
 
 
 def imports_of(path: Path) -> set[str]:
@@ -71,16 +72,24 @@ def test_no_arrow_points_up():
             # swapping a Conv1D back needs transformers' own class, asked for by the model that holds one
             allowed |= (here, there) == ("model", "integrations")
             # the hub, asked for by the call that pushes or pulls
-            allowed |= (here, there) == ("adapters", "integrations")
+            allowed |= (here, there) == ("deltas", "integrations")
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_the_core_needs_torch_and_nothing_else():
-    for name in CORE:
-        outside = {i.split(".")[0] for i in imports_of(ROOT / "slicefine" / f"{name}.py")} - set(
-            sys.stdlib_module_names
-        )
-        assert outside <= {"torch", "safetensors", "slicefine"}, f"slicefine/{name}.py imports {outside}"
+    files = [ROOT / "slicefine" / f"{name}.py" for name in CORE]
+    files += [path for folder in FOLDERS for path in (ROOT / "slicefine" / folder).glob("*.py")]
+    for path in files:
+        outside = {i.split(".")[0] for i in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "safetensors", "slicefine"}, f"{path.relative_to(ROOT)} imports {outside}"
+
+
+def test_diagnose_needs_nothing_but_matplotlib_and_numpy_and_those_when_drawing():
+    for path in (ROOT / "slicefine" / "diagnose").glob("*.py"):
+        outside = {i.split(".")[0] for i in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "slicefine", "matplotlib", "numpy"}, f"{path.name} imports {outside}"
+    code = "import sys, slicefine.diagnose.survey, slicefine.diagnose.report; print('matplotlib' in sys.modules)"
+    assert run_without("matplotlib", code).stdout.strip() == "False"
 
 
 def test_kernels_know_nothing_of_slicefine():

@@ -66,6 +66,12 @@ def test_the_document_is_well_formed_and_asks_for_nothing(tmp_path):
         assert piece in shown, piece
 
 
+def test_figures_as_png(tmp_path):
+    paths = page_with_two_figures().write_figures(tmp_path / "docs", "page")
+    assert [path.name for path in paths] == ["page-1.png", "page-2.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
 def test_the_same_page_twice_is_the_same_bytes():
     assert page_with_two_figures().html() == page_with_two_figures().html()
 

@@ -11,7 +11,7 @@ import torch.nn.utils.prune
 from families import FAMILIES, SUPPORT, Family, committed_table, table
 from torch import Tensor, nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
+from slicefine import SliceAdamW, SliceConfig, SliceLinear, SliceModel, get_slice_model
 
 STEPS, INTERVAL, LR = 5, 2, 1e-2
 
@@ -85,10 +85,14 @@ class DenseMasked:
                 self.optimizer.state.pop(weight, None)
 
 
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return sorted(a) == sorted(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("slice_type", ["column", "row_column"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.filterwarnings("ignore:.*stays as it is")
-def test_family(family: Family, slice_type: str):
+def test_family(family: Family, slice_type: str, tmp_path):
     if family.parameters and slice_type != "column":
         pytest.skip("experts take column slices")
     plain = build(family).requires_grad_(False)
@@ -117,7 +121,7 @@ def test_family(family: Family, slice_type: str):
         loss.backward()
         oracle.step(step)
         optimizer.step()
-    after = model.state_dict()
+    after = {key: value.clone() for key, value in model.state_dict().items()}
     for name in layers:
         key, visited = key_of[name], oracle.visited[name]
         torch.testing.assert_close(after[key], oracle.weights[name].detach(), rtol=0, atol=1e-9)
@@ -126,6 +130,13 @@ def test_family(family: Family, slice_type: str):
     sliced = set(key_of.values())
     assert all(torch.equal(after[key], before[key]) for key in keys if key not in sliced)
     trained = loss_of(model, family, 0)
+    model.save_pretrained(tmp_path)
+    loaded: Any = SliceModel.from_pretrained(build(family), tmp_path)
+    assert same(loaded.state_dict(), after) and abs(loss_of(loaded, family, 0).item() - trained.item()) < 1e-12
+    assert same(loaded.unload().state_dict(), before)
+    with model.disable_adapter():
+        assert same(model.state_dict(), before)
+    assert same(model.state_dict(), after)
     merged = model.merge_and_unload()
     assert not any(isinstance(m, SliceLinear) for m in merged.modules())
     assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
@@ -233,6 +244,15 @@ def test_asks_20_a_quantised_base_is_refused_by_name(how):
             get_slice_model(model, SliceConfig(r=4, target_modules=targets))
     get_slice_model(model, SliceConfig(r=4, exclude_modules=["0"]))
     assert isinstance(model[1], SliceLinear)
+
+
+def test_asks_20_float8_weights_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        ValueError, match="has a torch.float8_e4m3fn weight; expected one of torch.float32, torch.bfloat16"
+    ):
+        get_slice_model(model, SliceConfig(r=4))
 
 
 @pytest.mark.parametrize(

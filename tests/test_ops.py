@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicefine import _native, ops, reference
 
@@ -449,3 +451,45 @@ def test_arguments_that_would_be_memory_faults_are_refused(name):
                 step,
                 *HYPERPARAMETERS.values(),
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [[0], [7, 8, 9], [12, 13], [1, 4, 11], list(range(14))])
+@pytest.mark.parametrize("layout", ["whole", "rows", "transposed", "empty"])
+def test_columns_are_taken_bit_for_bit(dtype, cols, layout):
+    whole = torch.randn(3, 5, 14).to(dtype)
+    whole[0, 0] = torch.nan
+    made = {"whole": whole, "rows": torch.randn(6, 5, 30).to(dtype)[::2, :, 3:17], "empty": whole[:0],
+            "transposed": torch.randn(3, 14, 5).to(dtype).transpose(1, 2)}  # fmt: skip
+    input, index = made[layout], torch.tensor(cols)
+    found = _native.take_columns(input, index)
+    assert found.shape == (input.shape[0] * 5, len(cols)) and found.is_contiguous()
+    torch.testing.assert_close(found, input[..., index].reshape(-1, len(cols)), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ops.take_columns(input, index).nan_to_num(), found.nan_to_num())
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 20])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_a_thin_operand_is_read_in_place_or_packed_alike(n, width):
+    """A contiguous X[:, S] whose width is a multiple of the kernel's eight is not packed; a view of a wider X is."""
+    dy, x = torch.randn(n, 70), torch.randn(n, width)
+    wider = torch.cat([torch.full((n, 3), torch.nan), x, torch.full((n, 5), torch.nan)], 1)[:, 3 : 3 + width]
+    with ops.use_backend("cpu"):
+        assert torch.equal(ops.slice_grad(dy, x), ops.slice_grad(dy, wider))
+    exact = dy.double().t() @ x.double()
+    assert (ops.gradient_of_slice(dy, x).double() - exact).abs().max() <= 1e-6 * n**0.5 * 4
+
+
+def test_the_short_way_to_a_backend_is_taken_only_where_nothing_watches():
+    dy, x = torch.randn(6, 5), torch.randn(6, 3)
+    ops.slice_grad(dy, x)  # the first op chooses the backend
+    assert ops._direct(x) is _native
+    with ops.use_backend("reference"):
+        assert ops._direct(x) is None
+    with TorchDispatchMode():
+        assert ops._direct(x) is None
+    with FakeTensorMode() as mode:
+        assert ops._direct(mode.from_tensor(x)) is None
+    with torch.profiler.profile() as found:
+        ops.gradient_of_slice(dy, x)
+    assert any(event.key == "slicefine::slice_grad" for event in found.key_averages())

@@ -15,7 +15,7 @@ from slicefine import SliceConfig
 
 pytest.importorskip("sklearn")
 
-from slicefine.delta import FILE, Delta, DeltaError
+from slicefine.deltas.delta import FILE, Delta, DeltaError
 from slicefine.studies import digits
 from slicefine.studies.capacity import ftc_curve, relabelled, smallest
 from slicefine.studies.linearised import predict_sizes, verdict

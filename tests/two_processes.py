@@ -77,4 +77,4 @@ def _serve(rank: int, store: str, connection: Any) -> None:
         except Exception:
             answer = traceback.format_exc(), None
         connection.send(answer)
-    dist.destroy_process_group()
+    os._exit(0)  # nothing left to say to the other process, and no need to wait for it

@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 
 from slicefine.cli import env as env_verb
+from slicefine.cli.advise import advise
 from slicefine.cli.capacity import capacity
 from slicefine.cli.continual import continual
+from slicefine.cli.delta import app as delta_verbs
+from slicefine.cli.diagnose import diagnose
 from slicefine.cli.patch import patch
 from slicefine.cli.plan import plan
 from slicefine.cli.train import train
@@ -20,9 +23,12 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(train)
 app.command()(plan)
+app.add_typer(delta_verbs, name="delta")
 app.command()(capacity)
 app.command()(patch)
 app.command()(continual)
+app.command()(diagnose)
+app.command()(advise)
 
 
 @app.command()

@@ -101,3 +101,8 @@ def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], lis
             f"--eval-share {share} of {len(rows)} rows leaves {held} to evaluate and {len(rows) - held} to train on; give --eval-data or more rows"
         )
     return [rows[i] for i in order[held:]], [rows[i] for i in order[:held]]
+
+
+def chunks(rows: list[Row], size: int) -> list[list[Row]]:
+    """The rows in lists of ``size``; the last one may be shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

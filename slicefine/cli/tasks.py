@@ -47,6 +47,17 @@ class Task:
         """(model, names of its modules that are newly initialised)."""
         raise NotImplementedError
 
+    def config_of(self, model: Any) -> dict[str, Any]:
+        """What the model's configuration has for this task and its base's need not have; from_pretrained takes it."""
+        if not self.labels:
+            return {}
+        names = dict(enumerate(self.labels))
+        known = {key: getattr(model.config, key, None) for key in ("pad_token_id", "problem_type")}
+        return {
+            "num_labels": len(names), "id2label": {str(k): v for k, v in names.items()}, "label2id": {v: k for k, v in names.items()},
+            **{key: value for key, value in known.items() if value is not None},
+        }  # fmt: skip
+
     def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
         """A classifier with ``labels`` and the head that it was trained with, in float32; and which modules are new all the same."""
         raise NotImplementedError
@@ -91,7 +102,7 @@ class Task:
         return torch.tensor([index[str(row[self.columns.label])] for row in rows])
 
 
-def _location(model: str) -> tuple[str, dict[str, Any]]:
+def location(model: str) -> tuple[str, dict[str, Any]]:
     """A path or id, and what from_pretrained needs to read a single GGUF file."""
     path = Path(model)
     if path.suffix == ".gguf":
@@ -105,8 +116,8 @@ def _location(model: str) -> tuple[str, dict[str, Any]]:
     return str(path.expanduser()) if path.expanduser().exists() else model, {}
 
 
-def _pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any) -> Any:
-    location, extra = _location(model)
+def pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any) -> Any:
+    place, extra = location(model)
     if dtype is not None:
         extra["dtype"] = dtype
         if "gguf_file" in extra:
@@ -115,7 +126,7 @@ def _pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any
             if hasattr(transformers, "GgufConfig"):  # from transformers 5 on, weights may stay packed otherwise
                 extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return kind.from_pretrained(location, **extra, **options)
+        return kind.from_pretrained(place, **extra, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {model}: {kind.__name__} cannot load it: {error}") from error
 
@@ -140,7 +151,7 @@ class _TextTask(Task):
     def _tokenizer(self, model: str) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = _pretrained(AutoTokenizer, model, None)
+        tokenizer = pretrained(AutoTokenizer, model, None)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise UserError(f"--model {model}: its tokenizer has neither a padding nor an end token")
@@ -181,7 +192,7 @@ class TextClassification(_TextTask):
 
         self.tokenizer = self._tokenizer(model)
         names = dict(enumerate(self.labels))
-        loaded, info = _pretrained(
+        loaded, info = pretrained(
             AutoModelForSequenceClassification, model, dtype, num_labels=len(names), id2label=names,
             label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -203,7 +214,7 @@ class CausalLM(_TextTask):
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = self._tokenizer(model)
-        loaded, info = _pretrained(AutoModelForCausalLM, model, dtype, output_loading_info=True)
+        loaded, info = pretrained(AutoModelForCausalLM, model, dtype, output_loading_info=True)
         self._check_length(loaded)
         # a tied head is reported missing and is no new module
         tied = loaded.get_output_embeddings() if loaded.config.tie_word_embeddings else None
@@ -259,9 +270,9 @@ class ImageClassification(Task):
     def _load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        self.processor = _pretrained(AutoImageProcessor, model, None)
+        self.processor = pretrained(AutoImageProcessor, model, None)
         names = dict(enumerate(self.labels))
-        loaded, info = _pretrained(
+        loaded, info = pretrained(
             AutoModelForImageClassification, model, dtype, num_labels=len(names), id2label=names,
             label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip

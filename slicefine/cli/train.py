@@ -19,7 +19,8 @@ import typer
 from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
-from slicefine.cli.data import Row, UserError, read_rows, split_rows
+from slicefine.cli.data import Row, UserError, chunks, read_rows, split_rows
+from slicefine.cli.evaluation import file_sha256, measure, planned
 from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
 from slicefine.files import replacing
 from slicefine.linear import layers_of
@@ -90,7 +91,7 @@ def train(
         bool, typer.Option(help="go on from the checkpoint in --output", rich_help_panel=_TRAINING)
     ] = False,
 ) -> None:
-    """Fine-tune a pretrained model; the trained slices are merged, so --output is an ordinary model folder.
+    """Fine-tune a pretrained model; --output is an ordinary model folder, and the delta folder in it holds what has changed.
 
     Ctrl-C finishes the step, writes a checkpoint and the model as it stands, and exits with 130; --resume goes on from there.
     """
@@ -184,11 +185,17 @@ def _run(
     rows = read_rows(data, task.required())
     task.prepare(rows)
     held = read_rows(eval_data, task.required(), "--eval-data") if eval_data else []
+    device = _device(device_name)
+    everything = held if eval_data else rows
+    training_data = {"data": data, "sha256": file_sha256(data, rows)}
     if eval_data:
         task.check_labels(held)
     else:
         rows, held = split_rows(rows, eval_share, recipe.seed)
-    device = _device(device_name)
+    evaluation = planned(
+        task, model_name, eval_data or data, everything, held, None if eval_data else eval_share, recipe.seed, recipe.batch_size,
+        recipe.bf16,
+    )  # fmt: skip
 
     torch.manual_seed(recipe.seed)
     model, whole_modules = task.load(model_name, torch.float32)
@@ -210,11 +217,13 @@ def _run(
     interrupted = job.train(checkpoint)
     job.save(checkpoint)
     metrics = {"steps": job.step, "loss": job.recent_loss(), "peak_bytes": job.peak_bytes()}
+    info: dict[str, Any] = {
+        "model_config": task.config_of(model), "recipe": asdict(recipe), "loss": job.recent_loss(), "training_data": training_data,
+    }  # fmt: skip
     if held and not interrupted:
-        metrics[task.metric] = task.evaluate(
-            model, _chunks(sorted(held, key=task.length), recipe.batch_size), job.autocast, device
-        )
-    _write_model(model, task, slices, recipe, metrics, output)
+        evaluation.value = metrics[task.metric] = measure(model, task, held, recipe.batch_size, recipe.bf16, device)
+        info["evaluation"] = evaluation.to_dict()
+    _write_model(model, task, slices, recipe, metrics, info, output)
     if interrupted:
         typer.echo(
             f"\nstopped at step {job.step:,d} of {job.total:,d}; the model as it stands is in {output}, go on with --resume",
@@ -237,7 +246,8 @@ def _report(metrics: dict[str, Any], output: Path) -> str:
         f"{key:<12}{value / 2**20:,.0f} MiB" if key == "peak_bytes" else f"{key:<12}{value:,.4g}"
         for key, value in metrics.items()
     ]
-    return "\n".join([*lines, f"{'model':<12}{output}"])
+    delta = [f"{'delta':<12}{output / 'delta'}"] if (output / "delta").is_dir() else []
+    return "\n".join([*lines, f"{'model':<12}{output}", *delta])
 
 
 def _check_output(output: Path) -> None:
@@ -259,14 +269,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _chunks(rows: list[Row], size: int) -> list[list[Row]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
 def _write_model(
-    model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], output: Path
-) -> None:
+    model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], info: dict[str, Any], output: Path,
+) -> None:  # fmt: skip
     model.save_pretrained(output, whole_model=True)  # the weights are the truth: nothing to merge
+    if slices.keep_originals:
+        model.save_pretrained(output / "delta", info=info)
     task.save(output)
     slices.save(output / "slice_config.json")
     (output / "training.json").write_text(
@@ -302,12 +310,12 @@ class _Job:
             rng.shuffle(order)
             steps = []
             for window in (order[i : i + 25 * size] for i in range(0, len(order), 25 * size)):
-                steps += _chunks(
+                steps += chunks(
                     [self.rows[i] for i in sorted(window, key=lambda i: self.task.length(self.rows[i]))], size
                 )
             rng.shuffle(steps)
             for rows in steps:
-                yield _chunks(rows, self.recipe.batch_size)
+                yield chunks(rows, self.recipe.batch_size)
 
     def train(self, checkpoint: Path) -> bool:
         """Run to the end; returns whether Ctrl-C stopped it."""

@@ -22,7 +22,7 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1d2430; --soft: #5a6475; --line: #dfe4ec; --accent: #1f5fa8; --wash: #f5f7fa; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--wash); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 32px 80px; background: #fff; min-height: 100vh; border: solid var(--line); border-width: 0 1px; }
+main { max-width: 1180px; margin: 0 auto; padding: 40px 32px 80px; background: #fff; min-height: 100vh; border: solid var(--line); border-width: 0 1px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; }
 .subtitle { color: var(--soft); margin: 0 0 28px; }
 h2 { font-size: 1.3rem; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--line); }
@@ -34,14 +34,17 @@ figure svg { display: block; width: 100%; height: auto; }
 figcaption, caption { color: var(--soft); font-size: .88rem; text-align: left; padding: 6px 0; }
 caption { caption-side: top; }
 .scroll { overflow-x: auto; max-height: 560px; overflow-y: auto; margin: 14px 0; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: #fff; color: var(--soft); font-weight: 600; text-align: left; box-shadow: inset 0 -2px var(--line); }
-th, td { padding: 5px 12px 5px 0; vertical-align: top; }
+th, td { padding: 4px 14px 4px 0; vertical-align: top; }
 tbody tr:nth-child(even) { background: var(--wash); }
 td { border-top: 1px solid var(--line); }
+td:not(.number) { min-width: 5em; }
+td:last-child:not(.number) { min-width: 16em; }
+th { vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; }
 pre { background: var(--wash); border: 1px solid var(--line); padding: 12px 14px; overflow-x: auto; font-size: .85rem; }
-nav { font-size: .9rem; margin-bottom: 20px; }
+nav { font-size: .9rem; margin-bottom: 20px; display: flex; flex-wrap: wrap; }
 nav a { color: var(--accent); margin-right: 18px; text-decoration: none; white-space: nowrap; }
 @media print { main { border: 0; max-width: none; } .scroll { max-height: none; } }
 """
@@ -57,7 +60,7 @@ class Page:
         self.title, self.subtitle = title, subtitle
         self._parts: list[str] = []
         self._sections: list[tuple[str, str]] = []
-        self._figures = 0
+        self._figures: list[Any] = []
 
     def heading(self, text: str, level: int = 2) -> None:
         """A section (level 2, also listed at the top) or a part of one (level 3)."""
@@ -97,9 +100,9 @@ class Page:
 
     def figure(self, fig: Any, caption: str = "") -> None:
         """A `matplotlib.figure.Figure` as inline SVG; build it with `new_figure` and no GUI is ever asked for."""
-        self._figures += 1
+        self._figures.append(fig)
         title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{_svg(fig, f'f{self._figures}', caption)}{title}</figure>")
+        self._parts.append(f"<figure>{_svg(fig, f'f{len(self._figures)}', caption)}{title}</figure>")
 
     def html(self) -> str:
         """The whole document."""
@@ -112,6 +115,16 @@ class Page:
             + "\n".join(self._parts)
             + "</main></body></html>\n"
         )
+
+    def write_figures(self, folder: str | os.PathLike[str], stem: str, dpi: int = 110) -> list[Path]:
+        """The figures as PNG files ``stem-1.png``, ``stem-2.png`` and so on, for documents that cannot hold the
+        page."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{stem}-{i}.png" for i in range(1, len(self._figures) + 1)]
+        for figure, path in zip(self._figures, paths, strict=True):
+            figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        return paths
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the document to a file, making its folder."""

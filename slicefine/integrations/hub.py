@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("the hub needs huggingface_hub: pip install 'slicefine[hf]'") from error
 
-from slicefine.delta import CONFIG_FILE, FILE
+from slicefine.deltas.delta import CONFIG_FILE, FILE
 
 
 def push(

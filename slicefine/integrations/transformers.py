@@ -45,16 +45,24 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
         raise ValueError(
             f"{model!r} is no config.json, no folder that holds one, and no id whose configuration can be read: {error}"
         ) from error
-    auto = _auto_class(config)
+    return workload_of(config, model, dtype)
+
+
+def workload_of(config: Any, name: str, dtype: torch.dtype, auto: str | None = None) -> Workload:
+    """A `slicefine.plan.Workload` of a configuration that is at hand, such as a loaded model's.
+
+    auto: name of the auto class that it is trained as, of those in _AUTO; by the configuration unless given.
+    """
+    kind = _auto_class(config) if auto is None else getattr(transformers, auto)
     attention = "sdpa"
 
     def build() -> nn.Module:
         with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype, attn_implementation=attention)
+            return kind.from_config(config, dtype=dtype, attn_implementation=attention)
 
-    image = auto is transformers.AutoModelForImageClassification
+    image = kind is transformers.AutoModelForImageClassification
     return Workload(
-        model, build, _image_inputs(config, dtype) if image else _text_inputs(auto), lambda output, inputs: output.loss,
+        name, build, _image_inputs(config, dtype) if image else _text_inputs(kind), lambda output, inputs: output.loss,
         _first_features, None if image else config.get_text_config().vocab_size, _one_sequence_in_a_row,
     )  # fmt: skip
 

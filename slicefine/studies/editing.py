@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.config import SliceConfig
-from slicefine.delta import Delta
+from slicefine.deltas.delta import Delta
 from slicefine.linear import SliceLinear
 from slicefine.model import get_slice_model
 from slicefine.optim import SliceAdamW

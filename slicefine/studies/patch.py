@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.config import SliceConfig
-from slicefine.delta import CONFIG_FILE, Delta, DeltaError
+from slicefine.deltas.delta import CONFIG_FILE, Delta, DeltaError
 from slicefine.files import write_text
 from slicefine.studies.editing import METHODS, Trial, unload_lora
 from slicefine.studies.samples import Inputs, Samples, count, joined, predict, take

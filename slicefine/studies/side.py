@@ -170,8 +170,8 @@ class AdditiveSide(nn.Module):
                     raise TypeError(
                         f"the exact three-layer network runs in float64 only, not {probe.dtype}: its weights reach 1e9"
                     )
-                network: Any = self.network
-                rounded = network.knots.to(probe.dtype)
+                knots: Any = self.network.knots
+                rounded = knots.to(probe.dtype)
                 if bool((rounded.diff() <= 0).any()):
                     raise TypeError(
                         f"two knots of the exact side network fall together in {probe.dtype}; keep it in float64"

@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from slicefine.delta import _BLANK, CONFIG_FILE, FILE, DeltaError, _identity, base_hashes, combined_hash
-from slicefine.files import replacing, tensor_sha256, write_text
+from slicefine.deltas import file
+from slicefine.deltas.delta import base_hashes, combined_hash
+from slicefine.deltas.file import CONFIG_FILE, FILE
+from slicefine.files import write_text
 from slicefine.studies.exact import Bumps, Zigzags
 from slicefine.studies.side import AdditiveSide, _linears
 
-FORMAT, VERSION = "slicefine-side", 1
+KIND = ("slicefine-side", 1)  # name and version of the format
 _EXACT = {"Bumps": Bumps, "Zigzags": Zigzags}
 
 
@@ -35,21 +35,11 @@ def save_side(side: AdditiveSide, folder: str | os.PathLike[str], base: dict[str
             "this side takes its features from a callable, which a file cannot hold; name a module instead"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side.network.state_dict().items()}
     kind = type(side.network).__name__ if side.exact else "ReLU"
     network = {"kind": kind, "layers": side.layers, "neurons": side.neurons, "stored": side.stored}
-    manifest = {
-        "format": FORMAT, "version": VERSION, "file_sha256": _BLANK, "base": base, "info": info, "network": network,
-        "feature": side.feature, "output": side.output,
-        "tensors": {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()},
-    }  # fmt: skip
-    with replacing(folder / FILE) as temporary:
-        save_file(tensors, temporary, {"slicefine": json.dumps(manifest, sort_keys=True)})
-        identity, where = _identity(temporary)
-        with open(temporary, "rb+") as file:
-            file.seek(where)
-            file.write(identity.encode())
+    manifest = {"base": base, "info": info, "network": network, "feature": side.feature, "output": side.output}
+    identity = file.write(folder / FILE, manifest, tensors, KIND)
     config = {
         "peft_type": "ADDITIVE_SIDE", "base_model_name_or_path": base.get("model"), "base_model_sha256": base["sha256"],
         "delta_sha256": identity, "feature": side.feature, "output": side.output, "network": network,
@@ -60,21 +50,7 @@ def save_side(side: AdditiveSide, folder: str | os.PathLike[str], base: dict[str
 
 def load_side(folder: str | os.PathLike[str]) -> tuple[AdditiveSide, dict[str, Any]]:
     """(side, manifest), every byte checked. Raises DeltaError for a damaged file, FileNotFoundError."""
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no side network at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {})["slicefine"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        recorded = manifest["file_sha256"]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DeltaError(f"{path} is damaged or no side network ({type(error).__name__}: {error})") from error
-    if _identity(path)[0] != recorded:
-        wrong = sorted(n for n, t in tensors.items() if manifest.get("tensors", {}).get(n) != tensor_sha256(n, t))
-        raise DeltaError(f"{path} is damaged: {', '.join(wrong) or 'its header'} is not what was saved")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DeltaError(f"{path} has format {manifest.get('format')!r}; expected {FORMAT!r} version {VERSION}")
+    manifest, tensors = file.read(Path(folder) / FILE, KIND)
     kind = manifest["network"]["kind"]
     if kind in _EXACT:
         network: nn.Module = _EXACT[kind](*(tensors[n] for n in _BUFFERS[kind]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from slicefine.delta import CONFIG_FILE, Delta, DeltaError
+from slicefine.deltas.delta import CONFIG_FILE, Delta, DeltaError
 from slicefine.files import write_text
 from slicefine.studies.side_file import base_sha256
 

@@ -9,30 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slicefine.files import dtype_name, replacing, tensor_sha256
-from slicefine.ledger import Piece
+from slicefine.deltas import file
+from slicefine.deltas.file import CONFIG_FILE, FILE, DeltaError
+from slicefine.files import dtype_name, tensor_sha256
+from slicefine.ledger import Piece, same_bits
 from slicefine.reference import read_slice, write_slice
 from slicefine.sharding import is_sharded
 
-FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-FORMAT = "slicefine-delta"
-VERSION = 1
-_BLANK = "0" * 64  # stands where the file's own hash will
-
-
-class DeltaError(ValueError):
-    """A delta that is damaged, of another base, or in the way of another one."""
+__all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "Patch", "WeightDelta", "WholeDelta"]
 
 
 @dataclass
@@ -61,6 +52,19 @@ class WeightDelta:
     def dtype(self) -> torch.dtype:
         return self.patches[0].new.dtype
 
+    def check(self, key: str) -> None:
+        """Raise ValueError unless every patch has values of its own shape and all have one dtype."""
+        if not self.patches:
+            raise ValueError(f"{key} has no patches")
+        for patch in self.patches:
+            shape = tuple(n if i is None else len(i) for i, n in zip((patch.rows, patch.cols), self.shape, strict=True))
+            if not tuple(patch.old.shape) == tuple(patch.new.shape) == shape:
+                raise ValueError(
+                    f"{key} has values of shape {tuple(patch.old.shape)} and {tuple(patch.new.shape)} for {shape}"
+                )
+            if not patch.old.dtype == patch.new.dtype == self.dtype:
+                raise ValueError(f"{key} has values of several dtypes")
+
 
 @dataclass
 class WholeDelta:
@@ -88,16 +92,11 @@ class Delta:
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the file's SHA-256 identity."""
-        path = _file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"slicefine": json.dumps(self._manifest(tensors), sort_keys=True)})
-            self.sha256, where = _identity(temporary)
-            with open(temporary, "rb+") as file:
-                file.seek(where)
-                file.write(self.sha256.encode())
+        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the file's SHA-256 identity.
+
+        Raises TypeError for info that JSON cannot hold, ValueError for more patches than a safetensors header can.
+        """
+        self.sha256 = file.write(file.file_in(path), self._manifest(), dict(self._tensors()))
         return self.sha256
 
     @classmethod
@@ -106,11 +105,14 @@ class Delta:
 
         Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
         """
-        path = _file(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no delta at {path}: expected a file, or a folder with {FILE} in it")
-        manifest, tensors = _read_checked(path)
-        return cls._from(manifest, tensors)
+        path = file.file_in(path)
+        manifest, tensors = file.read(path)
+        try:
+            return cls._from(manifest, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DeltaError(
+                f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it was not written by slicefine"
+            ) from error
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:
         for key, weight in self.weights.items():
@@ -121,36 +123,40 @@ class Delta:
             yield f"{key}/old", whole.old
             yield f"{key}/new", whole.new
 
-    def _manifest(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         return {
-            "format": FORMAT, "version": VERSION, "file_sha256": _BLANK, "base": self.base, "config": self.config, "info": self.info,
+            "base": self.base, "config": self.config, "info": self.info,
             "weights": {
                 key: {
                     "shape": list(w.shape), "transposed": w.transposed, "base_sha256": w.base_sha256,
-                    "patches": [{"rows": to_ranges(p.rows), "cols": to_ranges(p.cols)} for p in w.patches],
+                    "patches": [{"rows": file.to_ranges(p.rows), "cols": file.to_ranges(p.cols)} for p in w.patches],
                 }
                 for key, w in self.weights.items()
             },
             "whole": {key: {"replaces": w.replaces} for key, w in self.whole.items()},
-            "tensors": {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()},
         }  # fmt: skip
 
     @classmethod
     def _from(cls, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
         weights = {}
         for key, entry in manifest["weights"].items():
-            patches = [
-                Patch(
-                    from_ranges(p["rows"]), from_ranges(p["cols"]), tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]
-                )
-                for i, p in enumerate(entry["patches"])
-            ]
             out_features, in_features = entry["shape"]
+            patches = []
+            for i, p in enumerate(entry["patches"]):
+                rows, cols = file.from_ranges(p["rows"], out_features), file.from_ranges(p["cols"], in_features)
+                patches.append(Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]))
             weights[key] = WeightDelta((out_features, in_features), entry["transposed"], entry["base_sha256"], patches)
+            weights[key].check(key)
         whole = {
             key: WholeDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
         }
+        for key, entry in whole.items():
+            if (entry.old.shape, entry.old.dtype) != (entry.new.shape, entry.new.dtype):
+                raise ValueError(f"{key} has old and new values of different shape or dtype")
+        for name in ("config", "base", "info"):
+            if not isinstance(manifest[name], dict):
+                raise TypeError(f"{name} is no object")
         return cls(weights, whole, manifest["config"], manifest["base"], manifest["info"], manifest["file_sha256"])
 
     def config_json(self) -> str:
@@ -173,7 +179,7 @@ class Delta:
         everything: compare hashes of the whole base model; False: only the entries that the delta replaces.
         """
         for key, weight in self.weights.items():
-            tensor = _tensor(model, key)
+            tensor = tensor_of(model, key)
             stored = weight.shape[::-1] if weight.transposed else weight.shape
             if tuple(_matrix(model, key, weight).shape) != weight.shape or tensor.dtype != weight.dtype:
                 raise DeltaError(
@@ -181,7 +187,7 @@ class Delta:
                     f"{tuple(stored)}{_load_in(weight.dtype) if tensor.dtype != weight.dtype else ''}"
                 )
         for key, whole in self.whole.items():
-            tensor = _tensor(model, key)
+            tensor = tensor_of(model, key)
             if tensor.shape != whole.new.shape or tensor.dtype != whole.new.dtype:
                 raise DeltaError(
                     f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta holds {dtype_name(whole.new)} {tuple(whole.new.shape)}"
@@ -208,7 +214,7 @@ class Delta:
         wrong = []
         for key, weight in self.weights.items():
             matrix = _matrix(model, key, weight)
-            if not all(torch.equal(_read(matrix, p), p.old) for p in weight.patches):
+            if not all(same_bits(_read(matrix, p), p.old) for p in weight.patches):
                 wrong.append(key)
         return wrong
 
@@ -227,9 +233,9 @@ class Delta:
         """Write the old values back, bit for bit. Raises DeltaError if the model does not hold the new ones."""
         _refuse_slices(model)
         wrong = [
-            key for key, w in self.weights.items() for p in w.patches if not torch.equal(_read(_matrix(model, key, w), p), p.new)
+            key for key, w in self.weights.items() for p in w.patches if not same_bits(_read(_matrix(model, key, w), p), p.new)
         ]  # fmt: skip
-        wrong += [key for key, w in self.whole.items() if not torch.equal(_tensor(model, key).detach().cpu(), w.new)]
+        wrong += [key for key, w in self.whole.items() if not same_bits(tensor_of(model, key), w.new)]
         if wrong:
             raise DeltaError(
                 f"the model does not hold this delta: {', '.join(wrong[:3])} have other values. Revert what came after it first."
@@ -242,7 +248,7 @@ class Delta:
         for key, weight in self.weights.items():
             self.write_one(model, key, weight, which)
         for key, whole in self.whole.items():
-            _tensor(model, key).copy_(getattr(whole, which))
+            tensor_of(model, key).copy_(getattr(whole, which))
 
     def write_one(self, model: nn.Module, key: str, weight: WeightDelta, which: str) -> None:
         for patch in weight.patches:
@@ -257,7 +263,7 @@ class Delta:
             patches = [Patch(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches]
             weights[key] = WeightDelta(w.shape, w.transposed, w.base_sha256, patches)
         whole = {
-            key: WholeDelta(w.old, _tensor(model, key).detach().to("cpu", copy=True), w.replaces)
+            key: WholeDelta(w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces)
             for key, w in self.whole.items()
         }
         return Delta(weights, whole, self.config, self.base, self.info)
@@ -275,16 +281,16 @@ class Delta:
 # -- the base model -----------------------------------------------------------------------------------------------------
 
 
-def base_hashes(model: nn.Module, leave_out: set[str], originals: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+def base_hashes(
+    model: nn.Module, leave_out: set[str], original: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, str]:
     """SHA-256 by key of everything in a model's state dict but ``leave_out``.
 
-    originals: tensors that stand for those in the model.
+    original: (key, tensor in the model) -> what stands for it; asked one by one, so that no second model is in memory.
     """
-    state = whole_state(model)
-    originals = originals or {}
     return {
-        key: tensor_sha256(key, originals.get(key, value))
-        for key, value in state.items()
+        key: tensor_sha256(key, original(key, value) if original else value)
+        for key, value in whole_state(model).items()
         if key not in leave_out and isinstance(value, Tensor)
     }
 
@@ -306,7 +312,7 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()).hexdigest()
 
 
-def _tensor(model: nn.Module, key: str) -> Tensor:
+def tensor_of(model: nn.Module, key: str) -> Tensor:
     path, _, name = key.rpartition(".")
     try:
         tensor = getattr(model.get_submodule(path), name)
@@ -315,12 +321,19 @@ def _tensor(model: nn.Module, key: str) -> Tensor:
         raise DeltaError(
             f"the model has no {key}, which the delta changes; it has {near or 'nothing of that name'}"
         ) from error
-    # a parameter that a module uses itself and that is sliced now is a module of its name
-    return tensor.weight if isinstance(tensor, nn.Module) else tensor  # pyright: ignore[reportReturnType]
+    if isinstance(
+        tensor, nn.Module
+    ):  # a parameter that a module uses itself and that is sliced now is a module of its name
+        tensor = getattr(tensor, "weight", tensor)
+    if not isinstance(tensor, Tensor):
+        raise DeltaError(
+            f"{key}, which the delta changes, is a {type(tensor).__name__} in the model; expected a tensor"
+        )
+    return tensor
 
 
 def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
-    tensor = _tensor(model, key).detach()
+    tensor = tensor_of(model, key).detach()
     if tensor.dim() == 3:  # experts
         return tensor.view(-1, tensor.shape[-1])
     return tensor.t() if weight.transposed else tensor
@@ -333,7 +346,7 @@ def _read(matrix: Tensor, patch: Patch) -> Tensor:
 
 def _write(matrix: Tensor, patch: Patch, values: Tensor) -> None:
     rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
-    write_slice(matrix, rows, cols, values.to(matrix.device))
+    write_slice(matrix, rows, cols, values.to(matrix.device, matrix.dtype))  # a model that was cast: values follow it
 
 
 def _refuse_slices(model: nn.Module) -> None:
@@ -355,90 +368,5 @@ def meet(a: Patch, b: Patch) -> bool:
 
 
 def patches_of(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[Patch]:
-    """Patches from a ledger's pieces and what stands there now: all columns in one, all rows in one, blocks one each."""
-    columns, rows, blocks = [], [], []
-    for piece, new in zip(pieces, current, strict=True):
-        patch = Patch(piece.rows, piece.cols, piece.values, new)
-        (columns if piece.rows is None else rows if piece.cols is None else blocks).append(patch)
-    return [*_joined(columns, 1), *_joined(rows, 0), *blocks]
-
-
-def _joined(patches: list[Patch], dim: int) -> list[Patch]:
-    if not patches:
-        return []
-    index = torch.cat([p.cols if dim else p.rows for p in patches])  # pyright: ignore[reportCallIssue, reportArgumentType]
-    index, order = index.sort()
-    old, new = (
-        torch.cat([getattr(p, which) for p in patches], dim).index_select(dim, order) for which in ("old", "new")
-    )
-    return [Patch(None if dim else index, index if dim else None, old, new)]
-
-
-def to_ranges(index: Tensor | None) -> list[list[int]] | None:
-    """Ascending features as [start, length] runs; None for all."""
-    if index is None:
-        return None
-    runs: list[list[int]] = []
-    for feature in index.tolist():
-        if runs and feature == sum(runs[-1]):
-            runs[-1][1] += 1
-        else:
-            runs.append([feature, 1])
-    return runs
-
-
-def from_ranges(runs: list[list[int]] | None) -> Tensor | None:
-    if runs is None:
-        return None
-    return torch.cat([torch.arange(start, start + length) for start, length in runs])
-
-
-# -- reading a file that may be damaged ---------------------------------------------------------------------------------
-
-
-def _file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".safetensors" else path / FILE
-
-
-def _identity(path: Path) -> tuple[str, int]:
-    """SHA-256 of a file with its own hash taken as zeros, and where in the file that hash stands."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        header = file.read(int.from_bytes(start, "little"))
-        mark = b'\\"file_sha256\\": \\"'
-        if header.count(mark) != 1:
-            raise DeltaError(f"{path}: not a delta (no file_sha256 in its header)")
-        where = header.index(mark) + len(mark)
-        digest = hashlib.sha256(start + header[:where] + _BLANK.encode() + header[where + len(_BLANK) :])
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest(), 8 + where
-
-
-def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {})["slicefine"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        recorded = manifest["file_sha256"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DeltaError(
-            f"{path} is damaged or no delta: its header cannot be read ({type(error).__name__}: {error})"
-        ) from error
-    if _identity(path)[0] != recorded:
-        raise DeltaError(f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies.")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise DeltaError(
-            f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}; this slicefine reads {FORMAT!r} version {VERSION}"
-        )
-    return manifest, tensors
-
-
-def _culprit(manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    recorded = manifest.get("tensors")
-    if isinstance(recorded, dict):
-        wrong = sorted({n.split("/")[0] for n, t in tensors.items() if recorded.get(n) != tensor_sha256(n, t)})
-        if wrong:
-            return f"the values of {', '.join(wrong[:3])} are not those that were saved"
-    return "its header is not the one that was saved"
+    """Patches from a ledger's pieces and what stands there now."""
+    return [Patch(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)]

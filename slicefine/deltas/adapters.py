@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from slicefine import files
-from slicefine.delta import (
+from slicefine.deltas.delta import (
     CONFIG_FILE,
+    FILE,
     Delta,
     DeltaError,
     WeightDelta,
@@ -25,12 +27,24 @@ from slicefine.delta import (
     base_hashes,
     combined_hash,
     patches_of,
+    tensor_of,
     whole_state,
 )
-from slicefine.ledger import set_version
+from slicefine.deltas.file import SUFFIX
+from slicefine.ledger import same_bits, set_version
 from slicefine.linear import SliceLinear
 
 DEFAULT = "default"
+# arguments of PreTrainedModel.save_pretrained and PeftModel.save_pretrained that change nothing about a delta
+_OF_WHOLE_MODELS = {
+    "safe_serialization",
+    "save_function",
+    "max_shard_size",
+    "variant",
+    "token",
+    "save_peft_format",
+    "save_embedding_layers",
+}
 
 
 class _Adapters:
@@ -42,6 +56,7 @@ class _Adapters:
         self.whole: dict[str, WholeDelta] = {}  # what trains whole beside them; ``new`` is current while they are off
         self.versions: dict[str, int] = {}  # of what trains whole, before it was taken off
         self.stack: list[tuple[str, Delta | None]] = []
+        self.parents: list[dict[str, Any]] = []  # the delta that the slices in training went on from
 
     @property
     def active(self) -> list[str]:
@@ -80,7 +95,8 @@ class AdapterModel:
         name = adapter_name or adapters.live or self.active_adapter
         if name is not None and name == adapters.live:
             return _live_delta(self, info or {})
-        return self._adapters.deltas[self._known(name)]
+        delta = self._adapters.deltas[self._known(name)]
+        return replace(delta, info={**delta.info, **info}, sha256=None) if info else delta
 
     # -- on and off -------------------------------------------------------------------------------------------------
 
@@ -92,8 +108,7 @@ class AdapterModel:
         verify: hash the whole base model; False compares only the entries that the delta replaces.
         Raises DeltaError for a damaged file, another base or a name that is taken.
         """
-        if adapter_name in self.adapters:
-            raise DeltaError(f"there is an adapter {adapter_name!r} already; delete_adapter it, or choose another name")
+        check_name(_module(self), adapter_name)
         delta = path if isinstance(path, Delta) else Delta.load(local_path(path))
         with self.disable_adapter():
             delta.check_base(_module(self), everything=verify)
@@ -111,8 +126,8 @@ class AdapterModel:
             raise DeltaError(f"an adapter is named twice: {names}")
         self._check_stack(names, stack)
         before = self.active_adapters
-        self._unapply_all()
         try:
+            self._unapply_all()
             for name in names:
                 if name == self._adapters.live:
                     _check_originals(self, names[:-1])
@@ -124,14 +139,12 @@ class AdapterModel:
             raise
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off if it is applied, and forget it."""
+        """Take an adapter off if it is applied, and forget it. Raises DeltaError where slices have trained on top of its values."""
         if self._known(adapter_name) == self._adapters.live:
             raise DeltaError(f"{adapter_name!r} are the slices in training; revert() or merge_and_unload() ends them")
         rest = [name for name in self.active_adapters if name != adapter_name]
         if rest != self.active_adapters:
-            self._unapply_all()
-            for name in rest:
-                self._apply_one(name)
+            self.set_adapter(rest, stack=True)
         del self._adapters.deltas[adapter_name]
 
     @contextmanager
@@ -144,7 +157,8 @@ class AdapterModel:
         finally:
             self._unapply_all()
             for name in names:
-                self._apply_one(name)
+                if name in self.adapters:  # else deleted inside the block
+                    self._apply_one(name)
 
     def revert(self) -> None:
         """Take the model back to its base, bit for bit: adapters off, slices and whole modules at their original values.
@@ -156,21 +170,27 @@ class AdapterModel:
         if adapters.live is not None:
             for layer in _layers(self):
                 layer._trained = None  # what was trained is given up
+                layer.required_ledger("be reverted").take(
+                    layer.weight_matrix
+                )  # also where it trained on top of an adapter
                 layer.read_back()
             for whole in adapters.whole.values():
                 whole.new = whole.old
             adapters.versions.clear()
             adapters.stack.append((adapters.live, None))
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """A new adapter: old + sum of weights times (new - old), in float64, rounded once.
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """A new adapter: old + sum of weights times (new - old), in float64, rounded once. combination_type: "linear".
 
         Where one adapter alone changes an entry with weight 1 its value is copied, so disjoint deltas merge without rounding.
         """
-        from slicefine.merging import weighted
+        from slicefine.deltas.merging import weighted
 
-        if adapter_name in self.adapters:
-            raise DeltaError(f"there is an adapter {adapter_name!r} already; choose another name")
+        check_name(_module(self), adapter_name)
+        if combination_type != "linear":
+            raise ValueError(f"combination_type is {combination_type!r}; expected 'linear', the only one for deltas")
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(
                 f"{len(adapters)} adapters and {len(weights)} weights; expected as many of each, at least one"
@@ -187,19 +207,26 @@ class AdapterModel:
 
         selected_adapters: those to write; default: the slices in training, else what is applied. info: JSON to store.
         whole_model: write the whole model instead, as its class does. So do calls with ``state_dict=``, which is how Trainer and
-        Accelerate write checkpoints.
+        Accelerate write checkpoints. kwargs: is_main_process (False writes nothing); what only a whole model needs is ignored.
         """
         if whole_model or "state_dict" in kwargs:
             return _whole_save(self, save_directory, kwargs)
+        if unknown := kwargs.keys() - _OF_WHOLE_MODELS - {"is_main_process"}:
+            raise TypeError(
+                f"save_pretrained got {', '.join(sorted(unknown))}, which a delta has no use for: push_to_hub(repo_id) uploads it, "
+                "whole_model=True saves the model as its class does"
+            )
+        if not kwargs.get("is_main_process", True):
+            return None
         names = selected_adapters or ([self._adapters.live] if self._adapters.live else self.active_adapters)
         if not names:
             raise DeltaError("no adapter is applied: nothing to save. set_adapter one, or name it in selected_adapters")
-        from slicefine.card import model_card
+        from slicefine.deltas.card import model_card
 
         for name in names:
             folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
             delta = self.delta(name, info)
-            delta.save(folder)
+            delta.save(folder / FILE)
             files.write_text(folder / CONFIG_FILE, delta.config_json())
             files.write_text(folder / "README.md", model_card(delta, name))
 
@@ -217,35 +244,18 @@ class AdapterModel:
         return name
 
     def _check_stack(self, names: list[str], stack: bool) -> None:
-        live = self._adapters.live
+        """Refuse overlaps. Slices in training are not looked at: they may lie over adapters that they started from."""
+        live, deltas = self._adapters.live, self._adapters.deltas
         if live in names and names[-1] != live:
             raise DeltaError(f"{live!r} are the slices in training; they must be the last of {names}")
-        for i, upper in enumerate(names):
-            for lower in names[:i]:
-                if stack and upper != live:
-                    continue
-                if common := self._touched(upper).overlap(self._touched(lower)):
+        loaded = [name for name in names if name != live]
+        for i, upper in enumerate(loaded if not stack else ()):
+            for lower in loaded[:i]:
+                if common := deltas[upper].overlap(deltas[lower]):
                     raise DeltaError(
                         f"adapters {lower!r} and {upper!r} change the same entries of {', '.join(common[:3])}. "
-                        + (
-                            "Slices in training cannot be stacked on them."
-                            if upper == live
-                            else "stack=True lets the later one win."
-                        )
+                        "stack=True lets the later one win."
                     )
-
-    def _touched(self, name: str) -> Delta:
-        """A delta that has the entries of an adapter; the values of the slices in training do not matter here."""
-        adapters = self._adapters
-        if name != adapters.live:
-            return adapters.deltas[name]
-        weights = {}
-        for layer_name, layer in _named_layers(self):
-            ledger = layer.required_ledger("be stacked")
-            shape = (layer.out_features, layer.in_features)
-            patches = patches_of(ledger.pieces, ledger.originals())
-            weights[layer.state_key(layer_name)] = WeightDelta(shape, layer.fan_in_fan_out, "", patches)
-        return Delta(weights, adapters.whole)
 
     def _apply_one(self, name: str) -> None:
         adapters = self._adapters
@@ -253,9 +263,8 @@ class AdapterModel:
             for layer in _layers(self):
                 layer.enable()
             _write_whole(self, "new")
-            for key, value in self.state_dict().items() if adapters.whole else ():  # type: ignore[attr-defined]
-                if key in adapters.versions:
-                    set_version(value, adapters.versions[key])
+            for key, version in adapters.versions.items():
+                set_version(tensor_of(_module(self), key), version)
             adapters.stack.append((name, None))
             return
         delta = adapters.deltas[name]
@@ -281,19 +290,21 @@ class AdapterModel:
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raise DeltaError if an adapter has this name already."""
-    if "_adapters" in model.__dict__ and name in model.__dict__["_adapters"].deltas:
-        raise DeltaError(f"there is an adapter {name!r} already; give get_slice_model another adapter_name")
+    """Raise DeltaError if an adapter has this name already, or it cannot be the name of a folder, which it will be."""
+    if not name or name.startswith(".") or name.endswith(SUFFIX) or any(c in name for c in "/\\:\0"):
+        raise DeltaError(f"an adapter cannot be called {name!r}: a folder of that name is made when it is saved")
+    known: _Adapters | None = model.__dict__.get("_adapters")
+    if known is not None and (name == known.live or name in known.deltas):
+        raise DeltaError(f"there is an adapter {name!r} already; choose another adapter_name, or delete_adapter it")
 
 
 def begin(model: Any, name: str, whole: dict[str, bool], keep: bool) -> None:
     """Make the slices of a model an adapter. whole: key of what trains whole -> whether it is part of the base."""
     adapters = model.__dict__.setdefault("_adapters", _Adapters())
-    state = model.state_dict() if keep else {}
     adapters.live = name
-    adapters.whole = {}
+    adapters.whole, adapters.parents = {}, []
     for key, replaces in whole.items() if keep else ():
-        value = state[key].detach().to("cpu", copy=True)
+        value = tensor_of(model, key).detach().to("cpu", copy=True)
         adapters.whole[key] = WholeDelta(value, value, replaces)
     adapters.stack.append((name, None))
 
@@ -315,14 +326,14 @@ def go_on_from(model: Any, delta: Delta) -> None:
         ledger = layer.required_ledger("go on from a delta")
         for patch in weight.patches:
             ledger.record(patch.old, patch.rows, patch.cols)
-    state = model.state_dict()
     for key, whole in delta.whole.items():
-        state[key].copy_(whole.new)
+        tensor_of(model, key).copy_(whole.new)
         if not whole.replaces and key in model._adapters.whole:
             model._adapters.whole[key] = WholeDelta(whole.old, whole.old, False)
     for key, weight in delta.weights.items():
         delta.write_one(model, key, weight, "new")
         layers[key].read_back()
+    model._adapters.parents = [{"name": model._adapters.live, "sha256": delta.sha256}]
 
 
 def _module(model: Any) -> nn.Module:
@@ -339,28 +350,31 @@ def _layers(model: Any) -> Iterator[SliceLinear]:
 
 def _check_originals(model: Any, below: list[str]) -> None:
     """Slices may have moved to entries of an adapter below them: then they only make sense on top of it."""
-    for name, layer in _named_layers(model):
-        ledger = layer.required_ledger("be switched on")
-        found = ledger.read(layer.weight_matrix)
-        if not all(torch.equal(a, b) for a, b in zip(found, ledger.originals(), strict=True)):
-            raise DeltaError(
-                f"the slices in training of {name} started from other values than are there with {below or 'no adapter'} below them: "
-                "apply the adapters that they were trained on as well"
-            )
+    wrong = [
+        name for name, layer in _named_layers(model)
+        if not layer.required_ledger("be switched on").holds(layer.weight_matrix)
+    ]  # fmt: skip
+    for key, whole in model._adapters.whole.items():
+        now = tensor_of(model, key)
+        wrong += [] if same_bits(now, whole.old.to(now.dtype)) else [key]
+    if wrong:
+        raise DeltaError(
+            f"the slices in training of {', '.join(wrong[:3])} started from other values than are there with {below or 'no adapter'} "
+            "below them: apply the adapters that they were trained on, and no others"
+        )
 
 
 def _note_whole(model: Any) -> None:
-    state = model.state_dict() if model._adapters.whole else {}
     for key, whole in model._adapters.whole.items():
-        whole.new = state[key].detach().to("cpu", copy=True)
-        model._adapters.versions[key] = state[key]._version
+        tensor = tensor_of(model, key)
+        whole.new = tensor.detach().to("cpu", copy=True)
+        model._adapters.versions[key] = tensor._version
 
 
 @torch.no_grad()
 def _write_whole(model: Any, which: str) -> None:
-    state = model.state_dict() if model._adapters.whole else {}
     for key, whole in model._adapters.whole.items():
-        state[key].copy_(getattr(whole, which))
+        tensor_of(model, key).copy_(getattr(whole, which))
 
 
 def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
@@ -372,24 +386,36 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         )
     whole_state(model)
     weights: dict[str, WeightDelta] = {}
-    restored: dict[int, Tensor] = {}
+    layers: dict[int, SliceLinear] = {}
     for name, layer in _named_layers(model):
-        if id(layer.weight) in restored:
+        if id(layer.weight) in layers:
             continue
+        layers[id(layer.weight)] = layer
         layer.synchronise()
         ledger = layer.required_ledger("be saved as a delta")
-        original = ledger.restored(layer.weight_matrix)
-        stored = original.t() if layer.fan_in_fan_out else original
-        restored[id(layer.weight)] = stored.reshape(layer.weight.shape)
+        ledger.join()
         weights[layer.state_key(name)] = WeightDelta(
             (layer.out_features, layer.in_features), layer.fan_in_fan_out, "", patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
         )  # fmt: skip
     _note_whole(model)
-    # copies: a later revert changes what the register holds, and a delta stays what it was
-    whole = {key: WholeDelta(w.old, w.new, w.replaces) for key, w in adapters.whole.items()}
-    originals = {k: restored[id(v)] for k, v in model.state_dict(keep_vars=True).items() if id(v) in restored}
-    originals.update({key: w.old for key, w in whole.items() if w.replaces})
-    hashes = base_hashes(model, {key for key, w in whole.items() if not w.replaces}, originals)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters.update({layer.state_key(name): layer.weight for name, layer in _named_layers(model)})
+    whole = {
+        key: replace(w) for key, w in adapters.whole.items()
+        if not (w.replaces and key in buffers and same_bits(w.old, w.new))
+    }  # fmt: skip
+
+    def original(key: str, value: Tensor) -> Tensor:
+        if key in whole:
+            return whole[key].old
+        layer = layers.get(id(parameters.get(key)))
+        if layer is None:
+            return value
+        restored = layer.required_ledger("be saved").restored(layer.weight_matrix)
+        return (restored.t() if layer.fan_in_fan_out else restored).reshape(layer.weight.shape)
+
+    hashes = base_hashes(model, {key for key, w in whole.items() if not w.replaces}, original)
     for key, weight in weights.items():
         weight.base_sha256 = hashes[key]
     base = {
@@ -401,8 +427,13 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         "steps": max((layer.schedule.steps for layer in _layers(model)), default=0),
         "coverage": _mean_coverage(model),
     }
-    below = [{"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1]]
+    below = [*adapters.parents, *({"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1])]
+    whole = {key: w for key, w in whole.items() if not w.replaces or not _same_bits(w.old, w.new)}
     return Delta(weights, whole, config, base, {**progress, **({"parents": below} if below else {}), **info})
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return files.tensor_sha256("", a) == files.tensor_sha256("", b)
 
 
 def _mean_coverage(model: Any) -> float:

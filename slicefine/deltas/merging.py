@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slicefine.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
+from slicefine.deltas.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
@@ -40,45 +40,26 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
     first, _ = parts[0]
     for i, (a, _) in enumerate(parts):
         for b, _ in parts[:i]:
-            crossing = any(meet(p, q) and (_kind(p) != _kind(q)) for p in a.patches for q in b.patches)
-            if crossing or any(meet(p, q) and not _same_place(p, q) for p in _blocks(a) for q in _blocks(b)):
+            if any(meet(p, q) and _strip(p) != _strip(q) for p in a.patches for q in b.patches):
                 raise DeltaError(
                     f"two adapters change {key} along different axes (rows of one cross columns of another, or blocks overlap in part); "
                     "only what neither touches is known there. Apply them with set_adapter([...], stack=True) instead"
                 )
-    patches: list[tuple[Patch, float]] = [(patch, scale) for weight, scale in parts for patch in weight.patches]
-    combined = []
-    for kind, dim in (("columns", 1), ("rows", 0)):
-        if chosen := [(p, w) for p, w in patches if _kind(p) == kind]:
-            combined.append(_union(chosen, dim))
-    places: dict[tuple, list[tuple[Patch, float]]] = {}
-    for patch, scale in patches:
-        if _kind(patch) == "blocks":
-            places.setdefault(_place(patch), []).append((patch, scale))
-    for same in places.values():
-        patch = same[0][0]
-        combined.append(Patch(patch.rows, patch.cols, patch.old, _blend(patch.old, [(p.new, w) for p, w in same])))
+    strips: dict[tuple[int, ...] | str, list[tuple[Patch, float]]] = {}
+    for weight, scale in parts:
+        for patch in weight.patches:
+            strips.setdefault(_strip(patch), []).append((patch, scale))
+    combined = [_union(same, 0 if strip == "rows" else 1) for strip, same in strips.items()]
     return WeightDelta(first.shape, first.transposed, first.base_sha256, combined)
 
 
-def _kind(patch: Patch) -> str:
-    return "columns" if patch.rows is None else "rows" if patch.cols is None else "blocks"
-
-
-def _blocks(weight: WeightDelta) -> list[Patch]:
-    return [patch for patch in weight.patches if _kind(patch) == "blocks"]
-
-
-def _place(patch: Patch) -> tuple:
-    return tuple(None if index is None else tuple(index.tolist()) for index in (patch.rows, patch.cols))
-
-
-def _same_place(a: Patch, b: Patch) -> bool:
-    return _place(a) == _place(b)
+def _strip(patch: Patch) -> tuple[int, ...] | str:
+    """What patches must have in common to be one: whole columns, whole rows, or for blocks the same rows."""
+    return "columns" if patch.rows is None else "rows" if patch.cols is None else tuple(patch.rows.tolist())
 
 
 def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
-    """Patches of whole columns (dim 1) or rows (dim 0) as one."""
+    """Patches of one strip as one, along its columns (dim 1) or rows (dim 0)."""
     indices: list[Tensor] = [p.cols if dim else p.rows for p, _ in patches]  # pyright: ignore[reportAssignmentType]
     union = torch.cat(indices).unique()
     where = [torch.searchsorted(union, index) for index in indices]
@@ -101,7 +82,7 @@ def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
             total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
         shared = (count > 1).nonzero().flatten()
         new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))
-    return Patch(None if dim else union, union if dim else None, old, new)
+    return Patch(patches[0][0].rows if dim else union, union if dim else None, old, new)
 
 
 def _blend(old: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:

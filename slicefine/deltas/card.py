@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from slicefine.delta import Delta
+import json
+import re
+from typing import Any
+
+from slicefine.deltas.delta import Delta
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model; a local path is no use to others
 
 _CARD = """---
 library_name: slicefine
@@ -43,19 +49,41 @@ def model_card(delta: Delta, name: str) -> str:
     entries = sum(p.new.numel() for w in delta.weights.values() for p in w.patches)
     whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
     steps, coverage = info.pop("steps", None), info.pop("coverage", None)
+    measured = isinstance(coverage, (int, float))
+    info.pop("model_config", None)  # for programs
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
-        base_line=f"base_model: {base}\n" if base and not base.startswith(("/", ".")) else "",
-        title=name,
+        base_line=f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else "",
+        title=_cell(name),
         counts=f"{entries:,d} entries of {len(delta.weights)} weights{whole}, {delta.nbytes / 2**20:,.1f} MiB.",
-        base=base or delta.base.get("class", "unnamed"),
+        base=_cell(base or delta.base.get("class", "unnamed")),
         base_hash=delta.base.get("sha256"),
         own_hash=delta.sha256,
         slices=f"{config.get('slice_type')}, r = {config.get('r')}, interval {config.get('switch_interval')}, {config.get('switch_mode')}"
         if config
         else "not recorded",
-        steps=steps if steps is not None else "not recorded",
-        coverage=f"{100 * coverage:.1f} %" if coverage is not None else "not recorded",
-        rows="".join(f"| {key} | {value} |\n" for key, value in sorted(info.items())),
+        steps=_cell(steps) if steps is not None else "not recorded",
+        coverage=f"{100 * coverage:.1f} %" if measured else "not recorded",
+        rows="".join(_row(key, value) for key, value in sorted(info.items())),
         dtype=" and ".join(dtypes) or "its dtype",
     )
+
+
+def _cell(value: object) -> str:
+    """A value as one cell of a table, whatever it has in it."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _row(key: str, value: Any) -> str:
+    if (
+        key == "evaluation"
+        and isinstance(value, dict)
+        and {"metric", "value", "rows", "data", "data_sha256"} <= value.keys()
+    ):
+        return (
+            f"| {_cell(value['metric'])} | {value['value']:.4g} on {value['rows']:,d} rows of {_cell(value['data'])} (SHA-256 "
+            f"`{_cell(value['data_sha256'][:16])}`) |\n"
+        )
+    if isinstance(value, dict | list):
+        return f"| {_cell(key)} | `{_cell(json.dumps(value))}` |\n"
+    return f"| {_cell(key)} | {_cell(value)} |\n"
