@@ -225,7 +225,7 @@ def test_a_patch_of_another_base_or_a_damaged_one_is_refused(trained, tmp_path):
     content = bytearray((tmp_path / FILE).read_bytes())
     content[-1] ^= 1
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(DeltaError, match="is damaged: (at|direction|knots|slopes) is not what was saved"):
+    with pytest.raises(DeltaError, match="is damaged: the values of (at|direction|knots|slopes) are not those that were saved"):
         load_patch(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="no patch in"):
         load_patch(model, tmp_path / "nothing")
