@@ -85,7 +85,8 @@ def test_f_plus_g_is_that_sum_also_for_a_callable_and_with_a_negative_zero(train
 
     model0 = nn.Sequential(Zero())
     side = AdditiveSide(3, 3, feature="0").attach(model0)
-    assert bool(model0(torch.ones(2, 3)).signbit().all())
+    with torch.no_grad():
+        assert bool(model0(torch.ones(2, 3)).signbit().all())
     side.detach()
 
 
@@ -260,8 +261,8 @@ def test_perturbed_encodings_lose_one_inner_token():
 def test_one_protocol_measures_slices_lora_and_sides(trained):
     pytest.importorskip("peft")
     model, samples, _ = trained
-    sizes = {"slice": [1, 16, 64], "lora": [1, 4], "side": [4, 16]}
-    points = ftc_curve(lambda: copy.deepcopy(model), samples, [1, 4], sizes, config=HIDDEN, steps=800)
+    sizes = {"slice": [32, 64], "lora": [2, 8], "side": [4, 16]}
+    points = ftc_curve(lambda: copy.deepcopy(model), samples, [4], sizes, config=HIDDEN, steps=600)
     table = smallest(points)
     assert all(row["size"] is not None for row in table.values()), table
     # a slice of one layer is the least efficient memoriser by the number; sides and LoRA need a fraction
@@ -273,27 +274,53 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
         ftc_curve(lambda: copy.deepcopy(model), relabelled(samples, 2, 10, 0), [1], {"side": [4]})
 
 
-def test_rho_is_the_least_norm_change_of_the_linearised_slice(trained):
-    """Against torch.func: the Jacobian of the contrasts, a least-norm solution, its norm."""
+@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rho_is_the_least_norm_change_of_the_linearised_slice(trained, kind, contiguous):
+    """Against torch.func: the Jacobian of the contrasts in the slice that SliceLinear really takes, the least-norm solution."""
     model, samples, _ = trained
     edits, _ = edits_of(samples, 5)
-    [prediction] = predict_sizes(model, edits, [16], HIDDEN)
-    weight = model[2].weight.detach().double()
+    config = SliceConfig(target_modules=["2"], slice_type=kind, contiguous=contiguous, r=16)
+    [prediction] = predict_sizes(model, edits, [16], config)
     reference = copy.deepcopy(model).double().requires_grad_(False)
-    x, wanted = edits.inputs.double(), edits.labels
+    layer = slicefine.SliceLinear.from_linear(copy.deepcopy(model[2]), config, "2")
+    rows, cols = (None if i is None else i.clone() for i in (layer.rows, layer.cols))
+    weight, x, wanted = model[2].weight.detach().double(), edits.inputs.double(), edits.labels
 
     def contrast(block):
-        full = torch.cat([block, weight[:, 16:]], 1)
+        index = (slice(None) if rows is None else rows, slice(None) if cols is None else cols)
+        full = torch.index_put(weight, (rows,), block) if cols is None else weight.t().index_put((cols,), block.t()).t()
+        assert full[index].shape == block.shape
         logits = torch.func.functional_call(reference, {"2.weight": full}, (x,))
         own = logits.gather(1, wanted[:, None]).squeeze(1)
         return own - logits.scatter(1, wanted[:, None], float("-inf")).max(1).values
 
-    block = weight[:, :16].clone()
+    block = weight[rows] if cols is None else weight[:, cols]
     jacobian = torch.func.jacrev(contrast)(block).flatten(1)
     need = (1 - contrast(block)).clamp(min=0)
     change = torch.linalg.lstsq(jacobian, need[:, None], driver="gelsd").solution
     assert abs(prediction.rho - float(change.norm() / block.norm())) < 1e-4 * prediction.rho
     assert prediction.rank == 5 and prediction.parameters == 16 * 64
+
+
+def test_rho_counts_layers_by_name_and_refuses_one_called_twice():
+    """Layers defined in another order than they are called in."""
+
+    class Backwards(nn.Module):
+        def __init__(self, twice=False):
+            super().__init__()
+            self.second, self.first, self.twice = nn.Linear(12, 3), nn.Linear(5, 12), twice
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.second(h) + (self.second(h) if self.twice else 0)
+
+    edits = Samples(torch.randn(2, 5), torch.tensor([0, 2]))
+    config = SliceConfig(target_modules=["first", "second"], slice_type="column")
+    [both] = predict_sizes(Backwards(), edits, [4], config)
+    assert both.parameters == 4 * (12 + 3) and 0 < both.rho < 100
+    with pytest.raises(ValueError, match="3 calls of 2 layers"):
+        predict_sizes(Backwards(twice=True), edits, [4], config)
 
 
 def test_rho_falls_with_the_slice_and_rises_with_the_edits(trained):

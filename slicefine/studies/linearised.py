@@ -6,8 +6,10 @@ slice's weights. Counting parameters or ranks predicts nothing here; rho was rig
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def predict_sizes(
         need, seen = _contrast_gradients(model, batch, layers, margin)
         needed.append(need)
         for r in sizes:
-            rows[r].append([_slice_rows(config, r, *pair) for pair in seen])
+            rows[r].append([_slice_rows(config, r, name, *pair) for name, pair in zip(layers, seen, strict=True)])
     for r in sizes:
         for parts in zip(*rows[r], strict=True):
             gradient = torch.cat(parts)
@@ -69,7 +71,7 @@ def predict_sizes(
     need = torch.cat(needed)
     result = []
     for r in sizes:
-        norm = sum(_slice_norm(config, r, m) for m in layers.values()) ** 0.5
+        norm = sum(_slice_norm(config, r, name, m) for name, m in layers.items()) ** 0.5
         values, vectors = torch.linalg.eigh(grams[r])
         kept = values > values.max() * 1e-12 * len(edits)
         along = vectors.t() @ need
@@ -85,14 +87,20 @@ def _contrast_gradients(
     model: nn.Module, batch: Samples, layers: dict[str, nn.Module], margin: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """((n,) what wanted minus best other logit lacks, per layer (input, gradient of that contrast at the output))."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    calls = 0
 
-    def record(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def record(name: str, args: Any, output: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
         marked = output + torch.zeros_like(output, requires_grad=True)
-        seen.append((args[0].detach(), marked))
+        seen[name] = args[0].detach(), marked
         return marked
 
-    handles = [layer.register_forward_hook(record) for layer in layers.values()]
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, name=name: record(name, args, output))
+        for name, layer in layers.items()
+    ]
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -102,28 +110,43 @@ def _contrast_gradients(
             own = logits.gather(1, wanted[:, None]).squeeze(1)
             other = logits.scatter(1, wanted[:, None], float("-inf")).max(1).values
             contrast = own - other
-            gradients = torch.autograd.grad(contrast.sum(), [marked for _, marked in seen], allow_unused=True)
+            if calls != len(layers) or len(seen) != calls:
+                raise ValueError(
+                    f"{calls} calls of {len(layers)} layers in one forward pass: a layer was called several times, or not at all, and rho is "
+                    "not defined for it; leave it out (exclude_modules)"
+                )
+            gradients = torch.autograd.grad(contrast.sum(), [seen[n][1] for n in layers], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
-    if len(seen) != len(layers):
-        raise ValueError(
-            "a layer was called several times, or not at all, in one forward pass; rho is not defined for it"
-        )
     need = (margin - contrast.detach()).clamp(min=0).double().cpu()
-    pairs = [(x, torch.zeros_like(z) if g is None else g) for (x, z), g in zip(seen, gradients, strict=True)]
-    return need, [(x.double().cpu().flatten(1, -2) if x.dim() > 2 else x.double().cpu()[:, None],
-                   g.double().cpu().flatten(1, -2) if g.dim() > 2 else g.double().cpu()[:, None]) for x, g in pairs]  # fmt: skip
+    pairs = []
+    for name, gradient in zip(layers, gradients, strict=True):
+        x, z = seen[name]
+        pairs.append((_by_token(x), _by_token(torch.zeros_like(z) if gradient is None else gradient)))
+    return need, pairs
 
 
-def _slice_rows(config: SliceConfig, r: int, x: Tensor, g: Tensor) -> Tensor:
+def _by_token(x: Tensor) -> Tensor:
+    """(n, features) or (n, ..., features) -> (n, tokens, features), float64 on the host."""
+    x = x.double().cpu()
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _slice_rows(config: SliceConfig, r: int, name: str, x: Tensor, g: Tensor) -> Tensor:
     """(n, slice entries): gradient of each sample's contrast in the slice, summed over its tokens."""
-    spec = SliceSpec(g.shape[-1], x.shape[-1], config.slice_type, r, r, config.contiguous, config.seed)
-    rows, cols = spec.features(config.slice_type, config.start_position)
+    rows, cols = _features(config, r, name, g.shape[-1], x.shape[-1])
     x, g = x if cols is None else x[..., cols], g if rows is None else g[..., rows]
     return torch.einsum("nto,nti->noi", g, x).flatten(1)
+
+
+def _features(config: SliceConfig, r: int, name: str, out: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """The features that `SliceLinear` would take in this layer, scattered by the layer's own order or not."""
+    seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
+    spec = SliceSpec(out, width, config.slice_type, r, r, config.contiguous, seed)
+    return spec.features(config.slice_type, config.start_position)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -135,9 +158,8 @@ def _width(config: SliceConfig, module: nn.Module) -> int:
     return _matrix(module).shape[0 if config.slice_type == "row" else 1]
 
 
-def _slice_norm(config: SliceConfig, r: int, module: nn.Module) -> float:
+def _slice_norm(config: SliceConfig, r: int, name: str, module: nn.Module) -> float:
     """Squared Frobenius norm."""
     weight = _matrix(module)
-    spec = SliceSpec(weight.shape[0], weight.shape[1], config.slice_type, r, r, config.contiguous, config.seed)
-    rows, cols = spec.features(config.slice_type, config.start_position)
+    rows, cols = _features(config, r, name, weight.shape[0], weight.shape[1])
     return float((weight if rows is None else weight[rows])[:, slice(None) if cols is None else cols].square().sum())

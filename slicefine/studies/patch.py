@@ -254,7 +254,8 @@ def patch(
     )
     result.solved = result.solved and result.report.efficacy == 1.0
     said.append(
-        "an exact patch knows the listed samples only: it does not generalise" if mode == "exact"
+        "an exact patch knows the listed samples only: it does not generalise, and what generality says of it is the luck of the projection"
+        if mode == "exact"
         else "a trained patch is not exact: answers that nothing lists may have changed, and listed ones move in their last bits"
     )  # fmt: skip
     if not result.solved:

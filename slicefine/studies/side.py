@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,9 +130,8 @@ class AdditiveSide(nn.Module):
 
     def _see_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._on:
-            feature: Any = self.feature
             with self.disabled():  # the callable may well run the model
-                self._seen = feature(*args, **kwargs)
+                self._seen = cast(Callable[..., Tensor], self.feature)(*args, **kwargs)
 
     def _add(self, module: nn.Module, args: tuple, result: Any) -> Any:
         if not self._on:
