@@ -225,7 +225,9 @@ def test_a_patch_of_another_base_or_a_damaged_one_is_refused(trained, tmp_path):
     content = bytearray((tmp_path / FILE).read_bytes())
     content[-1] ^= 1
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(DeltaError, match="is damaged: the values of (at|direction|knots|slopes) are not those that were saved"):
+    with pytest.raises(
+        DeltaError, match="is damaged: the values of (at|direction|knots|slopes) are not those that were saved"
+    ):
         load_patch(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="no patch in"):
         load_patch(model, tmp_path / "nothing")
@@ -241,7 +243,9 @@ def test_the_three_numbers_are_counts(trained):
     assert report.efficacy == 0.5
     assert report.locality == 0.75  # 2 -> 0 flips; 3, 4, 5 stay
     assert report.held_out_flips == 0.0 and report.kept_bit_equal == 0.75
-    assert report.generality == 0.0  # 4 and 5 are answered 1 and 2 where 0 and 1 are asked
+    assert report.generality == report.generality_before == 0.0  # 4 and 5 are answered 1 and 2 where 0 and 1 are asked
+    shifted = edit_report(before, after, edits, perturb=lambda v, g: v + 0.2, draws=1)
+    assert (shifted.generality, shifted.generality_before) == (0.5, 1.0)  # 0 and 1 before, 0 and 0 after
     assert (report.edits, report.kept, report.held_out, report.perturbed) == (2, 4, 4, 6)
 
 

@@ -93,7 +93,7 @@ def said(patch: Any) -> str:
         f"efficacy    {share(r.efficacy, r.edits)} edits answered as asked",
         f"locality    {share(r.locality, r.kept)} kept answers stay ({share(r.kept_bit_equal, r.kept)} with every bit of their logits); "
         f"held-out answers that flip: {share(r.held_out_flips, r.held_out)}",
-        f"generality  {share(r.generality, r.perturbed)} perturbed edits answered as asked",
+        f"generality  {share(r.generality, r.perturbed)} perturbed edits answered as asked (before the patch {100 * r.generality_before:.1f} %)",
         f"numbers     {patch.parameters:,d}",
     ]
     return "\n".join([*lines, *(f"note: {line}" for line in patch.warnings)])

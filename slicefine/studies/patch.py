@@ -27,6 +27,7 @@ from slicefine.studies.side import AdditiveSide, default_feature, exact_side, fe
 from slicefine.studies.side_file import base_sha256, load_side, save_side
 
 MODES = ("exact", "train")
+DRAWS = 8  # perturbations of each edit
 Perturb = Callable[[Inputs, torch.Generator], Inputs]
 SIZES = {"slice": 64, "lora": 8, "side": 64}
 NO_KEEP = (
@@ -39,7 +40,7 @@ NO_KEEP = (
 class EditReport:
     """What an edit did. efficacy: share of the edits that are answered as asked. locality: share of the kept answers that stay;
     None without a keep set. held_out_flips: share of answers that nothing held and that changed. generality: share of perturbed
-    edits answered as asked. kept_bit_equal: share of the kept samples whose logits have not changed in any bit."""
+    edits answered as asked, generality_before: those that the unpatched model answers so. kept_bit_equal: share of the kept samples whose logits have not changed in any bit."""
 
     efficacy: float
     locality: float | None
@@ -50,33 +51,42 @@ class EditReport:
     kept: int
     held_out: int
     perturbed: int
+    generality_before: float
 
 
 def edit_report(
     before: Callable[[Inputs], Tensor], after: Callable[[Inputs], Tensor], edits: Samples, keep: Inputs | None = None,
-    held_out: Inputs | None = None, perturb: Perturb | None = None, draws: int = 8, seed: int = 0,
+    held_out: Inputs | None = None, perturb: Perturb | None = None, draws: int = DRAWS, seed: int = 0, variants: list[Inputs] | None = None,
 ) -> EditReport:  # fmt: skip
     """Compare a model's answers before and after an edit.
 
     before, after: inputs -> (n, classes) logits. edits: their labels are the answers asked for. keep, held_out: inputs that an
-    edit was told to leave alone, and that it was not told of. perturb: of inputs; default `perturbed`. draws: per edit.
+    edit was told to leave alone, and that it was not told of. perturb: of inputs; default `perturbed`. draws: per edit. variants: perturbed edits,
+    instead of drawing them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    change = perturb or perturbed
-    asked = [after(change(edits.inputs, generator)).argmax(1) == edits.labels for _ in range(draws)]
+    variants = _variants(edits, perturb, draws, seed) if variants is None else variants
+    asked, asked_before = (
+        float(torch.stack([f(v).argmax(1) == edits.labels for v in variants]).double().mean()) for f in (after, before)
+    )
     kept = _compared(before, after, keep)
     flips = _compared(before, after, held_out)
     return EditReport(
         efficacy=float((after(edits.inputs).argmax(1) == edits.labels).double().mean()),
         locality=kept and kept[0],
-        generality=float(torch.stack(asked).double().mean()),
+        generality=asked,
         held_out_flips=flips and 1 - flips[0],
         kept_bit_equal=kept and kept[1],
         edits=len(edits),
         kept=0 if keep is None else count(keep),
         held_out=0 if held_out is None else count(held_out),
-        perturbed=draws * len(edits),
+        perturbed=len(variants) * len(edits),
+        generality_before=asked_before,
     )
+
+
+def _variants(edits: Samples, perturb: Perturb | None, draws: int, seed: int) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(perturb or perturbed)(edits.inputs, generator) for _ in range(draws)]
 
 
 def _compared(before: Callable, after: Callable, inputs: Inputs | None) -> tuple[float, float] | None:
@@ -232,7 +242,8 @@ def patch(
     if keep is not None and held_out is None:
         keep, held_out = _hold_out(keep, seed)
     base = {"model": name, "sha256": base_sha256(model)}
-    before = {id(x): predict(model, x) for x in (edits.inputs, keep, held_out) if x is not None}
+    variants = _variants(edits, perturb, DRAWS, seed)
+    before = {id(x): predict(model, x) for x in (edits.inputs, keep, held_out, *variants) if x is not None}
     classes = before[id(edits.inputs)].shape[1]
     if int(edits.labels.min()) < 0 or int(edits.labels.max()) >= classes:
         raise ValueError(f"edits ask for class {int(edits.labels.max())}; the model has classes 0 to {classes - 1}")
@@ -250,7 +261,7 @@ def patch(
         if delta is not None:
             delta.base["model"] = name
     result.report = edit_report(
-        lambda x: before[id(x)], lambda x: predict(result.model, x), edits, keep, held_out, perturb, seed=seed
+        lambda x: before[id(x)], lambda x: predict(result.model, x), edits, keep, held_out, variants=variants
     )
     result.solved = result.solved and result.report.efficacy == 1.0
     said.append(

@@ -26,6 +26,7 @@ def patch_page(patch: Patch, title: str, subtitle: str) -> Page:
         {"number": "kept, logits equal to the bit", "share": report.kept_bit_equal, "of": report.kept},
         {"number": "held-out flips (fewer is better)", "share": report.held_out_flips, "of": report.held_out},
         {"number": "generality", "share": report.generality, "of": report.perturbed},
+        {"number": "the same before the patch", "share": report.generality_before, "of": report.perturbed},
     ]
     page.table(rows)
     figure, ax = new_figure(8, 2.8)
