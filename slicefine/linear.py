@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from slicefine import ops, sharding
 from slicefine.config import SliceConfig
@@ -122,7 +123,8 @@ class SliceLinear(nn.Linear):
         self._scores_task = -1
         self._updater: weakref.ref[Updater] | None = None
         self._awaiting_weight = False
-        self.ledger = Ledger(self.spec) if config.keep_originals else None
+        # fake tensors, with which memory is planned, have no values to keep
+        self.ledger = Ledger(self.spec) if config.keep_originals and not is_fake(weight) else None
         self._trained: list[Tensor] | None = (
             None  # while disabled: what the ledger's pieces held, and the weight's version
         )

@@ -223,7 +223,7 @@ def slices(r: int, slice_type: str = "column", in_bwd: bool = False, targets: st
     """slicefine with SliceAdamW."""
 
     def prepare(model: nn.Module) -> Optimizer:
-        get_slice_model(model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets, keep_originals=False))
+        get_slice_model(model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets))
         return SliceAdamW(model.parameters(), optimizer_in_bwd=in_bwd)
 
     name = f"slice {slice_type} r={r}" + (", optimizer_in_bwd" if in_bwd else "")

@@ -425,7 +425,7 @@ def test_slices_in_training_are_an_adapter_too(tmp_path):
 
 def test_a_second_task_on_top_of_a_first(tmp_path):
     """Slices made on a model with an applied delta: their base is what they started from."""
-    two_deltas(tmp_path, 1)
+    _, a, _ = two_deltas(tmp_path, 1)
     model = SliceModel.from_pretrained(base(), tmp_path / "a", "a")
     get_slice_model(model, SliceConfig(r=3, target_modules=["body.0"]), adapter_name="second")
     train(model, 3)
@@ -433,8 +433,21 @@ def test_a_second_task_on_top_of_a_first(tmp_path):
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     delta = Delta.load(tmp_path / "second")
     assert delta.info["parents"] == [{"name": "a", "sha256": Delta.load(tmp_path / "a").sha256}]
-    with pytest.raises(DeltaError, match="made for another base model"):
+    with pytest.raises(DeltaError, match="trained on top of 'a', which is not loaded: load_adapter them first"):
         SliceModel.from_pretrained(base(), tmp_path / "second")
+    again = SliceModel.from_pretrained(base(), tmp_path / "a", "first")
+    again.load_adapter(tmp_path / "second", "second")
+    assert same(state(again), a)
+    with pytest.raises(
+        DeltaError, match=r"adapter 'second' was trained on top of 'first': set_adapter\(\['first', 'second'\]\)"
+    ):
+        again.set_adapter("second")
+    again.set_adapter(["first", "second"])
+    assert same(state(again), both)
+    again.set_adapter("first")
+    assert same(state(again), a)
+    again.set_adapter([])
+    assert same(state(again), state(base()))
     fresh = base()
     Delta.load(tmp_path / "a").apply_to(fresh)
     delta.apply_to(fresh)

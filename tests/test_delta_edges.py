@@ -578,3 +578,18 @@ def test_tensors_without_bytes_are_refused():
     for tensor in (Wrapper(), torch.empty(3, device="meta")):
         with pytest.raises(TypeError, match="without values of its own to hash"):
             tensor_sha256("x", tensor)
+
+
+def test_fake_tensors_have_no_originals():
+    """Memory is planned with any SliceConfig, not only with keep_originals=False."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = get_slice_model(
+            nn.Sequential(nn.Linear(8, 8)), SliceConfig(r=2, slice_type="row_column", switch_interval=1)
+        )
+        optimizer = SliceAdamW(model.parameters())
+        for _ in range(2):
+            model(torch.randn(3, 8)).sum().backward()
+            optimizer.step()
+        assert all(layer.ledger is None for _, layer in named_slice_layers(model))

@@ -106,11 +106,15 @@ class AdapterModel:
         """Read a delta (folder, file or hub id) and check it against the base; `set_adapter` applies it.
 
         verify: hash the whole base model; False compares only the entries that the delta replaces.
-        Raises DeltaError for a damaged file, another base or a name that is taken.
+        Raises DeltaError for a damaged file, another base, a name that is taken, or a delta that was trained on top of others
+        which are not loaded.
         """
         check_name(_module(self), adapter_name)
         delta = path if isinstance(path, Delta) else Delta.load(local_path(path))
+        below = self._below(delta)
         with self.disable_adapter():
+            for name in below:
+                self._apply_one(name)
             delta.check_base(_module(self), everything=verify)
         self._adapters.deltas[adapter_name] = delta
 
@@ -249,13 +253,29 @@ class AdapterModel:
         if live in names and names[-1] != live:
             raise DeltaError(f"{live!r} are the slices in training; they must be the last of {names}")
         loaded = [name for name in names if name != live]
-        for i, upper in enumerate(loaded if not stack else ()):
-            for lower in loaded[:i]:
-                if common := deltas[upper].overlap(deltas[lower]):
+        for i, upper in enumerate(loaded):
+            below = self._below(deltas[upper])
+            if below != [name for name in loaded[:i] if name in below]:
+                raise DeltaError(
+                    f"adapter {upper!r} was trained on top of {', '.join(map(repr, below))}: set_adapter({[*below, upper]})"
+                )
+            for lower in loaded[:i] if not stack else ():
+                if lower not in below and (common := deltas[upper].overlap(deltas[lower])):
                     raise DeltaError(
                         f"adapters {lower!r} and {upper!r} change the same entries of {', '.join(common[:3])}. "
                         "stack=True lets the later one win."
                     )
+
+    def _below(self, delta: Delta) -> list[str]:
+        """The adapters that a delta was trained on top of, by the names that they have here, the lowest first."""
+        here = {other.sha256: name for name, other in self._adapters.deltas.items() if other.sha256}
+        wanted = delta.base.get("on", [])
+        if missing := [entry["name"] for entry in wanted if entry["sha256"] not in here]:
+            raise DeltaError(
+                f"the delta was trained on top of {', '.join(map(repr, missing))}, which {'is' if len(missing) == 1 else 'are'} not loaded: "
+                "load_adapter them first"
+            )
+        return [here[entry["sha256"]] for entry in wanted]
 
     def _apply_one(self, name: str) -> None:
         adapters = self._adapters
@@ -398,12 +418,11 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
             (layer.out_features, layer.in_features), layer.fan_in_fan_out, "", patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
         )  # fmt: skip
     _note_whole(model)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parameters.update({layer.state_key(name): layer.weight for name, layer in _named_layers(model)})
     whole = {
         key: replace(w) for key, w in adapters.whole.items()
-        if not (w.replaces and key in buffers and same_bits(w.old, w.new))
+        if not (w.replaces and same_bits(w.old, w.new))
     }  # fmt: skip
 
     def original(key: str, value: Tensor) -> Tensor:
@@ -427,13 +446,11 @@ def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
         "steps": max((layer.schedule.steps for layer in _layers(model)), default=0),
         "coverage": _mean_coverage(model),
     }
-    below = [*adapters.parents, *({"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1])]
-    whole = {key: w for key, w in whole.items() if not w.replaces or not _same_bits(w.old, w.new)}
-    return Delta(weights, whole, config, base, {**progress, **({"parents": below} if below else {}), **info})
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return files.tensor_sha256("", a) == files.tensor_sha256("", b)
+    below = [{"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1]]
+    parents = [*adapters.parents, *below]
+    if below:
+        base["on"] = below  # the model that these slices started from is the base with those applied
+    return Delta(weights, whole, config, base, {**progress, **({"parents": parents} if parents else {}), **info})
 
 
 def _mean_coverage(model: Any) -> float:
