@@ -233,6 +233,31 @@ def test_a_patch_of_another_base_or_a_damaged_one_is_refused(trained, tmp_path):
         load_patch(model, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("method", ["side", "slice"])
+def test_a_patch_is_signed_like_a_delta(trained, method, tmp_path):
+    pytest.importorskip("cryptography")
+    from slicefine.integrations import signing
+
+    model, samples, _ = trained
+    edits, keep = edits_of(samples, 2)
+    options = {"mode": "exact"} if method == "side" else {"mode": "train", **TRAINED["slice"]}
+    made = patch(model, edits, keep, **options)
+    made.save(tmp_path / "patch")
+    made.remove()
+    ours, theirs = (signing.new_key(tmp_path / name) for name in ("ours", "theirs"))
+    with pytest.raises(signing.SignatureError, match="is not signed"):
+        load_patch(model, tmp_path / "patch", ours)
+    signing.sign(tmp_path / "patch", tmp_path / "ours")
+    load_patch(model, tmp_path / "patch", ours).remove()
+    with pytest.raises(signing.SignatureError):
+        load_patch(model, tmp_path / "patch", theirs)
+    side = patch(model, *edits_of(samples, 3, seed=5))  # another patch under the same signature
+    side.save(tmp_path / "patch")
+    side.remove()
+    with pytest.raises(signing.SignatureError):
+        load_patch(model, tmp_path / "patch", ours)
+
+
 def test_the_three_numbers_are_counts(trained):
     """`edit_report` against counts by hand, with a model whose answers are a table."""
     x = torch.arange(10.0)[:, None]

@@ -134,6 +134,7 @@ def test_patch_by_training(classifier, listed, tmp_path, method):
         (("--task", "causal-lm"), "expected one of text-classification, image-classification"),
         (("--edits", "nothing.csv"), "no such file"),
         (("--feature", "nowhere"), "no module 'nowhere'"),
+        (("--sign", "key.pem"), "--sign signs what --output holds"),
     ],
 )
 def test_patch_says_what_is_wrong(classifier, listed, options, said):

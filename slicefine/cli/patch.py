@@ -31,6 +31,7 @@ def patch(
     image_column: str = "image",
     max_length: Annotated[int, typer.Option(min=1, help="tokens")] = 256,
     output: Annotated[Path | None, typer.Option(help="folder for the patch; load_patch puts it back into the model")] = None,
+    sign: Annotated[Path | None, typer.Option(help="private key in PEM (slicefine delta keygen): sign what --output holds")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="write efficacy, locality and generality to this file")] = None,
     report: Annotated[Path | None, typer.Option(help="write an HTML page")] = None,
     seed: int = 0,
@@ -40,7 +41,7 @@ def patch(
         _run(
             model, edits, keep, held_out, task, text_column, label_column, image_column, max_length, output, as_json, report,
             mode=mode, method=method, size=size, layers=layers, steps=steps, lr=lr, margin=margin, feature=feature, seed=seed,
-            target_modules=target_modules,
+            target_modules=target_modules, sign=sign,
         )  # fmt: skip
     except (UserError, ImportError) as error:
         typer.echo(f"slicefine patch: {error}", err=True)
@@ -49,13 +50,15 @@ def patch(
 
 def _run(
     model_name: str, edits_file: str, keep_file: str | None, held_file: str | None, task_name: str, text: str, label: str, image: str,
-    max_length: int, output: Path | None, as_json: Path | None, report: Path | None, *, target_modules: list[str] | None, **options: Any,
+    max_length: int, output: Path | None, as_json: Path | None, report: Path | None, *, target_modules: list[str] | None, sign: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     from slicefine.cli import studying
     from slicefine.cli.tasks import Columns
     from slicefine.config import SliceConfig
     from slicefine.studies.patch import patch as make
 
+    if sign is not None and (output is None or options["method"] == "lora"):
+        raise UserError("--sign signs what --output holds, a side or a slice; peft's adapters have no signature here")
     task = studying.new_task(task_name, Columns(text, label, image), max_length, edits_file)
     rows = studying.read(edits_file, task, "--edits")
     keep_rows = studying.read(keep_file, task, "--keep", labelled=False) if keep_file else None
@@ -75,6 +78,10 @@ def _run(
     if output is not None:
         made.save(output)
         typer.echo(f"patch       {output}")
+        if sign is not None:
+            from slicefine.integrations import signing
+
+            typer.echo(f"signed      by key {signing.sign(output, sign)}")
     if as_json is not None:
         studying.write_json(as_json, made.row())
     if report is not None:

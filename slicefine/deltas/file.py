@@ -56,8 +56,8 @@ def write(
     return sha256
 
 
-def read(path: Path, kind: tuple[str, int] = (FORMAT, VERSION)) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, tensors), checked byte for byte.
+def read(path: Path, kind: tuple[str, int] | None = (FORMAT, VERSION)) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(manifest, tensors), checked byte for byte. kind: the format that it must be; None: any, for signatures.
 
     Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
     """
@@ -115,7 +115,7 @@ def _identity(path: Path, recorded: str) -> tuple[str, int]:
     return digest.hexdigest(), 8 + where
 
 
-def _read_checked(path: Path, kind: tuple[str, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_checked(path: Path, kind: tuple[str, int] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["slicefine"])
@@ -128,7 +128,7 @@ def _read_checked(path: Path, kind: tuple[str, int]) -> tuple[dict[str, Any], di
     if _identity(path, recorded)[0] != recorded:
         raise DeltaError(f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies.")
     found = manifest.get("format"), manifest.get("version")
-    if found != kind:
+    if kind is not None and found != kind:
         raise DeltaError(f"{path} has format {found[0]!r} version {found[1]!r}; expected {kind[0]!r} version {kind[1]}")
     return manifest, tensors
 

@@ -22,7 +22,8 @@ except ImportError as error:
     raise ImportError("signatures need cryptography: pip install 'slicefine[sign]'") from error
 
 from slicefine import files
-from slicefine.deltas.delta import FILE, Delta, DeltaError
+from slicefine.deltas import file
+from slicefine.deltas.delta import FILE, DeltaError
 
 ALGORITHM = "Ed25519"
 _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
@@ -76,8 +77,7 @@ def sign(delta: str | os.PathLike[str], key: str | os.PathLike[str], password: s
     Raises SignatureError for a file that is no Ed25519 private key, DeltaError for a damaged delta.
     """
     private = _load_key(key, password)
-    sha256 = Delta.load(delta).sha256
-    assert sha256 is not None
+    sha256: str = file.read(file.file_in(delta), None)[0]["file_sha256"]
     public = private.public_key()
     entry = {
         "algorithm": ALGORITHM, "delta_sha256": sha256, "key_id": key_id(public),
@@ -114,8 +114,7 @@ def verify(delta: str | os.PathLike[str], public_key: str | os.PathLike[str]) ->
     Raises SignatureError unless a signature of that key holds for this delta, DeltaError for a damaged delta.
     """
     public = _load_public(public_key)
-    sha256 = Delta.load(delta).sha256
-    assert sha256 is not None
+    sha256: str = file.read(file.file_in(delta), None)[0]["file_sha256"]
     entries = read(delta)
     for entry in entries:
         try:

@@ -181,10 +181,13 @@ class Patch:
         write_text(folder / "patch.json", json.dumps(self.row(), indent=2) + "\n")
 
 
-def load_patch(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
+def load_patch(
+    model: nn.Module, folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | None = None
+) -> Patch:
     """Put a stored fix into the model that it was made for, in place; `Patch.remove` takes it out again.
 
-    Raises DeltaError for another base or a damaged file, FileNotFoundError.
+    public_key: PEM file of a key that must have signed it (sides and slices; `slicefine patch --sign`).
+    Raises DeltaError for another base, a damaged file or a missing signature, FileNotFoundError.
     """
     folder = Path(folder)
     try:
@@ -192,6 +195,10 @@ def load_patch(model: nn.Module, folder: str | os.PathLike[str]) -> Patch:
         kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no patch in {folder}: {Path(error.filename).name} is missing") from error
+    if public_key is not None:
+        from slicefine.integrations import signing
+
+        signing.verify(folder, public_key)
     here = {"model": row["base"].get("model"), "sha256": base_sha256(model)}
     if here["sha256"] != row["base"]["sha256"]:
         raise DeltaError(
