@@ -43,9 +43,9 @@ class Ledger:
         self._most_pieces = 16  # until they are joined
         self._rows = torch.zeros(spec.out_features, dtype=torch.bool)
         self._cols = torch.zeros(spec.in_features, dtype=torch.bool)
-        self._entries: Tensor | None = (
-            None  # (out, in) bool, for blocks only: a byte per entry is less than a list of blocks
-        )
+        # blocks: the features of their rows -> (in,) bool, which columns are on record there
+        self._blocks: dict[tuple[int, ...], Tensor] = {}
+        self._rows_overlap = spec.out_features % spec.r_out != 0
 
     @property
     def nbytes(self) -> int:
@@ -79,11 +79,21 @@ class Ledger:
 
     def _mark(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Mark a block as recorded; returns which of its entries were before."""
-        if self._entries is None:
-            self._entries = torch.zeros(len(self._rows), len(self._cols), dtype=torch.bool)
-        block = rows.unsqueeze(1), cols
-        seen = self._entries[block]
-        self._entries[block] = True
+        seen = self._recorded(rows, cols)
+        key = tuple(rows.tolist())
+        self._blocks.setdefault(key, torch.zeros(len(self._cols), dtype=torch.bool))[cols] = True
+        return seen
+
+    def _recorded(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Which entries of a block are on record: (R, K) bool."""
+        seen = torch.zeros(len(rows), len(cols), dtype=torch.bool)
+        key = tuple(rows.tolist())
+        for group, columns in self._blocks.items() if self._rows_overlap else [(key, self._blocks.get(key))]:
+            if columns is not None:
+                common = (
+                    torch.isin(rows, torch.tensor(group)) if group != key else torch.ones(len(rows), dtype=torch.bool)
+                )
+                seen |= common.unsqueeze(1) & columns[cols]
         return seen
 
     def _overlay(self, piece: Piece, earlier: Piece) -> None:
@@ -148,7 +158,7 @@ class Ledger:
     def clear(self) -> None:
         """Forget everything: the weight as it stands is the original."""
         self.pieces.clear()
-        self._entries = None
+        self._blocks.clear()
         self._rows.zero_()
         self._cols.zero_()
 
@@ -177,7 +187,7 @@ class Ledger:
             for position in seen.nonzero().flatten().tolist():
                 rows, cols = self._spec.features(axis, position)
                 if rows is not None and cols is not None:
-                    known = self._entries is not None and bool(self._entries[rows.unsqueeze(1), cols].all())
+                    known = bool(self._recorded(rows, cols).all())
                 elif rows is None:
                     known = bool(self._cols[cols].all()) or bool(self._rows.all())
                 else:

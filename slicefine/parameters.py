@@ -39,14 +39,7 @@ class SliceParameter(SliceLinear):
 
     @property
     def weight_matrix(self) -> Tensor:
-        weight = local(self.weight)
-        matrix = weight.view(-1, self.in_features)
-        if weight is not self.weight and len(matrix) != len(local(self.slice_weight)) and self.axis == "column":
-            raise ValueError(
-                f"fully_shard gives this process {len(weight)} of {len(self.weight)} experts and another part of their slice; the number "
-                "of experts must be a multiple of the number of processes"
-            )
-        return matrix
+        return local(self.weight).view(-1, self.in_features)
 
     def forward(self, input: Tensor, bias: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """``input @ weight[start:stop].T + bias``. input: (..., in). bias: (stop - start,)."""
