@@ -160,22 +160,24 @@ def select(device: str, dtypes: set[torch.dtype], op: str | None = None) -> Modu
     """The module whose ops run for tensors of these dtypes on this device; op: one that not every backend has."""
     forced = _forced_name()
     key = (forced, device, frozenset(dtypes), op)
-    name, module = _chosen.get(key, (None, None))
-    if name is None or module is None or BACKENDS[name].load()[0] is not module:
-        first, name, module = _choose(forced, device, dtypes, op)
+    backend, module = _chosen.get(key, (None, None))
+    if backend is None or module is None or BACKENDS[backend.name] is not backend or backend.load()[0] is not module:
+        first, backend, module = _choose(forced, device, dtypes, op)
         if first:
-            _chosen[key] = name, module
-            if forced is None and name == "cpu" and len(dtypes) == 1:
+            _chosen[key] = backend, module
+            if forced is None and backend.name == "cpu" and len(dtypes) == 1:
                 _compiled[next(iter(dtypes))] = module
     return module
 
 
 # the first choices made before: every backward asks, and finding out takes longer than a small slice's gradient
-_chosen: dict[tuple[str | None, str, frozenset[torch.dtype], str | None], tuple[str, ModuleType]] = {}
+_chosen: dict[tuple[str | None, str, frozenset[torch.dtype], str | None], tuple[Backend, ModuleType]] = {}
 
 
-def _choose(forced: str | None, device: str, dtypes: set[torch.dtype], op: str | None) -> tuple[bool, str, ModuleType]:
-    """(whether nothing had to be skipped, name, module)."""
+def _choose(
+    forced: str | None, device: str, dtypes: set[torch.dtype], op: str | None
+) -> tuple[bool, Backend, ModuleType]:
+    """(whether nothing had to be skipped, backend, its module)."""
     candidates = (forced,) if forced else _PREFERENCE.get(device, ("reference",))
     skipped = []
     for name in candidates:
@@ -184,7 +186,7 @@ def _choose(forced: str | None, device: str, dtypes: set[torch.dtype], op: str |
             _tell_once(device, name, tuple(skipped))
             module, _ = BACKENDS[name].load()
             assert module is not None
-            return not skipped, name, module
+            return not skipped, BACKENDS[name], module
         skipped.append((name, reason))
     table = "\n".join(f"  {name}: {b.refusal(device, dtypes, op) or 'available'}" for name, b in BACKENDS.items())
     raise RuntimeError(f"backend {forced!r} was asked for and cannot run here. What exists:\n{table}")
