@@ -81,6 +81,7 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
         module.requires_grad_(True)
     _free_biases(model, config.bias)
     adapters.begin(model, adapter_name, _trained_whole(model, config), config.keep_originals)
+    _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
 
     model.__dict__["slice_config"] = config
     model.__dict__["_trained_before_slices"] = trained_before
@@ -184,6 +185,7 @@ class SliceModel(AdapterModel):
         trained = self.__dict__.pop("_trained_before_slices", None)
         for name in ("slice_config", "_adapters"):
             self.__dict__.pop(name, None)
+        _keep_from_ddp(self, [])
         self.__class__ = _own_class(self)
         if trained is not None:
             _set_trainable(self, trained)
@@ -214,6 +216,19 @@ class SliceModel(AdapterModel):
             (_own_class(self),),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
+
+
+_POSITIONS = (".slice_rows", ".slice_cols")
+
+
+def _keep_from_ddp(model: Any, positions: list[str]) -> None:
+    """DDP would send the positions around before every forward, into tensors that an earlier forward still needs; every
+    process computes the same ones."""
+    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not n.endswith(_POSITIONS)]
+    if others or positions:
+        model.__dict__["_ddp_params_and_buffers_to_ignore"] = [*others, *positions]
+    else:
+        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def _with_delta(

@@ -150,7 +150,9 @@ def load_subject(
     ]
     classes = len(task.labels)
     labels = torch.cat([batch["labels"] for batch in batches]).cpu() if classes else None
-    few = {key: value.to(device) for key, value in task.batch(chosen[: 16 if classes else 4]).items()}
+    # a slice alone is trained for some steps at every position tried, so the trials are most of the time for a large model
+    large = sum(p.numel() for p in loaded.parameters()) > 5e7
+    few = {key: value.to(device) for key, value in task.batch(chosen[: 4 if large or not classes else 16]).items()}
     return Subject(
         loaded, task, task_name, whole, rows, batches, [few], labels, device, None if 0 < classes <= 16 else 4,
     )  # fmt: skip
