@@ -226,10 +226,9 @@ class Store:
             temporary.unlink(missing_ok=True)
 
     def _clear_leftovers(self) -> None:
-        """Half-written files of writers that died; the lock is held, so nobody is writing them."""
+        """Half-written files of writers that died, safetensors' own among them; the lock is held, so nobody is writing them."""
         for path in (self.path / BLOBS).glob(".*"):
-            if path.name.startswith(".incoming.") or path.suffix == ".tmp":
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _append(self, log: Log, event: str, sha256: str, **details: Any) -> None:
         number, previous = len(log.events) + 1, log.head
