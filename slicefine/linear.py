@@ -125,9 +125,8 @@ class SliceLinear(nn.Linear):
         self._awaiting_weight = False
         # fake tensors, with which memory is planned, have no values to keep
         self.ledger = Ledger(self.spec) if config.keep_originals and not is_fake(weight) else None
-        self._trained: list[Tensor] | None = (
-            None  # while disabled: what the ledger's pieces held, and the weight's version
-        )
+        # while disabled: what the ledger's pieces held, and the weight's version
+        self._trained: list[Tensor] | None = None
         self._trained_version = 0
         self.place()
 
@@ -239,11 +238,8 @@ class SliceLinear(nn.Linear):
         count = self.spec.positions(axis)
         if self.schedule.mode == "magnitude":
             norms = slice_norms(self.weight_matrix, self.spec, axis)
-            return (
-                sharding.sum_over_shards(norms.square(), self.weight).sqrt()
-                if sharding.is_sharded(self.weight)
-                else norms
-            )
+            sharded = sharding.is_sharded(self.weight)
+            return sharding.sum_over_shards(norms.square(), self.weight).sqrt() if sharded else norms
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:

@@ -208,3 +208,17 @@ def test_the_class_of_a_sliced_model_makes_ordinary_models():
     train(fresh)
     fresh.merge_and_unload()
     assert type(fresh) is Net
+
+
+def test_ddp_is_told_to_leave_positions_alone():
+    """It reads this list from the module it wraps; what somebody else has put there stays."""
+    model = Net()
+    model._ddp_params_and_buffers_to_ignore = ["other"]
+    get_slice_model(model, CONFIG)
+    positions = [n for n, _ in model.named_buffers() if n.rsplit(".", 1)[-1] in ("slice_rows", "slice_cols")]
+    assert positions and model._ddp_params_and_buffers_to_ignore == ["other", *positions]
+    model.merge_and_unload()
+    assert model._ddp_params_and_buffers_to_ignore == ["other"]
+    plain = get_slice_model(Net(), CONFIG)
+    plain.merge_and_unload()
+    assert not hasattr(plain, "_ddp_params_and_buffers_to_ignore")

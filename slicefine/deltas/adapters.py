@@ -174,9 +174,8 @@ class AdapterModel:
         if adapters.live is not None:
             for layer in _layers(self):
                 layer._trained = None  # what was trained is given up
-                layer.required_ledger("be reverted").take(
-                    layer.weight_matrix
-                )  # also where it trained on top of an adapter
+                # the base's values are the originals from here on, also where it trained on top of an adapter
+                layer.required_ledger("be reverted").take(layer.weight_matrix)
                 layer.read_back()
             for whole in adapters.whole.values():
                 whole.new = whole.old

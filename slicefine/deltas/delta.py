@@ -321,9 +321,8 @@ def tensor_of(model: nn.Module, key: str) -> Tensor:
         raise DeltaError(
             f"the model has no {key}, which the delta changes; it has {near or 'nothing of that name'}"
         ) from error
-    if isinstance(
-        tensor, nn.Module
-    ):  # a parameter that a module uses itself and that is sliced now is a module of its name
+    # a parameter that a module uses itself and that is sliced now is a module of its name
+    if isinstance(tensor, nn.Module):
         tensor = getattr(tensor, "weight", tensor)
     if not isinstance(tensor, Tensor):
         raise DeltaError(

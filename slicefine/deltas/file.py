@@ -104,9 +104,8 @@ def _identity(path: Path, recorded: str) -> tuple[str, int]:
             )
         header = file.read(length)
         mark = b'\\"file_sha256\\": \\"'
-        where = header.find(mark + recorded.encode(errors="replace")) + len(
-            mark
-        )  # info may have a file_sha256 of its own, further on
+        # info may have a file_sha256 of its own, further on
+        where = header.find(mark + recorded.encode(errors="replace")) + len(mark)
         if where < len(mark) or len(recorded) != len(_BLANK):
             raise DeltaError(f"{path} is damaged or no delta: its header has no file_sha256")
         digest = hashlib.sha256(start + header[:where] + _BLANK.encode() + header[where + len(_BLANK) :])
