@@ -1,6 +1,7 @@
 """Packages and the one CMake project; everything else is in pyproject.toml.
 
-`kernels/` is a source root: it holds the import package `slicefine_kernels`, a name that nobody else owns.
+`kernels/` is a source root: it holds the import package `slicefine_kernels`, a name that nobody
+else owns.
 """
 
 from setuptools import find_packages, setup

@@ -1,9 +1,12 @@
-"""Compile every shipped kernel for GPUs that are not here: registers, spills and shared memory, without running anything.
+"""Compile every shipped kernel for GPUs that are not here: registers, spills and shared memory,
+without running anything.
 
 python -m benchmarks.aot [--json FILE] [--targets sm_90 ...]
 
-Triton's kernels in every shipped configuration, dtype and slice type, and csrc's CUDA kernels where a toolkit is found. Rows:
-{"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes"}. Exit status 1 if anything spills or wants more shared
+Triton's kernels in every shipped configuration, dtype and slice type, and csrc's CUDA kernels where
+a toolkit is found. Rows:
+{"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes"}. Exit status 1 if
+anything spills or wants more shared
 memory than the target has. Run it without TRITON_INTERPRET.
 """
 
@@ -42,7 +45,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KIB = 1024
-SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # (R, K): every class of configuration, both operands wide, and a block
 SHAPES = {
@@ -60,7 +69,9 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as the launcher would compile it: argument types, constants, which arguments divide by 16."""
+    """One kernel as the launcher would compile it: argument types, constants, which arguments
+    divide by 16.
+    """
 
     kernel: str
     config: str
@@ -77,10 +88,13 @@ class Variant:
         fn = self.function
         signature = {n: "constexpr" if n in self.constants else self.types[n] for n in fn.arg_names}
         divisible = [
-            i for i, n in enumerate(fn.arg_names)
+            i
+            for i, n in enumerate(fn.arg_names)
             if (signature[n].startswith("*") and self.pointers_aligned) or n in self.aligned
-        ]  # fmt: skip
-        source = ASTSource(fn, signature, self.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
+        ]
+        source = ASTSource(
+            fn, signature, self.constants, {(i,): [["tt.divisibility", 16]] for i in divisible}
+        )
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if target.startswith("sm_"):
             options["maxnreg"] = self.maxnreg
@@ -93,7 +107,11 @@ def resources(kernel: Any, target: str) -> dict[str, int]:
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         find = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
-        return {"registers": find("vgpr_count"), "spill_bytes": 4 * find("vgpr_spill_count"), "shared_bytes": shared}
+        return {
+            "registers": find("vgpr_count"),
+            "spill_bytes": 4 * find("vgpr_spill_count"),
+            "shared_bytes": shared,
+        }
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -102,10 +120,16 @@ def resources(kernel: Any, target: str) -> dict[str, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text)
     assert found is not None, text
-    return {"registers": int(found[1]), "spill_bytes": int(found[2]) + int(found[3]), "shared_bytes": shared}
+    return {
+        "registers": int(found[1]),
+        "spill_bytes": int(found[2]) + int(found[3]),
+        "shared_bytes": shared,
+    }
 
 
-_SCALARS = dict.fromkeys(("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "sign"), "fp32")
+_SCALARS = dict.fromkeys(
+    ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "sign"), "fp32"
+)
 _SIZES = (
     "stride_dyt",
     "stride_dyr",
@@ -122,43 +146,81 @@ _SIZES = (
 _FLOATS = ("p_ptr", "m_ptr", "v_ptr", "step_ptr", "out_ptr", "partials_ptr")
 
 
-def gradient_variants(dtype: str, shape: str, config: GradConfig, aligned: bool) -> Iterator[Variant]:
-    """slice_grad and slice_grad_adamw. Not aligned: a view at an odd offset, whose rows no vector load may cross."""
+def gradient_variants(
+    dtype: str, shape: str, config: GradConfig, aligned: bool
+) -> Iterator[Variant]:
+    """slice_grad and slice_grad_adamw. Not aligned: a view at an odd offset, whose rows no vector
+    load may cross.
+    """
     R, K = SHAPES[shape]
     types = {
-        **dict.fromkeys(("dy_ptr", "x_ptr", "w_ptr"), f"*{dtype}"), **dict.fromkeys(_FLOATS, "*fp32"),
-        **dict.fromkeys(("rows_ptr", "cols_ptr"), "*i64"), "tickets_ptr": "*i32", **dict.fromkeys(_SIZES, "i32"),
-        **_SCALARS, "seed": "i64",
-    }  # fmt: skip
+        **dict.fromkeys(("dy_ptr", "x_ptr", "w_ptr"), f"*{dtype}"),
+        **dict.fromkeys(_FLOATS, "*fp32"),
+        **dict.fromkeys(("rows_ptr", "cols_ptr"), "*i64"),
+        "tickets_ptr": "*i32",
+        **dict.fromkeys(_SIZES, "i32"),
+        **_SCALARS,
+        "seed": "i64",
+    }
     blocks = {k: v for k, v in asdict(config).items() if k.startswith("BLOCK")}
     constants = {
-        **blocks, "HAS_ROWS": not shape.startswith("column"), "SPLIT": True, "INPUT_PRECISION": "ieee", "UPCAST": False,
-        "stride_dyr": 1, "stride_xk": 1,
-    }  # fmt: skip
-    update = {"HAS_COLS": not shape.startswith("row"), "STOCHASTIC": dtype == "bf16", "stride_wc": 1}
-    divisible = ["T", "tokens_per_split", *(n for n, size in (("R", R), ("K", K)) if size % 16 == 0)]
+        **blocks,
+        "HAS_ROWS": not shape.startswith("column"),
+        "SPLIT": True,
+        "INPUT_PRECISION": "ieee",
+        "UPCAST": False,
+        "stride_dyr": 1,
+        "stride_xk": 1,
+    }
+    update = {
+        "HAS_COLS": not shape.startswith("row"),
+        "STOCHASTIC": dtype == "bf16",
+        "stride_wc": 1,
+    }
+    divisible = [
+        "T",
+        "tokens_per_split",
+        *(n for n, size in (("R", R), ("K", K)) if size % 16 == 0),
+    ]
     if aligned:
         divisible += ["stride_dyt", "stride_wr", *(("stride_xt",) if K % 16 == 0 else ())]
-    what = f"{shape}, {dtype}{'' if aligned else ', unaligned'}, {'x'.join(map(str, blocks.values()))}"
+    what = (
+        f"{shape}, {dtype}{'' if aligned else ', unaligned'}, {'x'.join(map(str, blocks.values()))}"
+    )
     rest = (config.num_warps, config.num_stages, tuple(divisible), aligned, config.maxnreg)
     yield Variant("slice_grad", what, grad._slice_grad_kernel, types, constants, *rest)
-    yield Variant("slice_grad_adamw", what, fused._slice_grad_adamw_kernel, types, {**constants, **update}, *rest)
+    yield Variant(
+        "slice_grad_adamw",
+        what,
+        fused._slice_grad_adamw_kernel,
+        types,
+        {**constants, **update},
+        *rest,
+    )
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel that can be launched on the target: tuned configurations where there are any, defaults else."""
+    """Every kernel that can be launched on the target: tuned configurations where there are any,
+    defaults else.
+    """
     for dtype, size in TYPES.items():
         for shape, (R, K) in SHAPES.items():
             yield from gradient_variants(dtype, shape, grad_config(R, K, size, target), True)
         yield from gradient_variants(dtype, "column r=16", default_config(4096, 16, size), False)
         types = {"table_ptr": "*i64", "book_ptr": "*fp32", "seed": "i64", **_SCALARS}
-        weight = adamw._TRITON_DTYPE[{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]]
+        weight = adamw._TRITON_DTYPE[
+            {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        ]
         config = adamw_config()
         constants = {"STOCHASTIC": dtype == "bf16", "WEIGHT_DTYPE": weight, "BLOCK": config.BLOCK}
-        yield Variant("slice_adamw", dtype, adamw._slice_adamw_kernel, types, constants, config.num_warps)
+        yield Variant(
+            "slice_adamw", dtype, adamw._slice_adamw_kernel, types, constants, config.num_warps
+        )
         eight = {**constants, "BLOCKS": adamw_8bit._BLOCKS}
         del eight["BLOCK"]
-        yield Variant("slice_adamw_8bit", dtype, adamw_8bit._slice_adamw_8bit_kernel, types, eight, 8)
+        yield Variant(
+            "slice_adamw_8bit", dtype, adamw_8bit._slice_adamw_8bit_kernel, types, eight, 8
+        )
     for (architecture, *_), chosen in tuned.GRAD.items():
         if architecture == target:
             yield from gradient_variants("bf16", "block 64", GradConfig(*chosen), True)
@@ -168,7 +230,12 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     for target in targets:
         for variant in variants(target):
             found = resources(variant.compile(target), target)
-            yield {"kernel": f"triton {variant.kernel}", "config": variant.config, "target": target, **found}
+            yield {
+                "kernel": f"triton {variant.kernel}",
+                "config": variant.config,
+                "target": target,
+                **found,
+            }
 
 
 def cuda_rows(targets: list[str]) -> list[dict[str, Any]]:
@@ -179,7 +246,11 @@ def cuda_rows(targets: list[str]) -> list[dict[str, Any]]:
 
 
 def faults(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in found if row["spill_bytes"] or row["shared_bytes"] > SHARED_LIMIT[row["target"]]]
+    return [
+        row
+        for row in found
+        if row["spill_bytes"] or row["shared_bytes"] > SHARED_LIMIT[row["target"]]
+    ]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -190,13 +261,18 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--only", choices=("triton", "cuda"))
     options = parser.parse_args()
     found = []
-    for source in (rows if options.only != "cuda" else None, cuda_rows if options.only != "triton" else None):
+    for source in (
+        rows if options.only != "cuda" else None,
+        cuda_rows if options.only != "triton" else None,
+    ):
         for row in source(options.targets) if source else ():
             found.append(row)
             print(line(row), flush=True)

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 
 class MaskedGradient:
-    """The masked-gradient baseline: full weights, full dW, a mask on it, dense Adam; the slice moves by moving the mask.
+    """The masked-gradient baseline: full weights, full dW, a mask on it, dense Adam; the slice
+    moves by moving the mask.
 
-    names: linear layers to train. features: (name, move) -> (rows, cols) of the slice after that many moves, None for all.
-    interval: optimizer steps between moves (None: never); dense moments are reset at a move. Build the optimizer from
-    ``parameters()`` with weight_decay=0 (dense decay would reach the frozen entries) and call ``mask()`` after backward and
+    names: linear layers to train. features: (name, move) -> (rows, cols) of the slice after that
+        many moves, None for all.
+    interval: optimizer steps between moves (None: never); dense moments are reset at a move. Build
+        the optimizer from
+    ``parameters()`` with weight_decay=0 (dense decay would reach the frozen entries) and call
+    ``mask()`` after backward and
     ``after_step(optimizer)`` after the step.
     """
 
@@ -32,7 +36,9 @@ class MaskedGradient:
         for weight in self.weights.values():
             weight.requires_grad_(True)
         self.others = [
-            p for n, p in model.named_parameters() if p.requires_grad and not any(p is w for w in self.weights.values())
+            p
+            for n, p in model.named_parameters()
+            if p.requires_grad and not any(p is w for w in self.weights.values())
         ]
         self._set_masks()
 
@@ -45,7 +51,10 @@ class MaskedGradient:
         for name, weight in self.weights.items():
             rows, cols = self.features(name, self.moves)
             mask = torch.zeros_like(weight, dtype=torch.bool)
-            mask[(slice(None) if rows is None else rows.unsqueeze(1)), (slice(None) if cols is None else cols)] = True
+            mask[
+                (slice(None) if rows is None else rows.unsqueeze(1)),
+                (slice(None) if cols is None else cols),
+            ] = True
             self.masks[name] = mask
 
     @torch.no_grad()

@@ -1,10 +1,14 @@
 """Run the benchmark suite and write JSON, a Markdown report and plots; or compare two commits.
 
-python -m benchmarks.bench [--quick] [--device cuda] [--part ops] [--results benchmarks/results] [--docs docs/bench]
-python -m benchmarks.bench --base REV [--pairs 4]      # this checkout against REV: faster, slower or no difference
+python -m benchmarks.bench [--quick] [--device cuda] [--part ops] [--results benchmarks/results]
+[--docs docs/bench]
+python -m benchmarks.bench --base REV [--pairs 4]      # this checkout against REV: faster, slower
+or no difference
 
-Every case's correctness check runs before its timing; where one is red the run fails and no report is written. The suite is
-ordinary pytest-benchmark too: `pytest benchmarks/suite --benchmark-only --benchmark-autosave`, then --benchmark-compare.
+Every case's correctness check runs before its timing; where one is red the run fails and no report
+is written. The suite is
+ordinary pytest-benchmark too: `pytest benchmarks/suite --benchmark-only --benchmark-autosave`, then
+--benchmark-compare.
 """
 
 from __future__ import annotations
@@ -26,22 +30,35 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_suite(tree: Path, arguments: list[str], output: Path) -> tuple[int, str]:
     """The suite of a checkout in a process of its own, one thread; (exit status, what it printed)."""
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
+    }
     environment.pop("TRITON_INTERPRET", None)
     environment.pop(
         "PYTEST_XDIST_WORKER", None
     )  # from tests in several processes; pytest-benchmark would switch itself off
     command = [
-        sys.executable, "-m", "pytest", "benchmarks/suite", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-columns=median",
-        f"--benchmark-json={output}", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/suite",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+        "--benchmark-columns=median",
+        f"--benchmark-json={output}",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def entries_in(path: Path) -> list[dict[str, Any]]:
-    """What the suite left in a pytest-benchmark file: {"row", "roofs", "package"}; nothing if there is no file."""
+    """What the suite left in a pytest-benchmark file: {"row", "roofs", "package"}; nothing if there
+    is no file.
+    """
     if not path.exists() or not path.stat().st_size:
         return []
     return [b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
@@ -63,15 +80,28 @@ def rounded(value: Any) -> Any:
 def as_json(content: dict[str, Any]) -> str:
     """A row per line."""
     head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
-    return head[:-2] + ',\n "rows": [\n' + ",\n".join(json.dumps(row) for row in content["rows"]) + "\n]}\n"
+    return (
+        head[:-2]
+        + ',\n "rows": [\n'
+        + ",\n".join(json.dumps(row) for row in content["rows"])
+        + "\n]}\n"
+    )
 
 
 def load() -> str:
-    return " ".join(f"{value:.2f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    return (
+        " ".join(f"{value:.2f}" for value in os.getloadavg())
+        if hasattr(os, "getloadavg")
+        else "unknown"
+    )
 
 
 def stem_of(where: dict[str, Any]) -> str:
-    name = re.sub(r"\W+", "-", re.sub(r"\(.*\)|NVIDIA", "", where["device"]).strip()).strip("-").lower()
+    name = (
+        re.sub(r"\W+", "-", re.sub(r"\(.*\)|NVIDIA", "", where["device"]).strip())
+        .strip("-")
+        .lower()
+    )
     return f"bench-{name}-{where['commit'].replace('+', '-dirty')}"
 
 
@@ -90,11 +120,28 @@ def bench(arguments: list[str], command: str, results: Path, docs: Path) -> int:
         entries = entries_in(output)
     rows = [entry["row"] for entry in entries]
     first = rows[0]
-    keys = ("device", "device_type", "threads", "torch", "triton", "python", "peft", "commit", "date", "backend")
+    keys = (
+        "device",
+        "device_type",
+        "threads",
+        "torch",
+        "triton",
+        "python",
+        "peft",
+        "commit",
+        "date",
+        "backend",
+    )
     content = {
-        "where": {key: first[key] for key in keys}, "command": command, "seconds": time.perf_counter() - start,
-        "load_before": before, "load_after": load(), "cores": os.cpu_count(), "roofs": entries[0]["roofs"], "rows": rows,
-    }  # fmt: skip
+        "where": {key: first[key] for key in keys},
+        "command": command,
+        "seconds": time.perf_counter() - start,
+        "load_before": before,
+        "load_after": load(),
+        "cores": os.cpu_count(),
+        "roofs": entries[0]["roofs"],
+        "rows": rows,
+    }
     results.mkdir(parents=True, exist_ok=True)
     stem = stem_of(content["where"])
     path = results / f"{stem}.json"
@@ -106,14 +153,22 @@ def bench(arguments: list[str], command: str, results: Path, docs: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small case of each kind, under a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case of each kind, under a minute"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--part", action="append", choices=("models", "layers", "moves", "ops"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "bench")
-    parser.add_argument("--base", metavar="REV", help="compare this checkout with a commit, on the quick cases")
-    parser.add_argument("--pairs", type=int, default=4, help="runs of this checkout beside one more of the other")
+    parser.add_argument(
+        "--base", metavar="REV", help="compare this checkout with a commit, on the quick cases"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=4, help="runs of this checkout beside one more of the other"
+    )
     options = parser.parse_args()
     arguments = ["--quick"] if options.quick or options.base else []
     arguments += [f"--device={options.device}"] if options.device else []

@@ -1,9 +1,13 @@
 """Two commits on the same benchmarks: `python -m benchmarks.bench --base REV`.
 
-REV goes into a temporary git worktree whose benchmarks/ and examples/ are replaced by this checkout's, so both run the same
-suite. The trees run in turns, each run a process of its own: base, here, base, here, ..., base. A run's figure for a method is
-its ratio to the case's first method (the floor; plain torch), which no commit of ours changes, so the machine's drift
-cancels. here / base is the ratio of a run here to the mean of the base runs before and after it; base / base, of neighbouring
+REV goes into a temporary git worktree whose benchmarks/ and examples/ are replaced by this
+checkout's, so both run the same
+suite. The trees run in turns, each run a process of its own: base, here, base, here, ..., base. A
+run's figure for a method is
+its ratio to the case's first method (the floor; plain torch), which no commit of ours changes, so
+the machine's drift
+cancels. here / base is the ratio of a run here to the mean of the base runs before and after it;
+base / base, of neighbouring
 base runs in either order, says what no difference looks like.
 """
 
@@ -31,12 +35,16 @@ BUILD_INPUTS = ("csrc", "setup.py")
 
 
 def git(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=check, capture_output=True, text=True)
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=check, capture_output=True, text=True
+    )
 
 
 @contextlib.contextmanager
 def checkout(revision: str) -> Iterator[Path]:
-    """A worktree of the revision with this checkout's suite in it and a compiled module; removed afterwards."""
+    """A worktree of the revision with this checkout's suite in it and a compiled module; removed
+    afterwards.
+    """
     found = git("rev-parse", "--verify", f"{revision}^{{commit}}", check=False)
     if found.returncode != 0:
         raise SystemExit(f"--base {revision}: {found.stderr.strip()}")
@@ -46,7 +54,11 @@ def checkout(revision: str) -> Iterator[Path]:
         try:
             for name in ("benchmarks", "examples"):
                 shutil.rmtree(tree / name, ignore_errors=True)
-                shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                shutil.copytree(
+                    ROOT / name,
+                    tree / name,
+                    ignore=shutil.ignore_patterns("__pycache__", "results"),
+                )
             provide_compiled_module(found.stdout.strip(), tree)
             shutil.copy(ROOT / "pyproject.toml", tree / "pyproject.toml")
             yield tree
@@ -55,7 +67,9 @@ def checkout(revision: str) -> Iterator[Path]:
 
 
 def provide_compiled_module(revision: str, tree: Path) -> None:
-    """This checkout's modules where nothing that they are built from differs; else a build of the worktree's own."""
+    """This checkout's modules where nothing that they are built from differs; else a build of the
+    worktree's own.
+    """
     if git("diff", "--quiet", revision, "--", *BUILD_INPUTS, check=False).returncode == 0:
         for module in (ROOT / "slicefine").glob("_C*.so"):
             shutil.copy(module, tree / "slicefine")
@@ -91,31 +105,48 @@ def figures_of(tree: Path, arguments: list[str]) -> Figures:
         raise SystemExit(f"nothing could be measured in {tree}:\n{printed[-4000:]}")
     if status != 0:
         print(f"{tree}: some cases failed:\n{printed[-2000:]}", flush=True)
-    strays = {Path(entry["package"]).resolve() for entry in entries} - {(tree / "slicefine").resolve()}
+    strays = {Path(entry["package"]).resolve() for entry in entries} - {
+        (tree / "slicefine").resolve()
+    }
     assert not strays, f"the run in {tree} imported slicefine from {strays}"
     rows = [entry["row"] for entry in entries]
     clock = "cpu_ratio_to_base" if rows[0].get("cpu_ratio_to_base") is not None else "ratio_to_base"
-    return {f"{row['case']}/{row['method']}": row[clock] for row in rows if row["method"] != row["base"]}
+    return {
+        f"{row['case']}/{row['method']}": row[clock] for row in rows if row["method"] != row["base"]
+    }
 
 
 def judge(base: list[Figures], here: list[Figures]) -> list[dict[str, Any]]:
-    """base: n + 1 runs, here: n, in the order base, here, base, ...; a row per method that all runs have."""
+    """base: n + 1 runs, here: n, in the order base, here, base, ...; a row per method that all runs
+    have.
+    """
     rows = []
     for name in base[0]:
         if not all(name in run for run in base + here):
             continue
         neighbours = [(a[name], b[name]) for a, b in itertools.pairwise(base)]
         same = quantiles([ratio for a, b in neighbours for ratio in (a / b, b / a)])
-        found = quantiles([2 * run[name] / (a + b) for run, (a, b) in zip(here, neighbours, strict=True)])
-        rows.append({
-            "name": name, "p20": found[0], "ratio": found[1], "p80": found[2], "same_p20": same[0], "same_p80": same[2],
-            "verdict": verdict(found, same),
-        })  # fmt: skip
+        found = quantiles(
+            [2 * run[name] / (a + b) for run, (a, b) in zip(here, neighbours, strict=True)]
+        )
+        rows.append(
+            {
+                "name": name,
+                "p20": found[0],
+                "ratio": found[1],
+                "p80": found[2],
+                "same_p20": same[0],
+                "same_p80": same[2],
+                "verdict": verdict(found, same),
+            }
+        )
     return rows
 
 
 def verdict(found: list[float], same: list[float]) -> str:
-    """A difference lies outside what base against base shows, at the median and at the quantile nearer to 1."""
+    """A difference lies outside what base against base shows, at the median and at the quantile
+    nearer to 1.
+    """
     if found[1] < same[0] and found[2] < 1.0:
         return "faster"
     if found[1] > same[2] and found[0] > 1.0:
@@ -124,7 +155,10 @@ def verdict(found: list[float], same: list[float]) -> str:
 
 
 def main(
-    revision: str, pairs: int, arguments: list[str], run: Callable[[Path, list[str]], Figures] = figures_of
+    revision: str,
+    pairs: int,
+    arguments: list[str],
+    run: Callable[[Path, list[str]], Figures] = figures_of,
 ) -> int:
     """Print a row per method: here / base with its spread, what base / base shows, the verdict."""
     if pairs < 1:
@@ -140,8 +174,8 @@ def main(
     print(f"{'':<{width}}  this checkout / {revision}     {revision} / itself    verdict")
     for row in rows:
         print(
-            f"{row['name']:<{width}}  {row['ratio']:.3f} ({row['p20']:.3f}-{row['p80']:.3f})      {row['same_p20']:.3f}-{row['same_p80']:.3f}"
-            f"       {row['verdict']}"
+            f"{row['name']:<{width}}  {row['ratio']:.3f} ({row['p20']:.3f}-{row['p80']:.3f})     "
+            f" {row['same_p20']:.3f}-{row['same_p80']:.3f}       {row['verdict']}"
         )
     for what in ("faster", "slower", "no difference"):
         print(f"{what}: {sum(row['verdict'] == what for row in rows)}")

@@ -28,7 +28,9 @@ def find_nvcc() -> Path | None:
         if (folder := os.environ.get(variable)) and (Path(folder) / "bin" / "nvcc").exists():
             return Path(folder) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
-        said = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        said = subprocess.run(
+            [found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
         top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
         return Path(top[1]).resolve() / "bin" / "nvcc" if top else Path(found)
     return next((p for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None)
@@ -54,11 +56,14 @@ def describe(symbol: str, unit: str) -> tuple[str, str]:
 
 
 def rows(targets: list[str]) -> list[dict[str, Any]]:
-    """One row per kernel and target: kernel, config, target, registers, spill_bytes (stack and local memory), shared_bytes."""
+    """One row per kernel and target: kernel, config, target, registers, spill_bytes (stack and
+    local memory), shared_bytes.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError(
-            "no nvcc: looked at CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda*"
+            "no nvcc: looked at CUDACXX, CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH, PATH and"
+            " /usr/local/cuda*"
         )
     result = []
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +93,16 @@ def rows(targets: list[str]) -> list[dict[str, Any]]:
                     r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text
                 ):
                     kernel, config = describe(symbol, unit)
-                    result.append({
-                        "kernel": kernel, "config": config, "target": target, "registers": int(registers),
-                        "spill_bytes": int(stack) + int(local), "shared_bytes": int(shared),
-                    })  # fmt: skip
+                    result.append(
+                        {
+                            "kernel": kernel,
+                            "config": config,
+                            "target": target,
+                            "registers": int(registers),
+                            "spill_bytes": int(stack) + int(local),
+                            "shared_bytes": int(shared),
+                        }
+                    )
     return result
 
 

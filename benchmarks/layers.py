@@ -1,11 +1,15 @@
-"""One layer, forward + backward + update: slices beside the frozen floor, the masked baseline, dense AdamW and LoRA.
+"""One layer, forward + backward + update: slices beside the frozen floor, the masked baseline,
+dense AdamW and LoRA.
 
 python -m benchmarks.layers --json FILE [--quick] [--device cuda]
 
-All methods of a shape run in turns within one process, one thread; a ratio is the median over the rounds of (a method's time /
+All methods of a shape run in turns within one process, one thread; a ratio is the median over the
+rounds of (a method's time /
 the floor's time of the same round), so drift of the machine's speed cancels. Each row is
-{"in", "out", "tokens", "dtype", "r", "method", "device", "median_ms", "p20_ms", "p80_ms", "ratio_to_floor", "ratio_p20",
-"ratio_p80", ...}. Before anything is timed the slice's weight after two steps is compared with the masked baseline's.
+{"in", "out", "tokens", "dtype", "r", "method", "device", "median_ms", "p20_ms", "p80_ms",
+"ratio_to_floor", "ratio_p20",
+"ratio_p80", ...}. Before anything is timed the slice's weight after two steps is compared with the
+masked baseline's.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ class MissingPeerError(RuntimeError):
 
 
 class Contestant:
-    """A layer with its optimizer; ``step(x, dy)`` is forward, backward for x and the trained part, and the update."""
+    """A layer with its optimizer; ``step(x, dy)`` is forward, backward for x and the trained part,
+    and the update.
+    """
 
     def __init__(
         self,
@@ -67,12 +73,18 @@ def contestant(method: str, linear: nn.Linear, r: int, slice_type: str = "column
     if method.startswith("slice"):
         config = SliceConfig(r=r, slice_type=slice_type, switch_interval=None, exclude_modules=None)
         model = get_slice_model(layer, config)
-        return Contestant(model, SliceAdamW(model.parameters(), lr=1e-3, optimizer_in_bwd=method == "slice_bwd"))
+        return Contestant(
+            model, SliceAdamW(model.parameters(), lr=1e-3, optimizer_in_bwd=method == "slice_bwd")
+        )
     if method == "masked":
         features = torch.arange(r, device=linear.weight.device)
         chosen = (None, features) if slice_type == "column" else (features, None)
         masked = MaskedGradient(layer, ["0"], lambda name, move: chosen, None)
-        return Contestant(layer, torch.optim.AdamW(masked.parameters(), lr=1e-3, weight_decay=0.0), before=masked.mask)
+        return Contestant(
+            layer,
+            torch.optim.AdamW(masked.parameters(), lr=1e-3, weight_decay=0.0),
+            before=masked.mask,
+        )
     if method == "dense":
         layer.requires_grad_(True)
         return Contestant(layer, torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.0))
@@ -88,10 +100,14 @@ def contestant(method: str, linear: nn.Linear, r: int, slice_type: str = "column
     raise ValueError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
 
 
-def agreement(shape: tuple[int, int], tokens: int, dtype: torch.dtype, r: int, device: str) -> float:
-    """Largest difference of the slice's weight after two steps, slice and slice_bwd against the masked baseline in float32.
+def agreement(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, r: int, device: str
+) -> float:
+    """Largest difference of the slice's weight after two steps, slice and slice_bwd against the
+    masked baseline in float32.
 
-    Raises AssertionError if it is more than two roundings of the weight's dtype: no speed without green.
+    Raises AssertionError if it is more than two roundings of the weight's dtype: no speed without
+    green.
     """
     torch.manual_seed(1)
     linear = nn.Linear(*shape, bias=False).to(device, dtype)
@@ -99,7 +115,9 @@ def agreement(shape: tuple[int, int], tokens: int, dtype: torch.dtype, r: int, d
         torch.randn(tokens, shape[0], device=device).to(dtype).requires_grad_(),
         torch.randn(tokens, shape[1], device=device).to(dtype),
     )
-    precise = contestant("masked", nn.Linear(*shape, bias=False).to(device).requires_grad_(False), r)
+    precise = contestant(
+        "masked", nn.Linear(*shape, bias=False).to(device).requires_grad_(False), r
+    )
     precise.layer.load_state_dict({"0.weight": linear.weight.float()})
     exact_x = x.detach().float().requires_grad_()
     for _ in range(2):
@@ -113,17 +131,23 @@ def agreement(shape: tuple[int, int], tokens: int, dtype: torch.dtype, r: int, d
         assert torch.equal(found[:, r:], linear.weight[:, r:]), f"{method} wrote outside its slice"
         difference = (found.float() - truth)[:, :r].abs()
         worst = max(worst, difference.max().item())
-        # Adam's first steps are +-lr whatever the gradient's size: entries with a gradient near 0 may differ in sign
+        # Adam's first steps are +-lr whatever the gradient's size: entries with a gradient near 0
+        # may differ in sign
         bound = 2 * torch.finfo(dtype).eps * linear.weight.abs().max().item() + 1e-5
         share = (difference > bound).float().mean().item()
         assert share < 1e-3, (
-            f"{method}: {share:.2%} of the slice differs from the masked baseline by more than {bound:.1e}"
+            f"{method}: {share:.2%} of the slice differs from the masked baseline by more than"
+            f" {bound:.1e}"
         )
     return worst
 
 
-def measure(contestants: dict[str, Contestant], x: Tensor, dy: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in each round; the order turns from round to round, caches are flushed on a GPU."""
+def measure(
+    contestants: dict[str, Contestant], x: Tensor, dy: Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant in each round; the order turns from round to round, caches
+    are flushed on a GPU.
+    """
     cuda = x.is_cuda
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device=x.device) if cuda else None
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -132,7 +156,10 @@ def measure(contestants: dict[str, Contestant], x: Tensor, dy: Tensor, rounds: i
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if flush is not None:
                 flush.zero_()
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin, end = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
                 begin.record()  # the flush still runs: what follows is queued behind it, so a launch's latency is not timed
                 contestants[name].step(x, dy)
                 end.record()
@@ -148,9 +175,16 @@ def measure(contestants: dict[str, Contestant], x: Tensor, dy: Tensor, rounds: i
 
 
 def rows_for(
-    shape: tuple[int, int], tokens: int, dtype: str, r: int, device: str, methods: tuple[str, ...], rounds: int
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: str,
+    r: int,
+    device: str,
+    methods: tuple[str, ...],
+    rounds: int,
 ) -> list[dict[str, Any]]:
-    """The rows of one shape, dtype and r; {"method", "absent": why, ...} for a peer that is not installed.
+    """The rows of one shape, dtype and r; {"method", "absent": why, ...} for a peer that is not
+    installed.
 
     Raises AssertionError if the slice does not train as the masked baseline does.
     """
@@ -174,11 +208,25 @@ def rows_for(
             continue
         p20, p50, p80 = quantiles(times[method])
         ratios = quantiles([t / f for t, f in zip(times[method], times["floor"], strict=True)])
-        rows.append({
-            "in": shape[0], "out": shape[1], "tokens": tokens, "dtype": dtype, "r": r, "method": method, "device": device,
-            "median_ms": p50, "p20_ms": p20, "p80_ms": p80, "ratio_to_floor": ratios[1], "ratio_p20": ratios[0],
-            "ratio_p80": ratios[2], "rounds": rounds, "difference_to_masked": difference,
-        })  # fmt: skip
+        rows.append(
+            {
+                "in": shape[0],
+                "out": shape[1],
+                "tokens": tokens,
+                "dtype": dtype,
+                "r": r,
+                "method": method,
+                "device": device,
+                "median_ms": p50,
+                "p20_ms": p20,
+                "p80_ms": p80,
+                "ratio_to_floor": ratios[1],
+                "ratio_p20": ratios[0],
+                "ratio_p80": ratios[2],
+                "rounds": rounds,
+                "difference_to_masked": difference,
+            }
+        )
     return rows
 
 
@@ -186,25 +234,39 @@ def table(rows: list[dict[str, Any]]) -> str:
     """One line per shape, dtype and r: the ratio to the floor of each method."""
     lines, groups = [], {}
     for row in rows:
-        groups.setdefault((row["in"], row["out"], row["tokens"], row["dtype"], row["r"]), []).append(row)
+        groups.setdefault(
+            (row["in"], row["out"], row["tokens"], row["dtype"], row["r"]), []
+        ).append(row)
     for (n_in, n_out, tokens, dtype, r), members in groups.items():
         floor = next(m for m in members if m["method"] == "floor")
         cells = [
-            f"{m['method']}: {m['absent']}"
-            if "absent" in m
-            else f"{m['method']} {m['ratio_to_floor']:.3f} ({m['ratio_p20']:.2f}-{m['ratio_p80']:.2f})"
+            (
+                f"{m['method']}: {m['absent']}"
+                if "absent" in m
+                else (
+                    f"{m['method']} {m['ratio_to_floor']:.3f}"
+                    f" ({m['ratio_p20']:.2f}-{m['ratio_p80']:.2f})"
+                )
+            )
             for m in members
             if m is not floor
         ]
-        lines.append(f"{n_in}x{n_out} n={tokens} {dtype} r={r}: floor {floor['median_ms']:.2f} ms; " + ", ".join(cells))
+        lines.append(
+            f"{n_in}x{n_out} n={tokens} {dtype} r={r}: floor {floor['median_ms']:.2f} ms; "
+            + ", ".join(cells)
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument("--tokens", type=int, help="default: 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
@@ -225,7 +287,9 @@ def main() -> int:
                 rows += rows_for(shape, tokens, dtype, r, options.device, methods, rounds)
                 print(table(rows[-len(methods) :]), flush=True)
                 if options.json:
-                    options.json.write_text(json.dumps({"where": where(options.device), "rows": rows}, indent=1) + "\n")
+                    options.json.write_text(
+                        json.dumps({"where": where(options.device), "rows": rows}, indent=1) + "\n"
+                    )
     return 0
 
 

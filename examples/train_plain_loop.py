@@ -1,4 +1,5 @@
-"""A loop of your own: accumulation, clipping, a schedule, bfloat16 autocast, checkpoints that resume bit for bit.
+"""A loop of your own: accumulation, clipping, a schedule, bfloat16 autocast, checkpoints that
+resume bit for bit.
 
 python -m examples.train_plain_loop --model FOLDER_OR_ID --data reviews.csv --output out
 """
@@ -31,7 +32,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     if args.resume:
         saved = torch.load(args.resume, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])  # slices, their positions and their originals too
+        optimizer.load_state_dict(
+            saved["optimizer"]
+        )  # slices, their positions and their originals too
         scheduler.load_state_dict(saved["scheduler"])
         torch.set_rng_state(saved["rng"])
         first = saved["step"]
@@ -45,9 +48,14 @@ def main(arguments: list[str] | None = None) -> list[float]:
         for micro in range(args.accumulate):
             start = (step * args.accumulate + micro) * args.batch_size
             chosen = [data[(start + i) % len(data)] for i in range(args.batch_size)]
-            batch = tokenizer([row["text"] for row in chosen], padding=True, truncation=True, return_tensors="pt")
+            batch = tokenizer(
+                [row["text"] for row in chosen], padding=True, truncation=True, return_tensors="pt"
+            )
             with autocast:
-                loss = model(**batch, labels=torch.tensor([row["label"] for row in chosen])).loss / args.accumulate
+                loss = (
+                    model(**batch, labels=torch.tensor([row["label"] for row in chosen])).loss
+                    / args.accumulate
+                )
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -58,11 +66,16 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     args.output.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-        "rng": torch.get_rng_state(), "step": args.steps,
-    }  # fmt: skip
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "step": args.steps,
+    }
     torch.save(state, args.output / "checkpoint.tmp")
-    os.replace(args.output / "checkpoint.tmp", args.output / "checkpoint.pt")  # a crash leaves the old one
+    os.replace(
+        args.output / "checkpoint.tmp", args.output / "checkpoint.pt"
+    )  # a crash leaves the old one
     model.save_pretrained(args.output / "delta")  # what the slices have changed, a few MB
     return losses
 

@@ -1,6 +1,8 @@
-"""Accelerate: ``prepare`` takes model and SliceAdamW as they are; ``save_state`` and ``load_state`` resume bit for bit.
+"""Accelerate: ``prepare`` takes model and SliceAdamW as they are; ``save_state`` and ``load_state``
+resume bit for bit.
 
-accelerate launch -m examples.train_with_accelerate --model FOLDER_OR_ID --data reviews.csv --output out
+accelerate launch -m examples.train_with_accelerate --model FOLDER_OR_ID --data reviews.csv --output
+out
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision
+    )
     model, tokenizer = common.classifier(args)
     loader = DataLoader(
         common.encoded(args, tokenizer),  # type: ignore[arg-type]
@@ -32,7 +36,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     )
     optimizer = SliceAdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
-    prepared, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    prepared, optimizer, loader, scheduler = accelerator.prepare(
+        model, optimizer, loader, scheduler
+    )
     done = Progress()
     accelerator.register_for_checkpointing(done)
     if args.resume:

@@ -1,4 +1,5 @@
-"""Lightning: SliceAdamW comes from ``configure_optimizers``; Lightning's checkpoints resume bit for bit.
+"""Lightning: SliceAdamW comes from ``configure_optimizers``; Lightning's checkpoints resume bit for
+bit.
 
 python -m examples.train_with_lightning --model FOLDER_OR_ID --data reviews.csv --output out
 """
@@ -29,7 +30,10 @@ class Classifier(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = SliceAdamW(self.parameters(), lr=self.lr)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = torch.get_rng_state()  # dropout's; Lightning keeps none
@@ -52,12 +56,20 @@ def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightnin
         ),  # or starting a loader would draw from the generator that dropout uses
     )
     values = {
-        "default_root_dir": str(args.output), "max_steps": args.steps, "accumulate_grad_batches": args.accumulate,
-        "gradient_clip_val": 1.0, "accelerator": "auto", "logger": False, "log_every_n_steps": 1, **trainer_options,
-    }  # fmt: skip
+        "default_root_dir": str(args.output),
+        "max_steps": args.steps,
+        "accumulate_grad_batches": args.accumulate,
+        "gradient_clip_val": 1.0,
+        "accelerator": "auto",
+        "logger": False,
+        "log_every_n_steps": 1,
+        **trainer_options,
+    }
     trainer = lightning.Trainer(**values)
     model.train()  # from_pretrained returns it in evaluation mode, and Lightning leaves that alone
-    trainer.fit(Classifier(model, args.lr, args.steps), loader, ckpt_path=args.resume, weights_only=True)
+    trainer.fit(
+        Classifier(model, args.lr, args.steps), loader, ckpt_path=args.resume, weights_only=True
+    )
     trainer.save_checkpoint(args.output / "last.ckpt")
     model.save_pretrained(args.output / "delta")
     return trainer

@@ -1,4 +1,6 @@
-"""Fine-tune pretrained models by training a moving slice of each weight. The public names, imported when first used."""
+"""Fine-tune pretrained models by training a moving slice of each weight. The public names, imported
+when first used.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,9 @@ _HOME = {
     "DeltaError": "deltas.delta",
     "get_slice_model": "model",
     "list_targets": "model",
-    "track_memory": "memory",
+    "track_memory": "plan.tracker",
     "use_backend": "ops",
 }
-# modules that go by a short name
-_MODULES = {"capacity": "studies.capacity", "continual": "studies.continual"}
 __all__ = [
     "Delta",
     "DeltaError",
@@ -28,8 +28,6 @@ __all__ = [
     "SliceLinear",
     "SliceModel",
     "__version__",
-    "capacity",
-    "continual",
     "get_slice_model",
     "list_targets",
     "load_slice_state_dict",
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from slicefine.deltas.delta import Delta as Delta
     from slicefine.deltas.delta import DeltaError as DeltaError
     from slicefine.linear import SliceLinear as SliceLinear
-    from slicefine.memory import track_memory as track_memory
     from slicefine.model import SliceModel as SliceModel
     from slicefine.model import get_slice_model as get_slice_model
     from slicefine.model import list_targets as list_targets
@@ -51,8 +48,7 @@ if TYPE_CHECKING:
     from slicefine.optim import SliceAdamW as SliceAdamW
     from slicefine.optim import load_slice_state_dict as load_slice_state_dict
     from slicefine.optim import slice_state_dict as slice_state_dict
-    from slicefine.studies import capacity as capacity
-    from slicefine.studies import continual as continual
+    from slicefine.plan.tracker import track_memory as track_memory
 
 
 def __getattr__(name: str) -> object:
@@ -61,9 +57,7 @@ def __getattr__(name: str) -> object:
 
     if name in _HOME:
         return getattr(importlib.import_module(f"slicefine.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"slicefine.{_MODULES[name]}")
-    public = ", ".join([*_HOME, *_MODULES])
+    public = ", ".join(_HOME)
     raise AttributeError(f"module 'slicefine' has no attribute {name!r}; public names: {public}")
 
 

@@ -15,7 +15,8 @@ def main() -> None:
         from slicefine.cli.app import app
     except ImportError as error:
         sys.exit(
-            f"slicefine: {error}. The command line needs its extras: pip install 'slicefine[cli,hf]' (slicefine env shows what is there)"
+            f"slicefine: {error}. The command line needs its extras: pip install"
+            " 'slicefine[cli,hf]' (slicefine env shows what is there)"
         )
     app()
 

@@ -20,35 +20,50 @@ TIED_MODES = ("skip", "share")
 
 @dataclass
 class SliceConfig:
-    """How the linear layers of a model become slices. Names follow PEFT's configs where the meaning is the same.
+    """How the linear layers of a model become slices. Names follow PEFT's configs where the meaning
+    is the same.
 
     r: width of a slice, in features. rank_pattern: module name or regex -> another r.
-    slice_type: "column" (input features; leanest), "row" (output features), "block" (both), "row_column" (alternating).
+    slice_type: "column" (input features; leanest), "row" (output features), "block" (both),
+        "row_column" (alternating).
     r_out: height of a block, in output features; None means r.
     switch_interval: optimizer steps between two moves; None never moves.
-    switch_mode: order of positions: "ascending", "descending", "random" (each position once a sweep), "fixed", or the
-        highest score first: "gradient" (Frobenius norm of the slice's gradient in the step before the move; that step keeps
+    switch_mode: order of positions: "ascending", "descending", "random" (each position once a
+        sweep), "fixed", or the
+        highest score first: "gradient" (Frobenius norm of the slice's gradient in the step before
+            the move; that step keeps
         the whole layer input), "magnitude" (Frobenius norm of the slice's weights).
     start_position: index of the first position, 0 to ceil(features / r) - 1.
-    contiguous: a slice is a run of neighbouring features; False scatters it by a seeded permutation.
-    state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero, "keep" it for the new slice,
-        or "remember" it on the host and restore it when the slice comes back. Alternating axes cannot "keep": they reset.
-    target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear" (every linear layer except
+    contiguous: a slice is a run of neighbouring features; False scatters it by a seeded
+        permutation.
+    state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero,
+        "keep" it for the new slice,
+        or "remember" it on the host and restore it when the slice comes back. Alternating axes
+        cannot "keep": they reset.
+    target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear"
+        (every linear layer except
         the output head). exclude_modules: the same, to leave out.
-    target_parameters: names or suffixes of parameters that a module uses without a linear layer, beside target_modules ([] for none
-        of those): experts of shape (experts, out, in), as in transformers 5 (column slices), or a projection of
+    target_parameters: names or suffixes of parameters that a module uses without a linear layer,
+        beside target_modules ([] for none
+        of those): experts of shape (experts, out, in), as in transformers 5 (column slices), or a
+        projection of
         nn.MultiheadAttention.
-    layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in PEFT.
+    layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in
+        PEFT.
     modules_to_save: modules that train whole, such as a new classification head.
     bias: "none", "all", or "slice_only" (the biases of the sliced layers) train too.
-    fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which stores (in, out). It is found out
+    fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which stores
+        (in, out). It is found out
         per layer; a value that contradicts the model warns.
-    tied_weights: "skip" layers whose weight another module uses too (with a warning), or "share" one slice between them.
-    keep_originals: keep what stood in every visited slice, in the weight's dtype on the host; revert, disable_adapter and deltas
+    tied_weights: "skip" layers whose weight another module uses too (with a warning), or "share"
+        one slice between them.
+    keep_originals: keep what stood in every visited slice, in the weight's dtype on the host;
+        revert, disable_adapter and deltas
         need it. After a whole sweep that is a copy of the weights; False saves it.
     seed: of random orders and scattered features.
 
-    Raises ValueError for a value that is not one of those above, TypeError for one of the wrong type.
+    Raises ValueError for a value that is not one of those above, TypeError for one of the wrong
+    type.
     """
 
     r: int = 16
@@ -83,42 +98,69 @@ class SliceConfig:
             _positive("r_out", self.r_out)
             if self.slice_type != "block":
                 raise ValueError(
-                    f"r_out is {self.r_out} with slice_type {self.slice_type!r}; only a block slice has a height of its own"
+                    f"r_out is {self.r_out} with slice_type {self.slice_type!r}; only a block slice"
+                    " has a height of its own"
                 )
         if self.switch_interval is not None:
-            _positive("switch_interval", self.switch_interval, "optimizer steps, or None for a slice that stays")
+            _positive(
+                "switch_interval",
+                self.switch_interval,
+                "optimizer steps, or None for a slice that stays",
+            )
         _whole("start_position", self.start_position)
         _whole("seed", self.seed)
         for name in ("contiguous", "fan_in_fan_out", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.rank_pattern, dict):
-            raise TypeError(f"rank_pattern is {self.rank_pattern!r}; expected a dict of module name or regex to r")
+            raise TypeError(
+                f"rank_pattern is {self.rank_pattern!r}; expected a dict of module name or regex"
+                " to r"
+            )
         for pattern, r in self.rank_pattern.items():
             _positive(f"rank_pattern[{pattern!r}]", r)
             _regex("rank_pattern", pattern)
-        indexes = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        if indexes is not None and not (isinstance(indexes, list) and all(isinstance(i, int) for i in indexes)):
+        indexes = (
+            [self.layers_to_transform]
+            if isinstance(self.layers_to_transform, int)
+            else self.layers_to_transform
+        )
+        if indexes is not None and not (
+            isinstance(indexes, list) and all(isinstance(i, int) for i in indexes)
+        ):
             raise TypeError(
-                f"layers_to_transform is {self.layers_to_transform!r}; expected a layer number or a list of them"
+                f"layers_to_transform is {self.layers_to_transform!r}; expected a layer number or a"
+                " list of them"
             )
-        for name in ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "target_parameters",
+            "layers_pattern",
+            "modules_to_save",
+        ):
             self._check_names(name)
         if self.target_modules is None or isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} cannot be used when target_modules is {self.target_modules!r}; give target_modules as a list"
+                        f"{name} cannot be used when target_modules is {self.target_modules!r};"
+                        " give target_modules as a list"
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform; say which layer numbers to train")
+            raise ValueError(
+                "layers_pattern is given without layers_to_transform; say which layer numbers to"
+                " train"
+            )
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, (set, tuple)):
             value = sorted(value)
             setattr(self, name, value)
-        if value is None or (isinstance(value, str) and name not in ("modules_to_save", "target_parameters")):
+        if value is None or (
+            isinstance(value, str) and name not in ("modules_to_save", "target_parameters")
+        ):
             if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
                 _regex(name, value)
             return
@@ -167,7 +209,9 @@ def _regex(name: str, value: str) -> None:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name} has {value!r}, which is not a regular expression: {error}") from error
+        raise ValueError(
+            f"{name} has {value!r}, which is not a regular expression: {error}"
+        ) from error
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

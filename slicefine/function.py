@@ -1,4 +1,6 @@
-"""The autograd function of SliceLinear: one linear product forward, gradients for the input, the bias and the slice backward."""
+"""The autograd function of SliceLinear: one linear product forward, gradients for the input, the
+bias and the slice backward.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,21 @@ from slicefine import ops
 
 
 class SliceLinearFunction(torch.autograd.Function):
-    """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row slice.
+    """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row
+    slice.
 
-    ``layer`` is None but for the two cases in which backward does more than return gradients: scores for the next move, and
+    ``layer`` is None but for the two cases in which backward does more than return gradients:
+    scores for the next move, and
     `optimizer_in_bwd`.
     """
 
     @staticmethod
     def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
         if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
-            cast_weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+            cast_weight, bias = (
+                weight.to(input.dtype),
+                (None if bias is None else bias.to(input.dtype)),
+            )
         else:
             cast_weight = weight
         needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
@@ -50,7 +57,8 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             updater.before_backward(ctx.layer)
     weight, kept, rows, cols = ctx.saved_tensors
     grad_input = grad_bias = grad_slice = None
-    # once for both products: attention hands back a transposed gradient, which each of them would copy
+    # once for both products: attention hands back a transposed gradient, which each of them would
+    # copy
     flat = grad_output.reshape(-1, grad_output.shape[-1])
     if needs_input:
         grad_input = flat.mm(weight if weight.dtype == flat.dtype else weight.to(flat.dtype))
@@ -70,8 +78,12 @@ _backward_once = once_differentiable(_backward)
 slice_product = SliceLinearFunction.apply
 
 
-def _slice_gradient(ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
-    """The gradient for slice_weight; None where the update has been made in place of it. Also collects scores."""
+def _slice_gradient(
+    ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None
+) -> Tensor | None:
+    """The gradient for slice_weight; None where the update has been made in place of it. Also
+    collects scores.
+    """
     layer = ctx.layer
     if ctx.scoring:
         layer.add_scores(grad_output, kept)

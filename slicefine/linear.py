@@ -1,8 +1,12 @@
-"""SliceLinear: an nn.Linear of which only the active slice trains, and the autograd function behind it.
+"""SliceLinear: an nn.Linear of which only the active slice trains, and the autograd function behind
+it.
 
-``weight`` is frozen and always the truth: the forward pass is one ``F.linear``. ``slice_weight`` is the only trainable
-parameter: a contiguous master copy of the active slice (float32; float64 for a float64 weight). Whatever optimizer moves it,
-``weight[slice] = cast(slice_weight)`` follows: `SliceAdamW` does it in its kernel, for any other `torch.optim` optimizer
+``weight`` is frozen and always the truth: the forward pass is one ``F.linear``. ``slice_weight`` is
+the only trainable
+parameter: a contiguous master copy of the active slice (float32; float64 for a float64 weight).
+    Whatever optimizer moves it,
+``weight[slice] = cast(slice_weight)`` follows: `SliceAdamW` does it in its kernel, for any other
+`torch.optim` optimizer
 a hook does after its step (`slicefine.moves`), and every forward checks.
 """
 
@@ -20,11 +24,10 @@ from torch._subclasses.fake_tensor import is_fake
 from slicefine import ops, sharding
 from slicefine.config import SliceConfig
 from slicefine.function import slice_product
-from slicefine.ledger import Ledger, set_version
 from slicefine.moves import layers_of, register
-from slicefine.reference import read_slice, rounds_to, write_slice
+from slicefine.originals import Ledger, set_version
 from slicefine.scores import gradient_scores, slice_norms
-from slicefine.slices import SliceSchedule, SliceSpec
+from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to, write_slice
 
 
 class Updater(Protocol):
@@ -34,14 +37,18 @@ class Updater(Protocol):
 
     def before_backward(self, layer: SliceLinear) -> None: ...
 
-    def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None: ...
+    def update_in_backward(
+        self, layer: SliceLinear, grad_output: Tensor, input: Tensor
+    ) -> None: ...
 
 
 class SliceLinear(nn.Linear):
-    """Drop-in replacement of nn.Linear with a moving trainable slice; the state dict has the same keys both ways.
+    """Drop-in replacement of nn.Linear with a moving trainable slice; the state dict has the same
+    keys both ways.
 
     weight: (out_features, in_features), frozen; (in_features, out_features) with fan_in_fan_out.
-    slice_weight: (out, r) for a column slice, (r, in) for a row slice, (r_out, r) for a block, flat for ``row_column``.
+    slice_weight: (out, r) for a column slice, (r, in) for a row slice, (r_out, r) for a block, flat
+        for ``row_column``.
     Raises ValueError if the slice does not fit, TypeError for a weight that is not floating point.
     Source: SliceFine, arXiv 2510.08513.
     """
@@ -69,8 +76,11 @@ class SliceLinear(nn.Linear):
         self._become_slice(config or SliceConfig(), "")
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, config: SliceConfig, name: str = "", r: int | None = None) -> SliceLinear:
-        """The same layer with the same weight, bias and hooks; ``linear`` is an nn.Linear or Hugging Face's Conv1D.
+    def from_linear(
+        cls, linear: nn.Module, config: SliceConfig, name: str = "", r: int | None = None
+    ) -> SliceLinear:
+        """The same layer with the same weight, bias and hooks; ``linear`` is an nn.Linear or
+        Hugging Face's Conv1D.
 
         name: where the layer is in its model; seeds its random order. r: overrides config.r.
         """
@@ -90,34 +100,53 @@ class SliceLinear(nn.Linear):
     def _become_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
         weight = self.weight
         if sharding.is_sharded(weight):
-            raise ValueError(f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard")
+            raise ValueError(
+                f"layer {name!r} has a sharded weight (a DTensor); make slices first, then"
+                " fully_shard"
+            )
         if not weight.dtype.is_floating_point:
             raise TypeError(
-                f"layer {name!r} has a quantised weight ({weight.dtype}); slices train {', '.join(str(d) for d in _WEIGHT_DTYPES)} "
-                "weights. Load the model unquantised, or leave this layer out (exclude_modules)."
+                f"layer {name!r} has a quantised weight ({weight.dtype}); slices train"
+                f" {', '.join(str(d) for d in _WEIGHT_DTYPES)} weights. Load the model unquantised,"
+                " or leave this layer out (exclude_modules)."
             )
         if weight.dtype not in _WEIGHT_DTYPES:
             raise TypeError(
-                f"layer {name!r} has a {weight.dtype} weight; expected one of {', '.join(str(d) for d in _WEIGHT_DTYPES)}"
+                f"layer {name!r} has a {weight.dtype} weight; expected one of"
+                f" {', '.join(str(d) for d in _WEIGHT_DTYPES)}"
             )
         if weight.is_meta:
             raise ValueError(
-                f"layer {name!r} has a weight on the meta device, without values; load the weights before making slices"
+                f"layer {name!r} has a weight on the meta device, without values; load the weights"
+                " before making slices"
             )
         seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
         self.spec = SliceSpec(
-            self.out_features, self.in_features, config.slice_type, r or config.r, config.r_out or r or config.r,
-            config.contiguous, seed,
-        )  # fmt: skip
-        self.schedule = SliceSchedule(self.spec, config.switch_mode, config.switch_interval, config.start_position)
+            self.out_features,
+            self.in_features,
+            config.slice_type,
+            r or config.r,
+            config.r_out or r or config.r,
+            config.contiguous,
+            seed,
+        )
+        self.schedule = SliceSchedule(
+            self.spec, config.switch_mode, config.switch_interval, config.start_position
+        )
         self.state_on_switch = config.state_on_switch
         weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.register_buffer("slice_rows", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False)
-        self.register_buffer("slice_cols", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False)
+        self.register_buffer(
+            "slice_rows", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False
+        )
+        self.register_buffer(
+            "slice_cols", torch.empty(0, dtype=torch.int64, device=weight.device), persistent=False
+        )
         self.slice_weight = nn.Parameter(
-            torch.zeros(self.spec.parameter_shape, dtype=_master_dtype(weight.dtype), device=weight.device)
+            torch.zeros(
+                self.spec.parameter_shape, dtype=_master_dtype(weight.dtype), device=weight.device
+            )
         )
         self.scores: dict[str, Tensor] = {}
         self._scores_task = -1
@@ -130,11 +159,13 @@ class SliceLinear(nn.Linear):
         self._trained_version = 0
         self.place()
 
-    # -- the active slice -------------------------------------------------------------------------------------------
+    # The active slice
 
     @property
     def weight_matrix(self) -> Tensor:
-        """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this process's part of it."""
+        """(out_features, in_features), a view of ``weight`` however it is stored; under FSDP2 this
+        process's part of it.
+        """
         weight = sharding.local(self.weight)
         return weight.t() if self.fan_in_fan_out else weight
 
@@ -149,7 +180,9 @@ class SliceLinear(nn.Linear):
         return None if self.axis == "row" else self.slice_cols
 
     def active(self, flat: Tensor) -> Tensor:
-        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for ``row_column``, and under FSDP2."""
+        """The (R, K) part of slice_weight, its gradient or its moments; differs from ``flat`` for
+        ``row_column``, and under FSDP2.
+        """
         flat = sharding.local(flat)
         if self.spec.slice_type != "row_column":
             return flat
@@ -159,7 +192,8 @@ class SliceLinear(nn.Linear):
     @torch.no_grad()
     def place(self) -> None:
         """Point the indices at the scheduled position and read the master from the weight."""
-        # a plain string: compiled code guards on it, and would recompile at every move were it computed from the move count
+        # a plain string: compiled code guards on it, and would recompile at every move were it
+        # computed from the move count
         self.axis = self.schedule.axis
         rows, cols = self.spec.features(self.axis, self.schedule.position[self.axis])
         for name, index in (("slice_rows", rows), ("slice_cols", cols)):
@@ -167,7 +201,9 @@ class SliceLinear(nn.Linear):
             if index is None:
                 continue
             if buffer.numel() == index.numel():
-                buffer.copy_(index)  # in place: compiled code and kernels keep reading the same tensor
+                buffer.copy_(
+                    index
+                )  # in place: compiled code and kernels keep reading the same tensor
             else:
                 setattr(self, name, index.to(buffer.device))
         if self.spec.slice_type == "row_column":
@@ -182,12 +218,19 @@ class SliceLinear(nn.Linear):
     def write_through(self) -> None:
         """``weight[slice] = cast(slice_weight)``, to nearest."""
         self.require_enabled("an optimizer step")
-        write_slice(self.weight_matrix, self.rows, self.cols, self.active(self.slice_weight).to(self.weight.dtype))
+        write_slice(
+            self.weight_matrix,
+            self.rows,
+            self.cols,
+            self.active(self.slice_weight).to(self.weight.dtype),
+        )
         self.mark_synchronised()
 
     @torch.no_grad()
     def read_back(self) -> None:
-        """Make the master follow the weight; entries that already round to it keep their extra bits."""
+        """Make the master follow the weight; entries that already round to it keep their extra
+        bits.
+        """
         master = self.active(self.slice_weight)
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
         master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
@@ -214,7 +257,8 @@ class SliceLinear(nn.Linear):
         if self.slice_weight.device != self.slice_rows.device:
             return  # tied to a layer that is being moved to another device, as this one will be
         if _versions_of(self)[:2] != self._versions[:2]:
-            # also when both were written to, as by weight averaging, which knows nothing of positions
+            # also when both were written to, as by weight averaging, which knows nothing of
+            # positions
             self.read_back()
         elif self.slice_changed:
             self.write_through()
@@ -223,8 +267,9 @@ class SliceLinear(nn.Linear):
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
         if not bool(rounds_to(self.active(self.slice_weight).detach(), truth).all()):
             raise RuntimeError(
-                "the loaded slice state does not belong to the weights in the model: the saved master of the active slice differs "
-                "from the weight. Load the model's state dict of the same checkpoint too."
+                "the loaded slice state does not belong to the weights in the model: the saved"
+                " master of the active slice differs from the weight. Load the model's state dict"
+                " of the same checkpoint too."
             )
         self._awaiting_weight = False
         self.mark_synchronised()
@@ -239,21 +284,27 @@ class SliceLinear(nn.Linear):
         if self.schedule.mode == "magnitude":
             norms = slice_norms(self.weight_matrix, self.spec, axis)
             sharded = sharding.is_sharded(self.weight)
-            return sharding.sum_over_shards(norms.square(), self.weight).sqrt() if sharded else norms
+            return (
+                sharding.sum_over_shards(norms.square(), self.weight).sqrt() if sharded else norms
+            )
         return self.scores.get(axis, torch.zeros(count, dtype=torch.float64))
 
     def add_scores(self, grad_output: Tensor, input: Tensor) -> None:
-        """Score the next positions by the gradient of one backward pass; micro-batches add up their squared norms.
+        """Score the next positions by the gradient of one backward pass; micro-batches add up their
+        squared norms.
 
-        A pass that starts without an accumulated gradient starts anew, so a skipped or discarded step leaves nothing.
+        A pass that starts without an accumulated gradient starts anew, so a skipped or discarded
+        step leaves nothing.
         """
         task, axis = torch._C._current_graph_task_id(), self.schedule.next_axis
         if task != self._scores_task and self.slice_weight.grad is None:
             self.scores = {}
         self._scores_task = task
-        self.scores[axis] = self.scores.get(axis, 0) + gradient_scores(grad_output, input, self.spec, axis)
+        self.scores[axis] = self.scores.get(axis, 0) + gradient_scores(
+            grad_output, input, self.spec, axis
+        )
 
-    # -- on and off -------------------------------------------------------------------------------------------------
+    # On and off
 
     @property
     def disabled(self) -> bool:
@@ -266,7 +317,9 @@ class SliceLinear(nn.Linear):
         return self.slice_weight.detach() if self.disabled else self.slice_weight
 
     def disable(self) -> None:
-        """Put the original values back, bit for bit, and keep the trained ones on the host until `enable`."""
+        """Put the original values back, bit for bit, and keep the trained ones on the host until
+        `enable`.
+        """
         if self._trained is not None:
             return
         self.synchronise()
@@ -283,7 +336,8 @@ class SliceLinear(nn.Linear):
         if self._trained is None:
             return
         self.required_ledger("be enabled").write(self.weight_matrix, self._trained)
-        # a graph built before may go on to its backward, as in preference training with the base as reference
+        # a graph built before may go on to its backward, as in preference training with the base as
+        # reference
         set_version(self.weight, self._trained_version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer._trained = None
@@ -292,25 +346,32 @@ class SliceLinear(nn.Linear):
     def required_ledger(self, purpose: str) -> Ledger:
         if self.ledger is None:
             raise RuntimeError(
-                f"a slice cannot {purpose}: its original values were not kept (SliceConfig(keep_originals=False)). Train with "
-                "keep_originals=True, the default, and resume with the slices' own state (load_slice_state_dict, or SliceAdamW's)."
+                f"a slice cannot {purpose}: its original values were not kept"
+                " (SliceConfig(keep_originals=False)). Train with keep_originals=True, the"
+                " default, and resume with the slices' own state (load_slice_state_dict, or"
+                " SliceAdamW's)."
             )
         return self.ledger
 
     def require_enabled(self, doing: str) -> None:
         if self.disabled:
             raise RuntimeError(
-                f"{doing} while the slices are disabled would be lost: leave disable_adapter() (or set_adapter back) first"
+                f"{doing} while the slices are disabled would be lost: leave disable_adapter() (or"
+                " set_adapter back) first"
             )
 
-    # -- forward ----------------------------------------------------------------------------------------------------
+    # Forward
 
     def forward(self, input: Tensor) -> Tensor:
         input, layer = self.before_product(input)
-        return slice_product(input, self.weight_matrix, self.bias, self.master, self.rows, self.cols, layer)
+        return slice_product(
+            input, self.weight_matrix, self.bias, self.master, self.rows, self.cols, layer
+        )
 
     def before_product(self, input: Tensor) -> tuple[Tensor, SliceLinear | None]:
-        """What precedes every use of the weight: (input as autocast wants it, the layer if backward must know it)."""
+        """What precedes every use of the weight: (input as autocast wants it, the layer if backward
+        must know it).
+        """
         compiling = torch.compiler.is_compiling()
         if not compiling:
             sharding.check_whole(self)
@@ -321,7 +382,10 @@ class SliceLinear(nn.Linear):
         updater = self.updater
         if updater is not None and not self.disabled:
             if compiling:
-                raise RuntimeError("optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW without it")
+                raise RuntimeError(
+                    "optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW"
+                    " without it"
+                )
             updater.before_forward(self)
         scoring = torch.is_grad_enabled() and self.schedule.needs_gradient_scores
         return input, self if (updater is not None or scoring) and not self.disabled else None
@@ -331,14 +395,22 @@ class SliceLinear(nn.Linear):
         return f"{name}.weight"
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, slice_type={self.spec.slice_type}, r={self.spec.r}, switch_interval={self.schedule.interval}"
+        return (
+            f"{super().extra_repr()}, slice_type={self.spec.slice_type}, r={self.spec.r},"
+            f" switch_interval={self.schedule.interval}"
+        )
 
-    # -- state: same keys as nn.Linear, consistent after copies and casts --------------------------------------------
+    # State: same keys as nn.Linear, consistent after copies and casts
 
     def slice_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and numbers only."""
+        """What a checkpoint needs beside the weight: schedule, master and ledger; tensors and
+        numbers only.
+        """
         self.require_enabled("saving the state of slices")
-        state = {"schedule": self.schedule.state_dict(), "master": self.slice_weight.detach().clone()}
+        state = {
+            "schedule": self.schedule.state_dict(),
+            "master": self.slice_weight.detach().clone(),
+        }
         if self.ledger is not None:
             state["ledger"] = self.ledger.state_dict()
             if self.sharded:
@@ -352,13 +424,14 @@ class SliceLinear(nn.Linear):
         """Counterpart of `slice_state`; the model's own state dict may be loaded before or after."""
         if state["master"].shape != self.slice_weight.shape:
             raise ValueError(
-                f"the saved slice has shape {tuple(state['master'].shape)}, this layer's {tuple(self.slice_weight.shape)}: "
-                "build the model with the saved SliceConfig"
+                f"the saved slice has shape {tuple(state['master'].shape)}, this layer's"
+                f" {tuple(self.slice_weight.shape)}: build the model with the saved SliceConfig"
             )
         if sharding.is_sharded(state["master"]) != self.sharded:
             raise ValueError(
-                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is {'' if self.sharded else 'not '}sharded: load it "
-                "before fully_shard, or save it from a model that is sharded like this one"
+                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is"
+                f" {'' if self.sharded else 'not '}sharded: load it before fully_shard, or save it"
+                " from a model that is sharded like this one"
             )
         self.require_enabled("loading the state of slices")
         self.synchronise()
@@ -375,7 +448,9 @@ class SliceLinear(nn.Linear):
         self._awaiting_weight = True
         self.mark_synchronised()
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         self.synchronise()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "slice_weight", None)
@@ -384,7 +459,8 @@ class SliceLinear(nn.Linear):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         self.require_enabled("loading weights")
-        # if nothing has trained, what is loaded are the originals; a slice that goes on from a delta has others already
+        # if nothing has trained, what is loaded are the originals; a slice that goes on from a
+        # delta has others already
         untouched = self.ledger is not None and self.schedule.steps == 0 and not self.weight.is_meta
         untouched = untouched and self.ledger is not None and self.ledger.holds(self.weight_matrix)
         super()._load_from_state_dict(
@@ -397,7 +473,9 @@ class SliceLinear(nn.Linear):
         self.read_back()
         if self.ledger is not None and untouched:
             self.ledger.clear()
-            self.ledger.record(read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols)
+            self.ledger.record(
+                read_slice(self.weight_matrix, self.rows, self.cols), self.rows, self.cols
+            )
 
     def _apply(self, fn, recurse: bool = True) -> SliceLinear:
         self.synchronise()
@@ -418,8 +496,12 @@ class SliceLinear(nn.Linear):
                 else torch.empty_like(master.data, device="meta")
             )
         if master.grad is not None:
-            applied = type(master.grad) is not Tensor  # optimizer_in_bwd leaves a gradient without values
-            master.grad = None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
+            applied = (
+                type(master.grad) is not Tensor
+            )  # optimizer_in_bwd leaves a gradient without values
+            master.grad = (
+                None if applied or weight.is_meta else master.grad.to(master.device, master.dtype)
+            )
         if not weight.is_meta:
             if self.ledger is not None:
                 self.ledger.cast(weight.dtype)
@@ -431,7 +513,9 @@ class SliceLinear(nn.Linear):
         return self
 
     def _become_sharded(self) -> None:
-        """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows the whole again, for reading only."""
+        """`fully_shard` has replaced the parameters by its shards; during a forward pass it shows
+        the whole again, for reading only.
+        """
         sharding.check_sharding(self)
         sharding.shard_ledger(self)
         self.sharded = True
@@ -461,7 +545,9 @@ class SliceLinear(nn.Linear):
 def _versions_of(layer: SliceLinear) -> tuple[int, int, int]:
     """Which weight it is, how often it has been written to, and how often slice_weight."""
     weight, master = layer._parameters.get("weight"), layer._parameters.get("slice_weight")
-    if weight is None or master is None:  # replicas of nn.DataParallel and parametrized weights keep theirs elsewhere
+    if (
+        weight is None or master is None
+    ):  # replicas of nn.DataParallel and parametrized weights keep theirs elsewhere
         weight, master = layer.weight, layer.slice_weight
     return id(weight), weight._version, master._version
 

@@ -11,37 +11,53 @@ from typing import Any
 
 from torch import nn
 
-from slicefine.attention import SliceMultiheadAttention, is_attention
 from slicefine.config import SliceConfig
 from slicefine.deltas import adapters
 from slicefine.deltas.adapters import DEFAULT, AdapterModel
 from slicefine.deltas.delta import Delta
-from slicefine.experts import SliceExperts
 from slicefine.linear import SliceLinear
-from slicefine.parameters import HoldsSlices, SliceParameter, give_back_parameters, hold, replace_parameter
+from slicefine.modules.attention import SliceMultiheadAttention, is_attention
+from slicefine.modules.experts import SliceExperts
+from slicefine.modules.parameters import (
+    HoldsSlices,
+    SliceParameter,
+    give_back_parameters,
+    hold,
+    replace_parameter,
+)
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.targets import Target, find_targets, left_out_experts, matches_modules_to_save
 
 
-def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = DEFAULT) -> nn.Module:
-    """Turn the targets of ``config`` into slices, in place, and freeze the rest; returns the same object.
+def get_slice_model(
+    model: nn.Module, config: SliceConfig, adapter_name: str = DEFAULT
+) -> nn.Module:
+    """Turn the targets of ``config`` into slices, in place, and freeze the rest; returns the same
+    object.
 
     The model keeps its class, its state-dict keys and its methods, and gains those of `SliceModel`:
-    ``print_trainable_parameters()``, ``get_nb_trainable_parameters()``, ``coverage()``, ``planned_coverage(steps)`` and
-    ``merge_and_unload()``; those of `AdapterModel`: ``disable_adapter()``, ``revert()``, ``delta()``, ``save_pretrained(folder)``
-    and others, to which the slices are an adapter called ``adapter_name``. Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
-    Raises ValueError naming every target that does not exist, with the nearest names, and every layer that cannot train.
+    ``print_trainable_parameters()``, ``get_nb_trainable_parameters()``, ``coverage()``,
+    ``planned_coverage(steps)`` and
+    ``merge_and_unload()``; those of `AdapterModel`: ``disable_adapter()``, ``revert()``,
+    ``delta()``, ``save_pretrained(folder)``
+    and others, to which the slices are an adapter called ``adapter_name``. Build the optimizer
+    afterwards. Nothing is changed if the config does not fit the model.
+    Raises ValueError naming every target that does not exist, with the nearest names, and every
+    layer that cannot train.
     """
     if not isinstance(config, SliceConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict takes a dict)"
+            f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict"
+            " takes a dict)"
         )
     if "slice_config" in model.__dict__:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     adapters.check_name(model, adapter_name)
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
-    trained_before = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained_before = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     layers, problems = {}, []
     for target in _unique(targets):
         try:
@@ -52,25 +68,32 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
         _set_trainable(model, trained_before)
         raise ValueError("\n".join(problems))
     if not layers:
-        raise ValueError("every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets))
+        raise ValueError(
+            "every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets)
+        )
     for target in targets:
         if target.skipped:
             warnings.warn(f"{target.name} stays as it is: {target.skipped}", stacklevel=2)
     if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
         warnings.warn(
-            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect", stacklevel=2
+            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no"
+            " effect",
+            stacklevel=2,
         )
 
     if experts := left_out_experts(model, config):
         warnings.warn(
-            f"experts stay as they are; to train them too: target_parameters=[{', '.join(map(repr, experts))}]",
+            "experts stay as they are; to train them too:"
+            f" target_parameters=[{', '.join(map(repr, experts))}]",
             stacklevel=2,
         )
 
     for layer in layers.values():
         _renew_hook(layer)
     _set_trainable(model, set())
-    replacement = {id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None}
+    replacement = {
+        id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None
+    }
     for parent in list(model.modules()):  # every place that holds the module, however many
         for name, child in list(parent._modules.items()):
             if id(child) in replacement:
@@ -93,7 +116,9 @@ def get_slice_model(model: nn.Module, config: SliceConfig, adapter_name: str = D
 
 @dataclass(frozen=True)
 class Match:
-    """One row of `list_targets`: a layer, its weight (out, in), its slice, and why it is skipped if it is."""
+    """One row of `list_targets`: a layer, its weight (out, in), its slice, and why it is skipped if
+    it is.
+    """
 
     name: str
     out_features: int
@@ -104,30 +129,40 @@ class Match:
 
 
 def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
-    """Dry run of `get_slice_model`: what the config matches. Changes nothing; raises the same errors."""
+    """Dry run of `get_slice_model`: what the config matches. Changes nothing; raises the same
+    errors.
+    """
     matches = []
     for target in find_targets(model, config):
         parameters = 0
         out_features, in_features = target.shape
         if target.skipped is None:
             try:
-                spec = SliceSpec(out_features, in_features, config.slice_type, target.r, config.r_out or target.r)
+                spec = SliceSpec(
+                    out_features, in_features, config.slice_type, target.r, config.r_out or target.r
+                )
                 SliceSchedule(spec, start_position=config.start_position)
             except ValueError as error:
                 raise ValueError(f"{target.name}: {error}") from error
             parameters = math.prod(spec.parameter_shape)
-        matches.append(Match(target.name, out_features, in_features, target.r, parameters, target.skipped))
+        matches.append(
+            Match(target.name, out_features, in_features, target.r, parameters, target.skipped)
+        )
     return matches
 
 
 class SliceModel(AdapterModel):
-    """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard mixes in FSDPModule."""
+    """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard
+    mixes in FSDPModule.
+    """
 
     slice_config: SliceConfig
     _trained_before_slices: set[str]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters. The masters of slices are copies, so they count as trainable and not twice in all."""
+        """(trainable, all) parameters. The masters of slices are copies, so they count as trainable
+        and not twice in all.
+        """
         parameters = list(self.parameters())  # type: ignore[attr-defined]
         slices = {id(layer.slice_weight) for layer in slice_layers(self)}
         return sum(p.numel() for p in parameters if p.requires_grad), sum(
@@ -137,7 +172,8 @@ class SliceModel(AdapterModel):
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%:"
+            f" {100 * trainable / total:.4f}"
         )
 
     def coverage(self) -> dict[str, float]:
@@ -145,36 +181,54 @@ class SliceModel(AdapterModel):
         return {name: layer.schedule.coverage() for name, layer in named_slice_layers(self)}
 
     def planned_coverage(self, steps: int) -> str:
-        """What ``steps`` optimizer steps from the start will cover, in words, one line per shape of weight."""
+        """What ``steps`` optimizer steps from the start will cover, in words, one line per shape of
+        weight.
+        """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps is {steps!r}; expected a number of optimizer steps")
         config = self.slice_config
         lines: dict[str, int] = {}
         for layer in slice_layers(self):
             positions, share = planned_coverage(layer.schedule, steps)
-            width = f"{layer.out_features:,d}-high" if config.slice_type == "row" else f"{layer.in_features:,d}-wide"
+            width = (
+                f"{layer.out_features:,d}-high"
+                if config.slice_type == "row"
+                else f"{layer.in_features:,d}-wide"
+            )
             if config.slice_type in ("block", "row_column"):
                 width = f"{layer.out_features:,d} x {layer.in_features:,d}"
-            interval = "static" if config.switch_interval is None else f"interval {config.switch_interval:,d}"
+            interval = (
+                "static"
+                if config.switch_interval is None
+                else f"interval {config.switch_interval:,d}"
+            )
             plural = "position" if positions == 1 else "positions"
-            line = f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural}, {100 * share:.0f} % of each {width} weight"
+            line = (
+                f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural},"
+                f" {100 * share:.0f} % of each {width} weight"
+            )
             lines[line] = lines.get(line, 0) + 1
-        return "\n".join(f"{line} ({count} layer{'s' * (count > 1)})" for line, count in lines.items())
+        return "\n".join(
+            f"{line} ({count} layer{'s' * (count > 1)})" for line, count in lines.items()
+        )
 
     def merge_and_unload(self) -> nn.Module:
-        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model in its own class.
+        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model
+        in its own class.
 
         Adapters that are applied stay in the weights; the others are forgotten.
         """
         assert isinstance(self, nn.Module)
         if "slice_config" in self.__dict__ and self._adapters.live not in self.active_adapters:
             raise RuntimeError(
-                "the slices in training are switched off; leave disable_adapter() or set_adapter them first"
+                "the slices in training are switched off; leave disable_adapter() or set_adapter"
+                " them first"
             )
         if any(layer.weight_sharded for layer in slice_layers(self)):
             raise RuntimeError(
-                "fully_shard holds the layers of this model; there is nothing to merge (the weights are up to date): "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them for a plain model"
+                "fully_shard holds the layers of this model; there is nothing to merge (the weights"
+                " are up to date): torch.distributed.checkpoint.state_dict.get_model_state_dict"
+                " gathers them for a plain model"
             )
         give_back_parameters(self)
         plain: dict[int, nn.Module] = {}
@@ -198,9 +252,11 @@ class SliceModel(AdapterModel):
 
     @classmethod
     def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """``SliceModel.from_pretrained(base, folder, adapter_name="default", is_trainable=False, verify=True)``.
+        """``SliceModel.from_pretrained(base, folder, adapter_name="default", is_trainable=False,
+        verify=True)``.
 
-        Loads a delta into a base model, in place, and applies it. is_trainable: makes slices by the delta's SliceConfig that go
+        Loads a delta into a base model, in place, and applies it. is_trainable: makes slices by the
+        delta's SliceConfig that go
         on from its values; their originals are those of the base. Returns the same object.
         Raises `DeltaError` if the delta is damaged or was made for another base.
         """
@@ -222,9 +278,14 @@ _POSITIONS = (".slice_rows", ".slice_cols")
 
 
 def _keep_from_ddp(model: Any, positions: list[str]) -> None:
-    """DDP would send the positions around before every forward, into tensors that an earlier forward still needs; every
+    """DDP would send the positions around before every forward, into tensors that an earlier
+    forward still needs; every
     process computes the same ones."""
-    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not n.endswith(_POSITIONS)]
+    others = [
+        n
+        for n in getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        if not n.endswith(_POSITIONS)
+    ]
     if others or positions:
         model.__dict__["_ddp_params_and_buffers_to_ignore"] = [*others, *positions]
     else:
@@ -232,14 +293,22 @@ def _keep_from_ddp(model: Any, positions: list[str]) -> None:
 
 
 def _with_delta(
-    model: Any, path: Any, adapter_name: str = DEFAULT, is_trainable: bool = False, verify: bool = True
+    model: Any,
+    path: Any,
+    adapter_name: str = DEFAULT,
+    is_trainable: bool = False,
+    verify: bool = True,
 ) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"SliceModel.from_pretrained got a {type(model).__name__}; expected the base model (an nn.Module) and a folder"
+            f"SliceModel.from_pretrained got a {type(model).__name__}; expected the base model (an"
+            " nn.Module) and a folder"
         )
     if "slice_config" in model.__dict__:
-        raise ValueError("the model has slices in training; use its load_adapter(folder, name) and set_adapter(name)")
+        raise ValueError(
+            "the model has slices in training; use its load_adapter(folder, name) and"
+            " set_adapter(name)"
+        )
     delta = path if isinstance(path, Delta) else Delta.load(adapters.local_path(path))
     fresh = "_adapters" not in model.__dict__
     if fresh:
@@ -267,15 +336,24 @@ def _with_delta(
 
 
 def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
-    """State-dict key of everything that changes beside slices -> whether the base model has it too (False: modules_to_save)."""
+    """State-dict key of everything that changes beside slices -> whether the base model has it too
+    (False: modules_to_save).
+    """
     slices = {id(layer.slice_weight) for layer in slice_layers(model)}
     parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
     # running statistics change in training mode, whether asked to or not
-    running = {id(b) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers()}
+    running = {
+        id(b)
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+        for b in m.buffers()
+    }
     buffers = dict(model.named_buffers(remove_duplicate=False))
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     whole = {}
-    for key in (k for k in model.state_dict() if k in tensors):  # by name: a state-dict hook may hand out copies
+    for key in (
+        k for k in model.state_dict() if k in tensors
+    ):  # by name: a state-dict hook may hand out copies
         value = tensors[key]
         saved = matches_modules_to_save(config, key.rpartition(".")[0])
         if id(value) in parameters or id(value) in running or (saved and key in buffers):
@@ -288,7 +366,9 @@ def slice_layers(model: Any) -> Iterator[SliceLinear]:
 
 
 def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear)
+    )
 
 
 @functools.cache
@@ -307,7 +387,9 @@ def _with_slices(kind: type) -> type:
 
 
 def _then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[..., Any]:
-    """Reentrant checkpoints need an input that carries a gradient, and behind frozen embeddings there is none."""
+    """Reentrant checkpoints need an input that carries a gradient, and behind frozen embeddings
+    there is none.
+    """
 
     @functools.wraps(enable)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -345,8 +427,12 @@ def _slice_of(target: Target, config: SliceConfig) -> SliceLinear:
     return SliceParameter.from_parameter(parameter, config, target.name, target.r)
 
 
-def _replace_parameters(model: nn.Module, targets: list[Target], layers: dict[str, SliceLinear]) -> None:
-    """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from now on."""
+def _replace_parameters(
+    model: nn.Module, targets: list[Target], layers: dict[str, SliceLinear]
+) -> None:
+    """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from
+    now on.
+    """
     for module in list(model.modules()):
         if is_attention(module):
             hold(module, SliceMultiheadAttention)
@@ -360,13 +446,18 @@ def _replace_parameters(model: nn.Module, targets: list[Target], layers: dict[st
 
 def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
     found = {
-        entry: [m for n, m in model.named_modules() if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)]
+        entry: [
+            m
+            for n, m in model.named_modules()
+            if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)
+        ]
         for entry in config.modules_to_save or ()
     }
     if missing := [entry for entry, modules in found.items() if not modules]:
         names = ", ".join(name for name, _ in model.named_children())
         raise ValueError(
-            f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have; its children are: {names}"
+            f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have;"
+            f" its children are: {names}"
         )
     return [module for modules in found.values() for module in modules]
 
@@ -385,10 +476,15 @@ def _share_tied(layers: dict[str, SliceLinear]) -> None:
             continue
         if owner.spec.parameter_shape != layer.spec.parameter_shape:
             raise ValueError(
-                f"two layers share one weight of shape ({layer.out_features}, {layer.in_features}) and would have slices of r "
-                f"{owner.spec.r} and {layer.spec.r}: give them the same r in rank_pattern"
+                f"two layers share one weight of shape ({layer.out_features}, {layer.in_features})"
+                f" and would have slices of r {owner.spec.r} and {layer.spec.r}: give them the same"
+                " r in rank_pattern"
             )
-        layer.slice_weight, layer.spec, layer.schedule = owner.slice_weight, owner.spec, owner.schedule
+        layer.slice_weight, layer.spec, layer.schedule = (
+            owner.slice_weight,
+            owner.spec,
+            owner.schedule,
+        )
         layer.ledger = owner.ledger
         layer.place()
 
@@ -414,7 +510,9 @@ def _unload(layer: SliceLinear) -> nn.Module:
 
         plain = conv1d(layer.out_features, layer.in_features)
     else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
     ours = {
         "spec",
         "schedule",
@@ -433,10 +531,18 @@ def _unload(layer: SliceLinear) -> nn.Module:
     }
     kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
     if layer.fan_in_fan_out:
-        kept = {key: value for key, value in kept.items() if key not in ("in_features", "out_features")}
-    kept["_parameters"] = {name: p for name, p in layer._parameters.items() if name != "slice_weight"}
-    kept["_buffers"] = {name: b for name, b in layer._buffers.items() if not name.startswith("slice_")}
-    kept["_non_persistent_buffers_set"] = {n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")}
+        kept = {
+            key: value for key, value in kept.items() if key not in ("in_features", "out_features")
+        }
+    kept["_parameters"] = {
+        name: p for name, p in layer._parameters.items() if name != "slice_weight"
+    }
+    kept["_buffers"] = {
+        name: b for name, b in layer._buffers.items() if not name.startswith("slice_")
+    }
+    kept["_non_persistent_buffers_set"] = {
+        n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")
+    }
     plain.__dict__.update(kept)
     plain.__class__ = layer.plain_class  # pyright: ignore[reportAttributeAccessIssue]  # a subclass with nn.Linear's own forward
     _renew_hook(plain)

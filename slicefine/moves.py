@@ -1,7 +1,10 @@
-"""What every optimizer step does to slices: write through, count, move; and which layers a slice parameter belongs to.
+"""What every optimizer step does to slices: write through, count, move; and which layers a slice
+parameter belongs to.
 
-Moves happen inside ``optimizer.step()`` of any `torch.optim.Optimizer` that holds slice parameters: a hook that PyTorch
-calls after each step brings the weights up to date and moves the slices whose interval is over. `slicefine.linear` imports
+Moves happen inside ``optimizer.step()`` of any `torch.optim.Optimizer` that holds slice parameters:
+a hook that PyTorch
+calls after each step brings the weights up to date and moves the slices whose interval is over.
+`slicefine.linear` imports
 this module, so there is no SliceLinear without the hook.
 """
 
@@ -21,7 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from slicefine.linear import SliceLinear
 
-# slice parameter -> the layers that use it (several where a weight is tied); not an attribute of the parameter, which
+# slice parameter -> the layers that use it (several where a weight is tied); not an attribute of
+# the parameter, which
 # would not survive pickling
 _LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _registrations = 0  # tells a cached list of layers from a current one
@@ -29,7 +33,9 @@ _registrations = 0  # tells a cached list of layers from a current one
 
 @dataclass
 class _Slices:
-    """The slices of an optimizer as they were found last; the parameters are held, so that no other can take an id."""
+    """The slices of an optimizer as they were found last; the parameters are held, so that no other
+    can take an id.
+    """
 
     registrations: int
     parameters: list[Tensor]
@@ -41,7 +47,9 @@ _SLICES: weakref.WeakKeyDictionary[Optimizer, _Slices] = weakref.WeakKeyDictiona
 
 def layers_of(parameter: Tensor) -> list[SliceLinear]:
     """The layers whose active slice this parameter is; empty for any other parameter."""
-    return [layer for reference in _LAYERS.get(parameter) or () if (layer := reference()) is not None]
+    return [
+        layer for reference in _LAYERS.get(parameter) or () if (layer := reference()) is not None
+    ]
 
 
 def register(layer: SliceLinear) -> None:
@@ -56,7 +64,8 @@ def register(layer: SliceLinear) -> None:
 def slices_of(optimizer: Optimizer) -> dict[Tensor, list[SliceLinear]]:
     """The slice parameters of an optimizer, each with the layers that use it.
 
-    Every step asks, and a lookup by weak key costs as much as the update of a small slice: so what was found is kept for as
+    Every step asks, and a lookup by weak key costs as much as the update of a small slice: so what
+        was found is kept for as
     long as the optimizer's parameters and the layers are the same.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -67,17 +76,26 @@ def slices_of(optimizer: Optimizer) -> dict[Tensor, list[SliceLinear]]:
         or len(known.parameters) != len(parameters)
         or any(a is not b for a, b in zip(known.parameters, parameters, strict=True))
     ):
-        found = {p: [weakref.ref(layer) for layer in layers] for p in parameters if (layers := layers_of(p))}
+        found = {
+            p: [weakref.ref(layer) for layer in layers]
+            for p in parameters
+            if (layers := layers_of(p))
+        }
         known = _SLICES[optimizer] = _Slices(_registrations, parameters, found)
-    alive = {p: [layer for r in refs if (layer := r()) is not None] for p, refs in known.layers.items()}
+    alive = {
+        p: [layer for r in refs if (layer := r()) is not None] for p, refs in known.layers.items()
+    }
     return {p: layers for p, layers in alive.items() if layers}
 
 
 def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> None:
-    """Write every changed slice through to its weight, count the step, and move the slices that are due.
+    """Write every changed slice through to its weight, count the step, and move the slices that are
+    due.
 
-    trained: the slices that the optimizer has updated and written through itself; None: those with a gradient, not yet
-    written. Not told by version counters: torch's fused optimizers write to parameters without counting it.
+    trained: the slices that the optimizer has updated and written through itself; None: those with
+        a gradient, not yet
+    written. Not told by version counters: torch's fused optimizers write to parameters without
+    counting it.
     """
     for parameter, layers in slices_of(optimizer).items():
         updated = parameter.grad is not None if trained is None else parameter in trained
@@ -91,14 +109,18 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor] | None = None) -> Non
 
 
 def _warn_if_resumed(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
-    """An optimizer whose state has many steps before the slices' first has been loaded without the slices' own state."""
+    """An optimizer whose state has many steps before the slices' first has been loaded without the
+    slices' own state.
+    """
     step = optimizer.state.get(parameter, {}).get("step", 1)
     if float(step) > 1:
         for layer in layers:
             layer.ledger = None  # it would take the checkpoint's values for the base's
         warnings.warn(
-            f"{type(optimizer).__name__} resumes at step {int(step) - 1}, but the slices start at their first position with moments of "
-            "another, and what the base was is lost: load_slice_state_dict(model, ...) restores them, and SliceAdamW's state_dict holds them itself",
+            f"{type(optimizer).__name__} resumes at step {int(step) - 1}, but the slices start at"
+            " their first position with moments of another, and what the base was is lost:"
+            " load_slice_state_dict(model, ...) restores them, and SliceAdamW's state_dict holds"
+            " them itself",
             stacklevel=3,
         )
 
@@ -106,10 +128,14 @@ def _warn_if_resumed(optimizer: Optimizer, parameter: Tensor, layers: list[Slice
 def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) -> None:
     first = layers[0]
     schedule, policy = first.schedule, first.state_on_switch
-    if schedule.mode == "gradient" and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if (
+        schedule.mode == "gradient"
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
         raise RuntimeError(
-            "switch_mode='gradient' under torch.distributed: each process would choose by its own gradients and the slices "
-            "would drift apart. Use 'ascending', 'random' or 'magnitude'."
+            "switch_mode='gradient' under torch.distributed: each process would choose by its own"
+            " gradients and the slices would drift apart. Use 'ascending', 'random' or 'magnitude'."
         )
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     axis, position = schedule.axis, schedule.position[schedule.axis]
@@ -120,20 +146,28 @@ def _move(optimizer: Optimizer, parameter: Tensor, layers: list[SliceLinear]) ->
     if (schedule.axis, schedule.position[schedule.axis]) == (axis, position):
         return  # the slice stays: so do its master's extra bits and its moments
     if policy == "remember" and state:
-        kept = tree_map(lambda t: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else t, dict(state))
+        kept = tree_map(
+            lambda t: t.detach().to("cpu", copy=True) if isinstance(t, Tensor) else t, dict(state)
+        )
         schedule.remembered.setdefault(axis, {})[position] = kept
     for layer in layers:
         layer.place()
     if policy == "keep" and first.spec.slice_type != "row_column":
         return  # moments of a row slice mean nothing for a column slice, so alternating axes start afresh
     optimizer.state.pop(parameter, None)
-    remembered = schedule.remembered.get(schedule.axis, {}).pop(schedule.position[schedule.axis], None)
+    remembered = schedule.remembered.get(schedule.axis, {}).pop(
+        schedule.position[schedule.axis], None
+    )
     if remembered is not None:
-        optimizer.state[parameter] = {k: _beside(v, state.get(k), parameter) for k, v in remembered.items()}
+        optimizer.state[parameter] = {
+            k: _beside(v, state.get(k), parameter) for k, v in remembered.items()
+        }
 
 
 def _beside(value: Any, current: Any, parameter: Tensor) -> Any:
-    """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on the CPU."""
+    """A remembered value on the device where the optimizer keeps this entry: some hold ``step`` on
+    the CPU.
+    """
     if not isinstance(value, Tensor):
         return value
     where = current.device if isinstance(current, Tensor) else parameter.device

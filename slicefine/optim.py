@@ -1,4 +1,6 @@
-"""SliceAdamW: AdamW for slices and for what trains beside them; the moves (`slicefine.moves`) happen inside ``step()``."""
+"""SliceAdamW: AdamW for slices and for what trains beside them; the moves (`slicefine.moves`)
+happen inside ``step()``.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,31 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from slicefine import ops
+from slicefine.backends.reference import BLOCK_8BIT, dynamic_codebook
 from slicefine.linear import SliceLinear, note_agreement
 from slicefine.moves import finish_step, layers_of, slices_of
-from slicefine.reference import BLOCK_8BIT, dynamic_codebook
 from slicefine.sharding import is_sharded
 
 
 class SliceAdamW(Optimizer):
-    """AdamW for slices and for everything that trains beside them (new heads, biases), moves included.
+    """AdamW for slices and for everything that trains beside them (new heads, biases), moves
+    included.
 
     params: parameters or groups, as for torch.optim.AdamW; those without a gradient are left alone.
-    lr, betas (each > 0), eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is 0 unless given; decay
+    lr, betas (each > 0), eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is
+    0 unless given; decay
         acts on the active slice only.
-    bf16_stochastic_round: write to bfloat16 weights rounded stochastically (Philox, reproducible from ``seed``).
-    optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must follow every backward:
-        it moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped, unscaled or logged
+    bf16_stochastic_round: write to bfloat16 weights rounded stochastically (Philox, reproducible
+        from ``seed``).
+    optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must
+        follow every backward:
+        it moves the slices and updates the other parameters. Gradients cannot be accumulated,
+        clipped, unscaled or logged
         then; whatever would need them raises an error.
-    optim_bits: 32, or 8 for moments of slices in 8 bits with a scale per 256 of them (float64 weights take 32 only).
-    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32 or uint8 with ``exp_avg_scale`` and
+    optim_bits: 32, or 8 for moments of slices in 8 bits with a scale per 256 of them (float64
+        weights take 32 only).
+    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32 or uint8 with
+        ``exp_avg_scale`` and
         ``exp_avg_sq_scale`` (blocks,); ``state_dict`` adds schedule and master.
     Raises ValueError without a single slice among the parameters.
     Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices, arXiv 2110.02861 for 8 bits.
@@ -60,21 +69,37 @@ class SliceAdamW(Optimizer):
         if optim_bits not in (8, 32):
             raise ValueError(f"optim_bits is {optim_bits}; expected 32 (float32 moments) or 8")
         if optim_bits == 8 and optimizer_in_bwd:
-            raise ValueError("optim_bits=8 with optimizer_in_bwd=True: moments in 8 bits need optimizer_in_bwd=False")
+            raise ValueError(
+                "optim_bits=8 with optimizer_in_bwd=True: moments in 8 bits need"
+                " optimizer_in_bwd=False"
+            )
         self.optim_bits = optim_bits
         self._codebooks: dict[torch.device, Tensor] = {}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        self.bf16_stochastic_round, self.optimizer_in_bwd, self.seed = bf16_stochastic_round, optimizer_in_bwd, seed
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self.bf16_stochastic_round, self.optimizer_in_bwd, self.seed = (
+            bf16_stochastic_round,
+            optimizer_in_bwd,
+            seed,
+        )
         self._trained_slices: set[Tensor] = set()  # since the last step
-        self._uses: dict[Tensor, int] = {}  # forward passes since the last step, for optimizer_in_bwd
+        self._uses: dict[
+            Tensor, int
+        ] = {}  # forward passes since the last step, for optimizer_in_bwd
         self._deferred: dict[Tensor, Tensor] = {}  # gradients of slices used more than once
         self._group_index: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
         if not slices_of(self):
             raise ValueError(
-                f"none of the {count} parameters given is a slice: make slices first (model = slicefine.get_slice_model(model, "
-                "config)), then build the optimizer from model.parameters()"
+                f"none of the {count} parameters given is a slice: make slices first (model ="
+                " slicefine.get_slice_model(model, config)), then build the optimizer from"
+                " model.parameters()"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -84,19 +109,26 @@ class SliceAdamW(Optimizer):
             self._group_index[parameter] = index
             if (self.optimizer_in_bwd or self.optim_bits == 8) and is_sharded(parameter):
                 raise ValueError(
-                    f"{'optimizer_in_bwd=True' if self.optimizer_in_bwd else 'optim_bits=8'} does not work under fully_shard: "
-                    + ("gradients have not been summed over the processes when the update would happen" if self.optimizer_in_bwd else
-                       "scales of blocks of 256 moments cannot be sharded")
+                    f"{'optimizer_in_bwd=True' if self.optimizer_in_bwd else 'optim_bits=8'} does"
+                    " not work under fully_shard: "
+                    + (
+                        "gradients have not been summed over the processes when the update would"
+                        " happen"
+                        if self.optimizer_in_bwd
+                        else "scales of blocks of 256 moments cannot be sharded"
+                    )
                     + ". Use SliceAdamW without it."
-                )  # fmt: skip
+                )
             for layer in layers_of(parameter) if self.optimizer_in_bwd else ():
                 layer._updater = weakref.ref(self)
 
-    # -- the default path: gradients first, then one update of all slices ---------------------------------------------
+    # The default path: gradients first, then one update of all slices
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of everything that has a gradient, then write-through and moves. closure: as in torch.optim."""
+        """One update of everything that has a gradient, then write-through and moves. closure: as
+        in torch.optim.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -124,23 +156,31 @@ class SliceAdamW(Optimizer):
         device, dtype = parameter.device, parameter.dtype if self.optim_bits == 32 else torch.uint8
         if self.optim_bits == 8 and parameter.dtype == torch.float64:
             raise TypeError(
-                "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and float16 weights"
+                "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and"
+                " float16 weights"
             )
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                state[key] = torch.zeros_like(
+                    parameter, dtype=dtype, memory_format=torch.contiguous_format
+                )
                 if self.optim_bits == 8:
-                    state[key + "_scale"] = torch.zeros(-(-parameter.numel() // BLOCK_8BIT), device=device)
+                    state[key + "_scale"] = torch.zeros(
+                        -(-parameter.numel() // BLOCK_8BIT), device=device
+                    )
         elif (state["exp_avg"].dtype == torch.uint8) != (dtype == torch.uint8):
             raise ValueError(
-                f"the loaded moments are {state['exp_avg'].dtype} and this optimizer has optim_bits={self.optim_bits}; build it with the "
-                "optim_bits that the state was saved with"
+                f"the loaded moments are {state['exp_avg'].dtype} and this optimizer has"
+                f" optim_bits={self.optim_bits}; build it with the optim_bits that the state was"
+                " saved with"
             )
         elif state["exp_avg"].dtype != dtype or state["step"].device != device:
             # the model has been cast or moved since the last step
             for key, value in state.items():
-                state[key] = value.to(device, dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype)
+                state[key] = value.to(
+                    device, dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype
+                )
         return state
 
     def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
@@ -152,12 +192,20 @@ class SliceAdamW(Optimizer):
         )
         seed &= 0x7FFFFFFFFFFFFFFF
         return (
-            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["maximize"],
+            float(group["lr"]),
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["maximize"],
             seed if self.bf16_stochastic_round else None,
-        )  # fmt: skip
+        )
 
-    def _update_slices(self, group: dict[str, Any], slices: dict[Tensor, list[SliceLinear]], grads: list[Any]) -> None:
-        """One call per device for all slices of a group; slices: each parameter with the layers that use it."""
+    def _update_slices(
+        self, group: dict[str, Any], slices: dict[Tensor, list[SliceLinear]], grads: list[Any]
+    ) -> None:
+        """One call per device for all slices of a group; slices: each parameter with the layers
+        that use it.
+        """
         places: dict[torch.device, list[tuple]] = {}
         for (parameter, layers), grad in zip(slices.items(), grads, strict=True):
             layer, state = layers[0], self._state(parameter)
@@ -167,7 +215,16 @@ class SliceAdamW(Optimizer):
             if self.optim_bits == 8:
                 blocks = -(-master.numel() // BLOCK_8BIT)
                 moments += [state["exp_avg_scale"][:blocks], state["exp_avg_sq_scale"][:blocks]]
-            place = (master, active(grad), *moments, layer.weight_matrix, layer.rows, layer.cols, state["step"], layer)
+            place = (
+                master,
+                active(grad),
+                *moments,
+                layer.weight_matrix,
+                layer.rows,
+                layer.cols,
+                state["step"],
+                layer,
+            )
             places.setdefault(parameter.device, []).append(place)
         for device, entries in places.items():
             *operands, chosen = map(list, zip(*entries, strict=True))
@@ -178,29 +235,37 @@ class SliceAdamW(Optimizer):
                 continue
             if device not in self._codebooks:
                 self._codebooks[device] = dynamic_codebook().to(device)
-            ops.slice_adamw_8bit(*operands[:6], self._codebooks[device], *operands[6:], *hyperparameters)
+            ops.slice_adamw_8bit(
+                *operands[:6], self._codebooks[device], *operands[6:], *hyperparameters
+            )
         for parameter, layers in slices.items():
             self._mark_trained(parameter, layers)
 
     def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """torch's AdamW for the rest; parameters in half precision get a float32 master, or small updates would vanish."""
+        """torch's AdamW for the rest; parameters in half precision get a float32 master, or small
+        updates would vanish.
+        """
         masters, grads, states = [], [], []
         for p in parameters:
             assert p.grad is not None
             if p.grad.is_sparse:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense embedding (sparse=False)"
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use a dense"
+                    " embedding (sparse=False)"
                 )
             half = p.dtype in (torch.bfloat16, torch.float16)
             state = self.state[p]
             if not state:
                 precise = torch.float32 if half else p.dtype
                 state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=precise) for _ in range(2))
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(p, dtype=precise) for _ in range(2)
+                )
                 if half:
                     state["master"] = p.detach().to(precise, copy=True)
             elif half:
-                # follow whoever else has written to the parameter; by element, so that no device waits for an answer
+                # follow whoever else has written to the parameter; by element, so that no device
+                # waits for an answer
                 master = state["master"]
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
             masters.append(state["master"] if half else p)
@@ -210,16 +275,28 @@ class SliceAdamW(Optimizer):
             return
         beta1, beta2 = group["betas"]
         adamw(
-            masters, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-            [s["step"] for s in states], amsgrad=False, beta1=beta1, beta2=beta2, lr=float(group["lr"]),
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
+            masters,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
         for p, master in zip(parameters, masters, strict=True):
             if master is not p:
                 p.copy_(master)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; with optimizer_in_bwd it also drops gradients that wait for a weight's other uses."""
+        """As in torch; with optimizer_in_bwd it also drops gradients that wait for a weight's other
+        uses.
+        """
         self._deferred.clear()
         super().zero_grad(set_to_none)
 
@@ -227,19 +304,22 @@ class SliceAdamW(Optimizer):
         self._trained_slices.add(parameter)
         note_agreement(layers)
 
-    # -- optimizer_in_bwd: the update happens where the gradient is --------------------------------------------------
+    # Optimizer_in_bwd: the update happens where the gradient is
 
     def before_forward(self, layer: SliceLinear) -> None:
-        """Count the uses of a weight since the last step: one may be updated at once, several must wait for each other."""
+        """Count the uses of a weight since the last step: one may be updated at once, several must
+        wait for each other.
+        """
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing recomputes inside backward; this use has been counted
         parameter = layer.slice_weight
         if parameter in self._trained_slices:
             if torch.is_grad_enabled():
                 raise RuntimeError(
-                    "optimizer_in_bwd=True has already updated this layer since the last step(): a second forward with gradients "
-                    "would accumulate, which it cannot. Call optimizer.step() after every backward, or use "
-                    "SliceAdamW(..., optimizer_in_bwd=False) for gradient accumulation."
+                    "optimizer_in_bwd=True has already updated this layer since the last step(): a"
+                    " second forward with gradients would accumulate, which it cannot. Call"
+                    " optimizer.step() after every backward, or use SliceAdamW(...,"
+                    " optimizer_in_bwd=False) for gradient accumulation."
                 )
             return
         self._uses[parameter] = self._uses.get(parameter, 0) + 1
@@ -249,43 +329,61 @@ class SliceAdamW(Optimizer):
         layer.require_enabled("an update in backward")
         if layer.slice_weight in self._trained_slices:
             raise RuntimeError(
-                "optimizer_in_bwd=True: a second gradient arrived for a layer that has been updated since the last step() "
-                "(backward called twice, or one layer in several reentrant checkpoints). Use optimizer_in_bwd=False, or "
-                "checkpoint with use_reentrant=False."
+                "optimizer_in_bwd=True: a second gradient arrived for a layer that has been updated"
+                " since the last step() (backward called twice, or one layer in several reentrant"
+                " checkpoints). Use optimizer_in_bwd=False, or checkpoint with use_reentrant=False."
             )
 
     @torch.no_grad()
     def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None:
-        """Called in backward, after the input gradient of this use has been computed from the weight."""
+        """Called in backward, after the input gradient of this use has been computed from the
+        weight.
+        """
         parameter = layer.slice_weight
         if self._uses.get(parameter, 0) != 1:
             grad = ops.slice_grad(grad_output, input, layer.rows)
-            self._deferred[parameter] = self._deferred[parameter] + grad if parameter in self._deferred else grad
+            self._deferred[parameter] = (
+                self._deferred[parameter] + grad if parameter in self._deferred else grad
+            )
         else:
             state, group = self._state(parameter), self._group_of(parameter)
             state["step"] += 1
             ops.slice_grad_adamw(
-                grad_output, input, layer.active(parameter.detach()), layer.active(state["exp_avg"]),
-                layer.active(state["exp_avg_sq"]), layer.weight_matrix.detach(), layer.rows, layer.cols, state["step"],
+                grad_output,
+                input,
+                layer.active(parameter.detach()),
+                layer.active(state["exp_avg"]),
+                layer.active(state["exp_avg_sq"]),
+                layer.weight_matrix.detach(),
+                layer.rows,
+                layer.cols,
+                state["step"],
                 *self._hyperparameters(group, layer),
-            )  # fmt: skip
+            )
             self._mark_trained(parameter, layers_of(parameter))
         parameter.grad = _AppliedGradient(parameter)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter group, found again where ``param_groups`` has been edited since."""
         index = self._group_index.get(parameter, 0)
-        if index >= len(self.param_groups) or not any(p is parameter for p in self.param_groups[index]["params"]):
-            self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        if index >= len(self.param_groups) or not any(
+            p is parameter for p in self.param_groups[index]["params"]
+        ):
+            self._group_index = {
+                p: i for i, group in enumerate(self.param_groups) for p in group["params"]
+            }
             if parameter not in self._group_index:
                 raise RuntimeError(
-                    f"a slice of shape {tuple(parameter.shape)} got a gradient, but no parameter group of its optimizer holds it any more; "
-                    "build a new optimizer, or freeze the slice (slice_weight.requires_grad_(False))"
+                    f"a slice of shape {tuple(parameter.shape)} got a gradient, but no parameter"
+                    " group of its optimizer holds it any more; build a new optimizer, or freeze"
+                    " the slice (slice_weight.requires_grad_(False))"
                 )
         return self.param_groups[self._group_index[parameter]]
 
     def _flush_deferred(self) -> None:
-        """Update the slices of weights that were used several times, now that every use has had its turn."""
+        """Update the slices of weights that were used several times, now that every use has had its
+        turn.
+        """
         for group in self.param_groups:
             waiting = [p for p in group["params"] if p in self._deferred]
             flat = []
@@ -298,7 +396,7 @@ class SliceAdamW(Optimizer):
                 )
             self._update_slices(group, {p: layers_of(p) for p in waiting}, flat)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and per slice its schedule and master: tensors and numbers only."""
@@ -311,8 +409,15 @@ class SliceAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Counterpart of `state_dict`; the model's weights may be loaded before or after."""
-        packed = {**state_dict, "state": {index: dict(state) for index, state in state_dict["state"].items()}}
-        slices = {index: state.pop("slice") for index, state in packed["state"].items() if "slice" in state}
+        packed = {
+            **state_dict,
+            "state": {index: dict(state) for index, state in state_dict["state"].items()},
+        }
+        slices = {
+            index: state.pop("slice")
+            for index, state in packed["state"].items()
+            if "slice" in state
+        }
         packed["state"] = {index: state for index, state in packed["state"].items() if state}
         super().load_state_dict(packed)
         for index, parameter in self._indexed(state_dict):
@@ -321,28 +426,35 @@ class SliceAdamW(Optimizer):
                 continue
             if index not in slices:
                 raise ValueError(
-                    f"the optimizer state has no slice for parameter {index} (shape {tuple(parameter.shape)}): it was saved by another "
-                    "optimizer or for another model. Load a state that SliceAdamW saved, or start afresh."
+                    f"the optimizer state has no slice for parameter {index} (shape"
+                    f" {tuple(parameter.shape)}): it was saved by another optimizer or for another"
+                    " model. Load a state that SliceAdamW saved, or start afresh."
                 )
             for layer in layers:
                 layer.load_slice_state(slices[index])
         for index, parameter in self._indexed(state_dict):
             for key, value in packed["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    # torch would cast float32 moments and masters to the parameter's dtype, and leave `step` where it was
-                    where = "cpu" if key == "step" and not layers_of(parameter) else parameter.device
+                    # torch would cast float32 moments and masters to the parameter's dtype, and
+                    # leave `step` where it was
+                    where = (
+                        "cpu" if key == "step" and not layers_of(parameter) else parameter.device
+                    )
                     self.state[parameter][key] = value.detach().to(where, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {
-            name: getattr(self, name) for name in ("bf16_stochastic_round", "optim_bits", "optimizer_in_bwd", "seed")
+            name: getattr(self, name)
+            for name in ("bf16_stochastic_round", "optim_bits", "optimizer_in_bwd", "seed")
         }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._trained_slices, self._uses, self._deferred, self._codebooks = set(), {}, {}, {}
-        self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_index = {
+            p: i for i, group in enumerate(self.param_groups) for p in group["params"]
+        }
         for layers in slices_of(self).values():
             for layer in layers if self.optimizer_in_bwd else ():
                 layer._updater = weakref.ref(self)
@@ -353,32 +465,43 @@ class SliceAdamW(Optimizer):
 
 
 class _AppliedGradient(Tensor):
-    """Stands in ``slice_weight.grad`` for a gradient that has been applied already: it has a shape and no values.
+    """Stands in ``slice_weight.grad`` for a gradient that has been applied already: it has a shape
+    and no values.
 
-    Clipping, unscaling and logging read gradients; reading this one raises instead of quietly seeing nothing.
+    Clipping, unscaling and logging read gradients; reading this one raises instead of quietly
+    seeing nothing.
     """
 
     @staticmethod
     def __new__(cls, like: Tensor) -> _AppliedGradient:
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=like.device
+        )
 
     def __repr__(self, **_: Any) -> str:
         return f"<gradient of shape {tuple(self.shape)}, applied in backward>"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.zero_.default):  # zero_grad(set_to_none=False)
+        if func in (
+            torch.ops.aten.detach.default,
+            torch.ops.aten.zero_.default,
+        ):  # zero_grad(set_to_none=False)
             return args[0]
         raise RuntimeError(
-            f"{func} needs the values of a gradient that optimizer_in_bwd=True has already applied: it cannot clip, unscale, "
-            "accumulate or log gradients. Use SliceAdamW(..., optimizer_in_bwd=False), the default."
+            f"{func} needs the values of a gradient that optimizer_in_bwd=True has already applied:"
+            " it cannot clip, unscale, accumulate or log gradients. Use SliceAdamW(...,"
+            " optimizer_in_bwd=False), the default."
         )
 
 
 def slice_state_dict(model: torch.nn.Module) -> dict[str, Any]:
-    """Schedules and masters of all slices of a model, by module name: what to save beside the state of an optimizer other
+    """Schedules and masters of all slices of a model, by module name: what to save beside the state
+    of an optimizer other
     than SliceAdamW. Tensors and numbers only."""
-    return {name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLinear)}
+    return {
+        name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLinear)
+    }
 
 
 def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -387,7 +510,8 @@ def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None
     if layers.keys() != state.keys():
         missing, extra = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
         raise ValueError(
-            f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model: {extra[:5]}"
+            f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model:"
+            f" {extra[:5]}"
         )
     for name, layer in layers.items():
         layer.load_slice_state(state[name])

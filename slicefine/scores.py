@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from slicefine import ops
-from slicefine.reference import read_slice
-from slicefine.slices import SliceSpec
+from slicefine.slices import SliceSpec, read_slice
 
 
 def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:
-    """Frobenius norm of every slice of a matrix on an axis: (positions,), float64; never a temporary as large as the matrix."""
+    """Frobenius norm of every slice of a matrix on an axis: (positions,), float64; never a
+    temporary as large as the matrix.
+    """
     count = spec.positions(axis)
     if axis == "block":
         slices = (read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count))
         return torch.stack([torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices])
     strips = (
-        weight.index_select(1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device)) for p in range(count)
+        weight.index_select(1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device))
+        for p in range(count)
     )
     return torch.stack([torch.linalg.vector_norm(strip, dtype=torch.float64) for strip in strips])
 
@@ -38,7 +40,8 @@ def _on(like: Tensor, features: tuple[Tensor | None, Tensor | None]) -> Iterator
 def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: str) -> Tensor:
     """Squared Frobenius norm of the gradient of every slice on an axis: (positions,), float64.
 
-    grad_output: (n, out), input: (n, in). One strip of columns (or rows) at a time: memory of a slice, time of a full dW.
+    grad_output: (n, out), input: (n, in). One strip of columns (or rows) at a time: memory of a
+        slice, time of a full dW.
     """
     scores = torch.zeros(spec.positions(axis), dtype=torch.float64)
     if axis == "row":
@@ -51,7 +54,11 @@ def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: s
         _, cols = spec.features(axis, strip)  # for a block the first row of the grid of positions
         assert cols is not None
         energy = (
-            ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device))).double().square().sum(1).cpu()
+            ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device)))
+            .double()
+            .square()
+            .sum(1)
+            .cpu()
         )
         for p in range(strip, len(scores), strips):
             rows, _ = spec.features(axis, p)

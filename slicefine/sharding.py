@@ -1,7 +1,10 @@
-"""What FSDP2 (`torch.distributed.fsdp.fully_shard`) does to a slice: each process holds some of the features that the slice has whole.
+"""What FSDP2 (`torch.distributed.fsdp.fully_shard`) does to a slice: each process holds some of the
+features that the slice has whole.
 
-A column slice has every output feature, so its master (out, r) is cut where the weight (out, in) is cut, and write-through is local
-to each process. That is also so for a row slice whose weight is sharded by input features. Everything else is refused when
+A column slice has every output feature, so its master (out, r) is cut where the weight (out, in) is
+cut, and write-through is local
+to each process. That is also so for a row slice whose weight is sharded by input features.
+Everything else is refused when
 it is sharded, because a master whose weight is elsewhere would silently train nothing.
 """
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory: the tensor itself unless it is a DTensor."""
+    """What this process holds of a tensor, sharing its memory: the tensor itself unless it is a
+    DTensor.
+    """
     if type(tensor) is Tensor or type(tensor) is nn.Parameter or not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -39,51 +44,61 @@ def check_sharding(layer: SliceLinear) -> None:
     what = f"a {slice_type} slice of a weight of shape ({layer.out_features}, {layer.in_features})"
     if not is_sharded(weight):
         raise ValueError(
-            f"{what} is sharded and its weight is not; shard both (fully_shard without ignored_params), or neither"
+            f"{what} is sharded and its weight is not; shard both (fully_shard without"
+            " ignored_params), or neither"
         )
     if mode == "gradient":
         raise ValueError(
-            "switch_mode='gradient' does not work under fully_shard: each process sees its own gradients only, and the slices would "
-            "drift apart. Use 'ascending', 'random' or 'magnitude'."
+            "switch_mode='gradient' does not work under fully_shard: each process sees its own"
+            " gradients only, and the slices would drift apart. Use 'ascending', 'random' or"
+            " 'magnitude'."
         )
     if layer.updater is not None:
         raise ValueError(
-            "optimizer_in_bwd=True does not work under fully_shard: a gradient has not been summed over the processes when the "
-            "update would happen. Shard first and build SliceAdamW(..., optimizer_in_bwd=False) afterwards."
+            "optimizer_in_bwd=True does not work under fully_shard: a gradient has not been summed"
+            " over the processes when the update would happen. Shard first and build"
+            " SliceAdamW(..., optimizer_in_bwd=False) afterwards."
         )
     whole = {"column": ["out"], "row": ["in"]}.get(slice_type, [])
     cuts = {feature for _, feature in _cuts(weight, layer.fan_in_fan_out)}
     if cuts != {feature for _, feature in _cuts(master, False)} or not cuts <= set(whole):
         advice = {
-            "row": "Use slice_type='column', or shard by input features: fully_shard(..., shard_placement_fn=lambda p: Shard(1) if p.dim() "
-            "== 2 else None).",
+            "row": (
+                "Use slice_type='column', or shard by input features: fully_shard(...,"
+                " shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)."
+            ),
             "column": "Shard both by output features.",
         }
         raise ValueError(
             f"{what}{' stored as (in, out)' if layer.fan_in_fan_out else ''} does not work with {weight.placements}, where no process "  # type: ignore[union-attr]
-            f"would hold the weights of its part of the slice. {advice.get(slice_type, 'Use column slices (slice_type=' + repr('column') + ').')}"
+            "would hold the weights of its part of the slice."
+            f" {advice.get(slice_type, 'Use column slices (slice_type=' + repr('column') + ').')}"
         )
     rows, held = layer.weight_matrix.shape[0], local(master).shape[0]  # type: ignore[arg-type]
     if "out" in cuts and rows != held:
         raise ValueError(
-            f"a process would hold {rows} rows of the weight {tuple(layer.weight.shape)} and {held} of its slice: experts shard only where "
-            "their number divides by the number of processes"
+            f"a process would hold {rows} rows of the weight {tuple(layer.weight.shape)} and {held}"
+            " of its slice: experts shard only where their number divides by the number of"
+            " processes"
         )
 
 
 def check_whole(layer: SliceLinear) -> None:
-    """Raise RuntimeError before a forward pass that would not use the weight of the layer, or would train what it never reads."""
+    """Raise RuntimeError before a forward pass that would not use the weight of the layer, or would
+    train what it never reads.
+    """
     parameters = layer._parameters
     master = parameters.get("slice_weight")
     if type(master) is Tensor and master._is_view():
         raise RuntimeError(
-            "the slice_weight of this layer is a view of a flat parameter: FullyShardedDataParallel (FSDP1) has taken it, and the weight "
-            "would never follow it. Use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or one process."
+            "the slice_weight of this layer is a view of a flat parameter: FullyShardedDataParallel"
+            " (FSDP1) has taken it, and the weight would never follow it. Use"
+            " torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or one process."
         )
     if layer.weight_sharded and not layer.sharded:
         raise RuntimeError(
-            "the weight of this layer is sharded and its slice_weight is not, so neither could follow the other; shard both (fully_shard "
-            "without ignored_params)"
+            "the weight of this layer is sharded and its slice_weight is not, so neither could"
+            " follow the other; shard both (fully_shard without ignored_params)"
         )
     if is_sharded(parameters.get("weight")):
         raise RuntimeError(
@@ -93,7 +108,9 @@ def check_whole(layer: SliceLinear) -> None:
 
 
 def shard_ledger(layer: SliceLinear) -> None:
-    """Cut what the ledger has recorded of the whole weight down to this process's part, as the master has been."""
+    """Cut what the ledger has recorded of the whole weight down to this process's part, as the
+    master has been.
+    """
     if layer.ledger is None:
         return
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -102,25 +119,35 @@ def shard_ledger(layer: SliceLinear) -> None:
     for _, feature in _cuts(master, False):
         dim = ("out", "in").index(feature)
         shape = (layer.out_features, layer.in_features)
-        sizes, offsets = compute_local_shape_and_global_offset(torch.Size(shape), master.device_mesh, master.placements)
+        sizes, offsets = compute_local_shape_and_global_offset(
+            torch.Size(shape), master.device_mesh, master.placements
+        )
         for piece in layer.ledger.pieces:
-            # the sharded extent is whole in every piece: slices are cut along the features that they have all of
-            piece.values = piece.values.narrow(dim, min(offsets[dim], shape[dim]), sizes[dim]).clone()
+            # the sharded extent is whole in every piece: slices are cut along the features that
+            # they have all of
+            piece.values = piece.values.narrow(
+                dim, min(offsets[dim], shape[dim]), sizes[dim]
+            ).clone()
 
 
 def check_conversion(layer: SliceLinear, convert: Callable[[Tensor], Tensor]) -> None:
-    """Raise RuntimeError if a sharded layer is to change its dtype or device: optimizer and FSDP2 hold the shards as they are."""
+    """Raise RuntimeError if a sharded layer is to change its dtype or device: optimizer and FSDP2
+    hold the shards as they are.
+    """
     before = torch.empty(0, dtype=layer.weight.dtype, device=local(layer.weight).device)
     after = convert(before)
     if (after.dtype, after.device) != (before.dtype, before.device):
         raise RuntimeError(
-            f"a sharded slice cannot go from {before.dtype} on {before.device} to {after.dtype} on {after.device}; cast or move the model "
-            "before fully_shard (its mp_policy chooses the dtype to compute in)"
+            f"a sharded slice cannot go from {before.dtype} on {before.device} to {after.dtype} on"
+            f" {after.device}; cast or move the model before fully_shard (its mp_policy chooses the"
+            " dtype to compute in)"
         )
 
 
 def shard_values(values: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of what the processes hold of a piece of the ledger, cut as ``like``, a layer's master, is."""
+    """A DTensor of what the processes hold of a piece of the ledger, cut as ``like``, a layer's
+    master, is.
+    """
     from torch.distributed.tensor import DTensor
 
     master: Any = like
@@ -130,12 +157,19 @@ def shard_values(values: Tensor, like: Tensor) -> Tensor:
         shape[dim] = master.shape[dim]
     stride = (shape[1], 1)
     return DTensor.from_local(
-        values.to(local(like).device), master.device_mesh, master.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )  # fmt: skip
+        values.to(local(like).device),
+        master.device_mesh,
+        master.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
-    """The sum of ``values`` over the processes that hold the parts of ``like``; ``values`` itself if nothing is sharded."""
+    """The sum of ``values`` over the processes that hold the parts of ``like``; ``values`` itself
+    if nothing is sharded.
+    """
     if not is_sharded(like):
         return values
     sharded: Any = like
@@ -146,7 +180,9 @@ def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _cuts(tensor: Any, transposed: bool) -> list[tuple[int, str]]:
-    """(mesh dimension, "out" or "in") for every mesh dimension of more than one process along which the tensor is cut."""
+    """(mesh dimension, "out" or "in") for every mesh dimension of more than one process along which
+    the tensor is cut.
+    """
     names = ("in", "out") if transposed else ("out", "in")
     return [
         (dim, names[placement.dim])

@@ -1,8 +1,10 @@
 """Which modules a SliceConfig names: PEFT's matching rules, and what to say when nothing matches.
 
-A list of target_modules matches whole names or suffixes (``name == entry or name.endswith("." + entry)``), a string is a
-regular expression for the whole name (``re.fullmatch``), and "all-linear" is every linear layer except the output head.
-Checked against peft 0.21 in tests/test_targets.py.
+A list of target_modules matches whole names or suffixes (``name == entry or name.endswith("." +
+entry)``), a string is a
+regular expression for the whole name (``re.fullmatch``), and "all-linear" is every linear layer
+except the output head.
+Checked against peft 0.21 in tests/core/test_targets.py.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicefine.attention import is_attention, projections
 from slicefine.config import SliceConfig
-from slicefine.experts import is_experts, why_not_experts
 from slicefine.linear import SliceLinear
-from slicefine.parameters import HoldsSlices
+from slicefine.modules.attention import is_attention, projections
+from slicefine.modules.experts import is_experts, why_not_experts
+from slicefine.modules.parameters import HoldsSlices
 
 _HEAD_NAMES = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the config names: a linear module, or a parameter of another. skipped: why it stays as it is; None for a slice."""
+    """What the config names: a linear module, or a parameter of another. skipped: why it stays as
+    it is; None for a slice.
+    """
 
     name: str
     module: nn.Module
@@ -39,18 +43,24 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features); out_features of experts are those of all of them. (0, 0) without a matrix."""
+        """(out_features, in_features); out_features of experts are those of all of them. (0, 0)
+        without a matrix.
+        """
         weight: Any = getattr(self.module, self.parameter or "weight", None)
         if weight is None or weight.dim() < 2:
             return 0, 0
         shape = weight.shape[:-1].numel(), weight.shape[-1]
-        return shape if self.parameter or isinstance(self.module, nn.Linear) else shape[::-1]  # Conv1D
+        return (
+            shape if self.parameter or isinstance(self.module, nn.Linear) else shape[::-1]
+        )  # Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
     """An nn.Linear, or Hugging Face's Conv1D (recognised without importing transformers)."""
     kind = type(module)
-    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return isinstance(module, nn.Linear) or (
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    )
 
 
 def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
@@ -62,7 +72,8 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
     names = dict(model.named_modules())
     if is_attention(model) or is_experts(model):
         raise ValueError(
-            f"the model is a single {type(model).__name__}, whose parameters become slices within a model; put it into one"
+            f"the model is a single {type(model).__name__}, whose parameters become slices within a"
+            " model; put it into one"
         )
     if not everything:
         _check_entries(config.target_modules or [], names)
@@ -75,23 +86,33 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
         parent = name.removesuffix(".out_proj")
         if name in attentions and (everything or _listed(config, name)):
             for key in projections(attentions[name]):
-                targets.append(_parameter_target(f"{name}.{key}", module, key, users, config, everything))
+                targets.append(
+                    _parameter_target(f"{name}.{key}", module, key, users, config, everything)
+                )
             continue
         if name != parent and parent in attentions and not everything and _listed(config, parent):
             targets.append(
-                Target(name, module, _rank(config, name), _obstacle(module, name, users, config, False, True))
+                Target(
+                    name,
+                    module,
+                    _rank(config, name),
+                    _obstacle(module, name, users, config, False, True),
+                )
             )
             continue
         if (
             not name
             or _excluded(config, name)
-            or not (is_linear(module) or _quantised(module) if everything else _listed(config, name))
+            or not (
+                is_linear(module) or _quantised(module) if everything else _listed(config, name)
+            )
         ):
             continue
         if everything and module is head:
             if name in _HEAD_NAMES:  # a language model's head is pretrained; this one may be new
                 reason = (
-                    f"'all-linear' leaves out the head; modules_to_save=[{name!r}] trains it whole, as a new head needs"
+                    f"'all-linear' leaves out the head; modules_to_save=[{name!r}] trains it whole,"
+                    " as a new head needs"
                 )
                 targets.append(Target(name, module, config.r, reason))
             continue
@@ -109,11 +130,14 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
     if not any(target.module is not head for target in targets):
         if is_linear(model):
             raise ValueError(
-                f"the model is a single {type(model).__name__}; use SliceLinear.from_linear(model, config) for it"
+                f"the model is a single {type(model).__name__}; use SliceLinear.from_linear(model,"
+                " config) for it"
             )
         raise ValueError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} leaves no layer of "
-            f"{type(model).__name__}. Linear layers there: {_some(n for n, m in names.items() if is_linear(m))}"
+            f"target_modules={config.target_modules!r} with"
+            f" exclude_modules={config.exclude_modules!r} leaves no layer of"
+            f" {type(model).__name__}. Linear layers there:"
+            f" {_some(n for n, m in names.items() if is_linear(m))}"
         )
     return targets
 
@@ -124,7 +148,9 @@ def _means_everything(config: SliceConfig) -> bool:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What "all-linear" leaves out: the output embedding of a language model, else a module called score or classifier."""
+    """What "all-linear" leaves out: the output embedding of a language model, else a module called
+    score or classifier.
+    """
     get: Any = getattr(model, "get_output_embeddings", None)
     head: Any = None
     with contextlib.suppress(NotImplementedError):  # transformers' answer for a model without one
@@ -135,7 +161,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches_modules_to_save(config: SliceConfig, name: str) -> bool:
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
+    return any(
+        re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ()
+    )
 
 
 def _named(entries: list[str] | str, name: str) -> bool:
@@ -145,9 +173,9 @@ def _named(entries: list[str] | str, name: str) -> bool:
 
 
 def _excluded(config: SliceConfig, name: str) -> bool:
-    return bool(config.exclude_modules and _named(config.exclude_modules, name)) or matches_modules_to_save(
-        config, name
-    )
+    return bool(
+        config.exclude_modules and _named(config.exclude_modules, name)
+    ) or matches_modules_to_save(config, name)
 
 
 def _listed(config: SliceConfig, name: str) -> bool:
@@ -158,12 +186,18 @@ def _listed(config: SliceConfig, name: str) -> bool:
     layers = config.layers_to_transform
     if isinstance(entries, str) or name in entries or layers is None or layers == []:
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = (
+        [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    )
     regexes = (
-        [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns]
+        if patterns
+        else [r".*?\.[^.]*\.(?P<index>\d+)\."]
     )
     found = next((m for regex in regexes if (m := re.match(regex, name))), None)
-    return found is not None and int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return found is not None and int(found["index"]) in (
+        [layers] if isinstance(layers, int) else layers
+    )
 
 
 def _rank(config: SliceConfig, name: str) -> int:
@@ -183,46 +217,63 @@ def _obstacle(
 ) -> str | None:
     """Why a named module cannot become a slice; raised unless the config named everything."""
     if isinstance(module, SliceLinear):
-        raise ValueError(f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()")
+        raise ValueError(
+            f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()"
+        )
     weight = getattr(module, "weight", None)
     if reason := _quantised(module):
         return _refuse(
             False,
-            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train floating-point weights. Load the "
-            "model unquantised, or leave the layer out (exclude_modules)",
+            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train"
+            " floating-point weights. Load the model unquantised, or leave the layer out"
+            " (exclude_modules)",
         )
     if not is_linear(module):
-        return _refuse(everything, f"{name} is a {type(module).__name__}; {_what_instead(module, name)}")
+        return _refuse(
+            everything, f"{name} is a {type(module).__name__}; {_what_instead(module, name)}"
+        )
     if not isinstance(weight, nn.Parameter):
         return _refuse(
             False,
-            f"the weight of {name} is a {type(weight).__name__} and no parameter of its own (pruned, or parametrised); make it "
-            "permanent first, or leave the layer out (exclude_modules)",
+            f"the weight of {name} is a {type(weight).__name__} and no parameter of its own"
+            " (pruned, or parametrised); make it permanent first, or leave the layer out"
+            " (exclude_modules)",
         )
     if weight.is_meta:
         return _refuse(
             False,
-            f"{name} has its weight on the meta device, without values; load the weights first (a device map that offloads keeps them elsewhere: give it more memory)",
+            f"{name} has its weight on the meta device, without values; load the weights first (a"
+            " device map that offloads keeps them elsewhere: give it more memory)",
         )
-    if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear) and not of_attention:
+    if (
+        isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and not of_attention
+    ):
         return _refuse(
             everything,
-            f"{name} belongs to a subclass of nn.MultiheadAttention, which may read its weight without calling it, so a slice might "
-            "never train",
+            f"{name} belongs to a subclass of nn.MultiheadAttention, which may read its weight"
+            " without calling it, so a slice might never train",
         )
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return _refuse(
-            everything, f"{name} is a {type(module).__name__} with a forward of its own, which a slice would replace"
+            everything,
+            f"{name} is a {type(module).__name__} with a forward of its own, which a slice would"
+            " replace",
         )
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # a device map's is renewed
+    if (
+        "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    ):  # a device map's is renewed
         return _refuse(
             False,
-            f"the forward of {name} has been replaced on the instance, so a slice would never be called; make slices before whatever "
-            "replaces it",
+            f"the forward of {name} has been replaced on the instance, so a slice would never be"
+            " called; make slices before whatever replaces it",
         )
     others = [user for user in users[weight] if user != name]
     if others and config.tied_weights == "skip":
-        return f"its weight is tied to {', '.join(others)}; untie them, or tied_weights='share' where all of them are linear layers"
+        return (
+            f"its weight is tied to {', '.join(others)}; untie them, or tied_weights='share' where"
+            " all of them are linear layers"
+        )
     return None
 
 
@@ -241,18 +292,31 @@ _QUANTISERS = (
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """How the weight of a linear layer is quantised, found without importing any library that does it; None if it is not."""
+    """How the weight of a linear layer is quantised, found without importing any library that does
+    it; None if it is not.
+    """
     weight = getattr(module, "weight", None)
     for kind in (type(module), type(weight)):
-        if kind.__module__.split(".")[0] in _QUANTISERS and "linear" in type(module).__name__.lower():
+        if (
+            kind.__module__.split(".")[0] in _QUANTISERS
+            and "linear" in type(module).__name__.lower()
+        ):
             return f"{kind.__module__}.{kind.__name__}"
         path = kind.__module__.split(".")
-        if path[:3] == ["torch", "ao", "nn"] and "quantized" in path and kind.__name__ in ("Linear", "LinearReLU"):
+        if (
+            path[:3] == ["torch", "ao", "nn"]
+            and "quantized" in path
+            and kind.__name__ in ("Linear", "LinearReLU")
+        ):
             return f"{kind.__module__}.{kind.__name__}"
     for packed in ("qweight", "weight_packed"):
         if isinstance(getattr(module, packed, None), torch.Tensor):
             return packed
-    if is_linear(module) and isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
+    if (
+        is_linear(module)
+        and isinstance(weight, torch.Tensor)
+        and not weight.dtype.is_floating_point
+    ):
         return str(weight.dtype)
     return None
 
@@ -261,54 +325,91 @@ def _what_instead(module: nn.Module, name: str) -> str:
     """What to do with a module that was named and is no linear layer."""
     whole = f"modules_to_save=[{name!r}] trains it whole"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return f"an embedding looks rows up and has no slice of columns to train cheaply. Leave it frozen, or {whole}"
+        return (
+            "an embedding looks rows up and has no slice of columns to train cheaply. Leave it"
+            f" frozen, or {whole}"
+        )
     if isinstance(module, nn.modules.conv._ConvNd):
-        return f"convolutions do not become slices (a 1x1 convolution can be written as nn.Linear). Leave it frozen, or {whole}"
+        return (
+            "convolutions do not become slices (a 1x1 convolution can be written as nn.Linear)."
+            f" Leave it frozen, or {whole}"
+        )
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return (
-            f"recurrent layers run in one fused kernel that gives no slice of a gradient. Leave it frozen, or {whole}"
+            "recurrent layers run in one fused kernel that gives no slice of a gradient. Leave it"
+            f" frozen, or {whole}"
         )
     inside = [n for n, m in module.named_modules() if is_linear(m)]
     if inside:
-        return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Linear layers inside: {_some(inside)}"
-    return f"only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Leave it frozen, or {whole}"
+        return (
+            "only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Linear"
+            f" layers inside: {_some(inside)}"
+        )
+    return (
+        "only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Leave it"
+        f" frozen, or {whole}"
+    )
 
 
-def _check_shared(targets: list[Target], model: nn.Module, users: dict[nn.Parameter, list[str]]) -> None:
-    """tied_weights="share": every use of the weight must be a slice, or its share of the gradient would be lost."""
-    sliced, modules = {target.name for target in targets if target.skipped is None}, dict(model.named_modules())
+def _check_shared(
+    targets: list[Target], model: nn.Module, users: dict[nn.Parameter, list[str]]
+) -> None:
+    """tied_weights="share": every use of the weight must be a slice, or its share of the gradient
+    would be lost.
+    """
+    sliced, modules = (
+        {target.name for target in targets if target.skipped is None},
+        dict(model.named_modules()),
+    )
     for target in targets:
         weight: Any = getattr(target.module, "weight", None)
         if target.skipped is None and target.parameter is None:
             for other in users.get(weight, ()):
                 if other not in sliced and modules[other] is not target.module:
                     raise ValueError(
-                        f"the weight of {target.name} is tied to {other} ({type(modules[other]).__name__}), which does not become a "
-                        "slice, so the gradient of that use would be lost. Use tied_weights='skip', or untie them."
+                        f"the weight of {target.name} is tied to {other}"
+                        f" ({type(modules[other]).__name__}), which does not become a slice, so the"
+                        " gradient of that use would be lost. Use tied_weights='skip', or untie"
+                        " them."
                     )
 
 
 def _named_parameters(
     model: nn.Module, config: SliceConfig, users: dict[nn.Parameter, list[str]], known: set[str]
 ) -> list[Target]:
-    """Targets of ``target_parameters``; those that target_modules has found already are not repeated."""
+    """Targets of ``target_parameters``; those that target_modules has found already are not
+    repeated.
+    """
     entries = config.target_parameters or []
-    owners = {f"{n}.{key}" if n else key: (m, key) for n, m in model.named_modules() for key in m._parameters}
+    owners = {
+        f"{n}.{key}" if n else key: (m, key)
+        for n, m in model.named_modules()
+        for key in m._parameters
+    }
     _check_entries(entries, owners, "target_parameters", "parameters")
     found = [name for name in owners if entries and _named(entries, name) and name not in known]
     return [
-        _parameter_target(name, *owners[name], users, config, False) for name in found if not _excluded(config, name)
+        _parameter_target(name, *owners[name], users, config, False)
+        for name in found
+        if not _excluded(config, name)
     ]
 
 
 def _parameter_target(
-    name: str, module: nn.Module, key: str, users: dict[nn.Parameter, list[str]], config: SliceConfig, everything: bool
+    name: str,
+    module: nn.Module,
+    key: str,
+    users: dict[nn.Parameter, list[str]],
+    config: SliceConfig,
+    everything: bool,
 ) -> Target:
     parameter = module._parameters[key]
     assert parameter is not None
     target = lambda skipped: Target(name, module, _rank(config, name), skipped, key)
     if is_linear(module) and key == "weight":
-        raise ValueError(f"{name} is the weight of a linear layer; name the layer in target_modules instead.")
+        raise ValueError(
+            f"{name} is the weight of a linear layer; name the layer in target_modules instead."
+        )
     kind, shape = type(module).__name__, tuple(parameter.shape)
     if is_attention(module) and key in projections(module):
         reason = None
@@ -316,25 +417,36 @@ def _parameter_target(
         reason = why_not_experts(module, parameter, config.slice_type)
     else:
         reason = (
-            f"it is a parameter of shape {shape} of a {kind}; only projections of nn.MultiheadAttention and weights of experts "
-            "(experts, out, in) of transformers 5 become slices. modules_to_save trains a module whole"
+            f"it is a parameter of shape {shape} of a {kind}; only projections of"
+            " nn.MultiheadAttention and weights of experts (experts, out, in) of transformers 5"
+            " become slices. modules_to_save trains a module whole"
         )
     if reason is None and not parameter.dtype.is_floating_point:
         reason = f"it is quantised ({parameter.dtype}); load the model unquantised"
     if reason is None and parameter.is_meta:
         reason = "it is on the meta device, without values; load the weights first"
     if reason is None and ("forward" in module.__dict__ or isinstance(module, HoldsSlices)):
-        reason = "the forward of its module has been replaced on the instance; make slices before dispatching the model"
+        reason = (
+            "the forward of its module has been replaced on the instance; make slices before"
+            " dispatching the model"
+        )
     others = [user for user in users[parameter] if f"{user}.{key}" != name]
     if reason is None and others and config.tied_weights == "skip":
         return target(f"its weight is tied to {', '.join(others)}")
     if reason is None and others:
-        reason = f"it is tied to {', '.join(others)}, and only linear layers share a slice; use tied_weights='skip'"
-    return target(_refuse(everything, f"{name} cannot become a slice: {reason}") if reason else None)
+        reason = (
+            f"it is tied to {', '.join(others)}, and only linear layers share a slice; use"
+            " tied_weights='skip'"
+        )
+    return target(
+        _refuse(everything, f"{name} cannot become a slice: {reason}") if reason else None
+    )
 
 
 def left_out_experts(model: nn.Module, config: SliceConfig) -> list[str]:
-    """Suffixes of weights of experts that "all-linear" leaves out: most of a model's weights may be there."""
+    """Suffixes of weights of experts that "all-linear" leaves out: most of a model's weights may be
+    there.
+    """
     entries = config.target_parameters or []
     if not _means_everything(config):
         return []
@@ -367,27 +479,41 @@ def _users_of_weights(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _check_entries(
-    entries: list[str] | str, names: Iterable[str], field: str = "target_modules", what: str = "modules"
+    entries: list[str] | str,
+    names: Iterable[str],
+    field: str = "target_modules",
+    what: str = "modules",
 ) -> None:
     names = [name for name in names if name]
     listed = [entries] if isinstance(entries, str) else entries
-    unmatched = [e for e in listed if not any(_named(e if isinstance(entries, str) else [e], name) for name in names)]
+    unmatched = [
+        e
+        for e in listed
+        if not any(_named(e if isinstance(entries, str) else [e], name) for name in names)
+    ]
     if not unmatched:
         return
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
     lines = []
     for entry in unmatched:
         near = difflib.get_close_matches(entry, suffixes, n=3, cutoff=0.5)
-        lines.append(f"  {entry!r}: nothing matches" + (f"; nearest names: {', '.join(near)}" if near else ""))
+        lines.append(
+            f"  {entry!r}: nothing matches"
+            + (f"; nearest names: {', '.join(near)}" if near else "")
+        )
     raise ValueError(f"{field} names {what} that the model does not have:\n" + "\n".join(lines))
 
 
 def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:
-    """Entries of exclude_modules and rank_pattern that match no module have no effect: most likely a typing error."""
+    """Entries of exclude_modules and rank_pattern that match no module have no effect: most likely
+    a typing error.
+    """
     names = list(names)
     exclude = config.exclude_modules or []
     for entry in [exclude] if isinstance(exclude, str) else exclude:
-        if not any(_named(exclude if isinstance(exclude, str) else [entry], name) for name in names):
+        if not any(
+            _named(exclude if isinstance(exclude, str) else [entry], name) for name in names
+        ):
             warnings.warn(f"exclude_modules names {entry!r}, which matches no module", stacklevel=4)
     for pattern in config.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
@@ -396,4 +522,6 @@ def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:
 
 def _some(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
-    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "none"
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    ) or "none"

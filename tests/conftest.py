@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # chosen when Triton is imported: kernels run on CPU tensors
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # chosen when Triton is imported: kernels run on CPU tensors
 
 import pytest
 import torch
@@ -17,7 +19,11 @@ torch.set_num_threads(1)
 
 def available_backends() -> list[str]:
     """Backends that run on this machine's CPU tensors; Triton by its interpreter."""
-    return [name for name, backend in ops.BACKENDS.items() if backend.refusal("cpu", {torch.float32}) is None]
+    return [
+        name
+        for name, backend in ops.BACKENDS.items()
+        if backend.refusal("cpu", {torch.float32}) is None
+    ]
 
 
 @pytest.fixture(params=available_backends())

@@ -1,6 +1,8 @@
-"""The model families that slicefine is tested with, as data: tests/test_models.py trains each, docs/support.md lists them.
+"""The model families that slicefine is tested with, as data: tests/models/test_models.py trains
+each, docs/support.md lists them.
 
-Sizes are tiny and weights random: nothing is downloaded. A family that is added here is trained by the test as it stands;
+Sizes are tiny and weights random: nothing is downloaded. A family that is added here is trained by
+    the test as it stands;
 ``python tests/families.py`` then writes the table of docs/support.md anew.
 """
 
@@ -11,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 TEXT = {
-    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 5,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_labels": 5,
+}
 DECODER = {k: v for k, v in TEXT.items() if k != "num_labels"} | {
     "num_key_value_heads": 1,
     "head_dim": 8,
@@ -27,10 +34,12 @@ MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 class Family:
     """name: as in the support matrix. kind: its section there.
 
-    model: a class of transformers, or timm's name of a model. config: a class of transformers; empty for timm.
+    model: a class of transformers, or timm's name of a model. config: a class of transformers;
+        empty for timm.
     sizes: arguments of the config (of timm's create_model).
     inputs: "tokens", "seq2seq", "image" or "image_text".
-    r: width of a slice. layers: how many weights become slices. note: what is particular about the family.
+    r: width of a slice. layers: how many weights become slices. note: what is particular about the
+        family.
     parameters: target_parameters.
     """
 
@@ -52,76 +61,240 @@ class Family:
 
 FAMILIES = [
     Family("BERT", "encoder", "BertForSequenceClassification", "BertConfig", TEXT, "tokens", 13),
-    Family("RoBERTa", "encoder", "RobertaForSequenceClassification", "RobertaConfig", TEXT, "tokens", 14),
     Family(
-        "DistilBERT", "encoder", "DistilBertForSequenceClassification", "DistilBertConfig",
-        {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}, "tokens", 13,
+        "RoBERTa",
+        "encoder",
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        TEXT,
+        "tokens",
+        14,
     ),
     Family(
-        "DeBERTa-v2", "encoder", "DebertaV2ForSequenceClassification", "DebertaV2Config",
-        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "max_position_embeddings": 32},
-        "tokens", 13, "disentangled attention: keys and queries project positions too",
+        "DistilBERT",
+        "encoder",
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+        "tokens",
+        13,
     ),
     Family(
-        "ModernBERT", "encoder", "ModernBertForSequenceClassification", "ModernBertConfig", TEXT | {"pad_token_id": 0}, "tokens", 9,
+        "DeBERTa-v2",
+        "encoder",
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        TEXT
+        | {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "max_position_embeddings": 32,
+        },
+        "tokens",
+        13,
+        "disentangled attention: keys and queries project positions too",
+    ),
+    Family(
+        "ModernBERT",
+        "encoder",
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        TEXT | {"pad_token_id": 0},
+        "tokens",
+        9,
         "fused qkv, gated feed-forward",
     ),
-    Family("ELECTRA", "encoder", "ElectraForSequenceClassification", "ElectraConfig", TEXT | {"embedding_size": 12}, "tokens", 15),
     Family(
-        "ALBERT", "encoder", "AlbertForSequenceClassification", "AlbertConfig", TEXT | {"embedding_size": 12}, "tokens", 8,
+        "ELECTRA",
+        "encoder",
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        TEXT | {"embedding_size": 12},
+        "tokens",
+        15,
+    ),
+    Family(
+        "ALBERT",
+        "encoder",
+        "AlbertForSequenceClassification",
+        "AlbertConfig",
+        TEXT | {"embedding_size": 12},
+        "tokens",
+        8,
         "one layer used twice: its slice gets the gradients of both uses",
     ),
     Family(
-        "T5", "encoder-decoder", "T5ForConditionalGeneration", "T5Config",
-        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
-        "seq2seq", 32,
+        "T5",
+        "encoder-decoder",
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": 40,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+        "seq2seq",
+        32,
     ),
     Family("Llama", "decoder", "LlamaForCausalLM", "LlamaConfig", DECODER, "tokens", 14),
     Family("Qwen2", "decoder", "Qwen2ForCausalLM", "Qwen2Config", DECODER, "tokens", 14),
     Family("Qwen3", "decoder", "Qwen3ForCausalLM", "Qwen3Config", DECODER, "tokens", 14),
     Family("Mistral", "decoder", "MistralForCausalLM", "MistralConfig", DECODER, "tokens", 14),
-    Family("Gemma 2", "decoder", "Gemma2ForCausalLM", "Gemma2Config", DECODER, "tokens", 14, "head tied to the embedding"),
-    Family("Phi-3", "decoder", "Phi3ForCausalLM", "Phi3Config", DECODER, "tokens", 8, "fused qkv, fused gate and up"),
     Family(
-        "GPT-2", "decoder", "GPT2LMHeadModel", "GPT2Config",
-        {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, "tokens", 8,
+        "Gemma 2",
+        "decoder",
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        DECODER,
+        "tokens",
+        14,
+        "head tied to the embedding",
+    ),
+    Family(
+        "Phi-3",
+        "decoder",
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        DECODER,
+        "tokens",
+        8,
+        "fused qkv, fused gate and up",
+    ),
+    Family(
+        "GPT-2",
+        "decoder",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+        "tokens",
+        8,
         "Conv1D: weights stored (in, out); fused qkv; head tied to the embedding",
     ),
-    Family("GPT-NeoX", "decoder", "GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT, "tokens", 8, "fused qkv, by head"),
     Family(
-        "OPT", "decoder", "OPTForCausalLM", "OPTConfig",
-        {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 16,
-         "max_position_embeddings": 32}, "tokens", 12, "head tied to the embedding",
+        "GPT-NeoX",
+        "decoder",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        TEXT,
+        "tokens",
+        8,
+        "fused qkv, by head",
+    ),
+    Family(
+        "OPT",
+        "decoder",
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_dim": 24,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 32,
+        },
+        "tokens",
+        12,
+        "head tied to the embedding",
     ),
     Family("ViT", "vision", "ViTForImageClassification", "ViTConfig", IMAGE, "image", 12),
-    Family("DINOv2", "vision", "Dinov2ForImageClassification", "Dinov2Config", IMAGE | {"mlp_ratio": 2}, "image", 12),
     Family(
-        "CLIP", "vision", "CLIPModel", "CLIPConfig",
-        {"projection_dim": 12, "vision_config": IMAGE, "text_config": TEXT | {"max_position_embeddings": 32, "eos_token_id": 39}},
-        "image_text", 26, "two towers, contrastive loss",
+        "DINOv2",
+        "vision",
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        IMAGE | {"mlp_ratio": 2},
+        "image",
+        12,
     ),
     Family(
-        "timm ViT", "vision", "vit_tiny_patch16_224", "",
-        {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}, "image", 9, "fused qkv",
+        "CLIP",
+        "vision",
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "projection_dim": 12,
+            "vision_config": IMAGE,
+            "text_config": TEXT | {"max_position_embeddings": 32, "eos_token_id": 39},
+        },
+        "image_text",
+        26,
+        "two towers, contrastive loss",
     ),
     Family(
-        "timm Swin", "vision", "swin_tiny_patch4_window7_224", "",
-        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 5},
-        "image", 14, "fused qkv, patch merging; the convolution of the patches stays frozen",
+        "timm ViT",
+        "vision",
+        "vit_tiny_patch16_224",
+        "",
+        {
+            "img_size": 16,
+            "patch_size": 8,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 5,
+        },
+        "image",
+        9,
+        "fused qkv",
     ),
     Family(
-        "timm ConvNeXt", "vision", "convnext_tiny", "", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 5},
-        "image", 9, "its 1x1 convolutions are linear layers; other convolutions stay frozen",
+        "timm Swin",
+        "vision",
+        "swin_tiny_patch4_window7_224",
+        "",
+        {
+            "img_size": 16,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 8,
+            "depths": (1, 2),
+            "num_heads": (1, 2),
+            "num_classes": 5,
+        },
+        "image",
+        14,
+        "fused qkv, patch merging; the convolution of the patches stays frozen",
     ),
     Family(
-        "Mixtral", "mixture of experts", "MixtralForCausalLM", "MixtralConfig", DECODER | {"num_local_experts": 4}, "tokens", 12,
-        "`target_parameters`, column slices", parameters=["experts.gate_up_proj", "experts.down_proj"],
+        "timm ConvNeXt",
+        "vision",
+        "convnext_tiny",
+        "",
+        {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 5},
+        "image",
+        9,
+        "its 1x1 convolutions are linear layers; other convolutions stay frozen",
     ),
     Family(
-        "Qwen3-MoE", "mixture of experts", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE | {"num_experts": 4}, "tokens", 12,
-        "`target_parameters`, column slices", parameters=["experts.gate_up_proj", "experts.down_proj"],
+        "Mixtral",
+        "mixture of experts",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        DECODER | {"num_local_experts": 4},
+        "tokens",
+        12,
+        "`target_parameters`, column slices",
+        parameters=["experts.gate_up_proj", "experts.down_proj"],
     ),
-]  # fmt: skip
+    Family(
+        "Qwen3-MoE",
+        "mixture of experts",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        MOE | {"num_experts": 4},
+        "tokens",
+        12,
+        "`target_parameters`, column slices",
+        parameters=["experts.gate_up_proj", "experts.down_proj"],
+    ),
+]
 
 
 SUPPORT = Path(__file__).parent.parent / "docs" / "support.md"
@@ -130,7 +303,10 @@ BEGIN, END = "<!-- families: written by python tests/families.py -->", "<!-- end
 
 def table() -> str:
     """The table of families in docs/support.md."""
-    lines = ["| family | kind | model tested | slices | weights sliced | particular |", "|---|---|---|---|--:|---|"]
+    lines = [
+        "| family | kind | model tested | slices | weights sliced | particular |",
+        "|---|---|---|---|--:|---|",
+    ]
     for f in FAMILIES:
         model = f"transformers `{f.model}`" if f.config else f"timm `{f.model}`"
         slices = "column" if f.parameters else "column, row"

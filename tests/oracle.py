@@ -1,7 +1,10 @@
-"""The oracle: an ordinary model, the full gradient, a mask, dense Adam. Nothing here imports slicefine.
+"""The oracle: an ordinary model, the full gradient, a mask, dense Adam. Nothing here imports
+slicefine.
 
-It knows what a slice is only by the index sets that a test hands it, and keeps Adam's moments for every entry of every
-weight, so the three policies are three ways to treat dense moments at a move: zero them, carry them from the old slice to the
+It knows what a slice is only by the index sets that a test hands it, and keeps Adam's moments for
+every entry of every
+weight, so the three policies are three ways to treat dense moments at a move: zero them, carry them
+    from the old slice to the
 new one, or put them away by slice and take them out again when the slice comes back.
 """
 
@@ -39,20 +42,34 @@ class DenseOracle:
     """
 
     def __init__(
-        self, layers: dict[str, nn.Linear], features: Callable[[str, int], Features], interval: int | None, policy: str = "reset",
-        lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        layers: dict[str, nn.Linear],
+        features: Callable[[str, int], Features],
+        interval: int | None,
+        policy: str = "reset",
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         self.weights = {name: layer.weight for name, layer in layers.items()}
         for weight in self.weights.values():
             weight.requires_grad_(True)
         self.features, self.interval, self.policy = features, interval, policy
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        # the precise copy of the active slice that low-precision weights lose; equal to the weight elsewhere
-        precise = torch.float64 if next(iter(self.weights.values())).dtype == torch.float64 else torch.float32
+        # the precise copy of the active slice that low-precision weights lose; equal to the weight
+        # elsewhere
+        precise = (
+            torch.float64
+            if next(iter(self.weights.values())).dtype == torch.float64
+            else torch.float32
+        )
         self.master = {name: w.detach().to(precise) for name, w in self.weights.items()}
         self.m = {name: torch.zeros_like(w) for name, w in self.master.items()}
         self.v = {name: torch.zeros_like(w) for name, w in self.master.items()}
-        self.t = {name: torch.zeros_like(w) for name, w in self.master.items()}  # updates seen, entry by entry
+        self.t = {
+            name: torch.zeros_like(w) for name, w in self.master.items()
+        }  # updates seen, entry by entry
         self.put_away: dict[tuple[str, str, str], Tensor] = {}
         self.steps = self.moves = 0
 
@@ -67,7 +84,9 @@ class DenseOracle:
             v.copy_(torch.where(mask, b2 * v + (1 - b2) * grad * grad, v))
             t.copy_(torch.where(mask, t + 1, t))
             m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-            new = p * (1 - self.lr * self.weight_decay) - self.lr * m_hat / (v_hat.sqrt() + self.eps)
+            new = p * (1 - self.lr * self.weight_decay) - self.lr * m_hat / (
+                v_hat.sqrt() + self.eps
+            )
             p.copy_(torch.where(mask, new, p))
             weight.copy_(torch.where(mask, p.to(weight.dtype), weight))
             weight.grad = None

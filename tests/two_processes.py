@@ -1,4 +1,6 @@
-"""Two processes with gloo that run the functions of a test: started once per file, because importing torch takes longer than a test."""
+"""Two processes with gloo that run the functions of a test: started once per file, because
+importing torch takes longer than a test.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,28 @@ TIMEOUT = 25  # seconds for one function, in which a deadlock becomes a failure
 
 
 class Pair:
-    """Runs ``function(*args)`` in both processes; functions are module-level and know their rank from torch.distributed."""
+    """Runs ``function(*args)`` in both processes; functions are module-level and know their rank
+    from torch.distributed.
+    """
 
     def __init__(self, connections: list[Any]) -> None:
         self.connections = connections
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What the function returned, by rank. Raises AssertionError with the traceback of a process that raised."""
+        """What the function returned, by rank. Raises AssertionError with the traceback of a
+        process that raised.
+        """
         for connection in self.connections:
             connection.send((function, args))
         answers = []
         for connection in self.connections:
             late = (f"no answer within {TIMEOUT} s", None)
             answers.append(connection.recv() if connection.poll(TIMEOUT) else late)
-        failures = [f"process {rank}:\n{failure}" for rank, (failure, _) in enumerate(answers) if failure is not None]
+        failures = [
+            f"process {rank}:\n{failure}"
+            for rank, (failure, _) in enumerate(answers)
+            if failure is not None
+        ]
         assert not failures, "\n".join(failures)
         return [answer for _, answer in answers]
 
@@ -43,7 +53,9 @@ def pair(folder: Path) -> Iterator[Pair]:
     processes, connections = [], []
     for rank in range(WORLD):
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, str(folder / "store"), there), daemon=True)
+        process = context.Process(
+            target=_serve, args=(rank, str(folder / "store"), there), daemon=True
+        )
         process.start()
         there.close()
         processes.append(process)
@@ -64,7 +76,11 @@ def _serve(rank: int, store: str, connection: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=TIMEOUT)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
     )
     while True:
         try:

@@ -1,1 +1,3 @@
-"""`make gpu`: every kernel against the oracle on a GPU, then timings. `python -m benchmarks.gpu --help`."""
+"""`make gpu`: every kernel against the oracle on a GPU, then timings. `python -m benchmarks.gpu
+--help`.
+"""

@@ -2,9 +2,12 @@
 
 python -m benchmarks.gpu [--device cpu] [--parts a,b] [--minutes 8] [--results DIR]
 
-Writes <device>-<commit>.json and .md into the folder of results after every part, and copies them to $OUT where that is set. The
-parts run in a process of their own: where one crashes, hangs or loses the device, it is recorded and the rest run in a new one.
-Exit status 1 if a part failed, 2 without a GPU. --device cpu runs the same parts with tiny shapes through Triton's interpreter.
+Writes <device>-<commit>.json and .md into the folder of results after every part, and copies them
+to $OUT where that is set. The
+parts run in a process of their own: where one crashes, hangs or loses the device, it is recorded
+    and the rest run in a new one.
+Exit status 1 if a part failed, 2 without a GPU. --device cpu runs the same parts with tiny shapes
+through Triton's interpreter.
 SLICEFINE_COMMIT=name says what is measured where there is no git.
 """
 
@@ -68,19 +71,41 @@ def overdue(folder: Path, end: float, grace: float) -> bool:
 
 
 def record_loss(waiting: list[Part], folder: Path, report: Report, what: str, said: str) -> None:
-    """The part that was running when its process ended: its rows so far, and what is known of the end."""
+    """The part that was running when its process ended: its rows so far, and what is known of the
+    end.
+    """
     part = waiting.pop(0)
     rows = folder / f"{part.name}.rows"
-    kept = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
-    result = {"status": "failed", "error": f"{what}\n{said}", "rows": kept, "notes": [], "bars": [], "seconds": 0}
-    (folder / f"{part.name}.json").write_text(json.dumps(result), encoding="utf-8")  # for the next worker to see
+    kept = (
+        [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+        if rows.exists()
+        else []
+    )
+    result = {
+        "status": "failed",
+        "error": f"{what}\n{said}",
+        "rows": kept,
+        "notes": [],
+        "bars": [],
+        "seconds": 0,
+    }
+    (folder / f"{part.name}.json").write_text(
+        json.dumps(result), encoding="utf-8"
+    )  # for the next worker to see
     report.add(part.name, result)
 
 
 def supervise(
-    parts: Sequence[Part], device: str, minutes: float, report: Report, worker: Sequence[str], grace: float = GRACE
+    parts: Sequence[Part],
+    device: str,
+    minutes: float,
+    report: Report,
+    worker: Sequence[str],
+    grace: float = GRACE,
 ) -> None:
-    """Run the parts in worker processes until each has a result. worker: the command, without its options."""
+    """Run the parts in worker processes until each has a result. worker: the command, without its
+    options.
+    """
     end, waiting = time.time() + 60 * minutes, list(parts)
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
@@ -91,12 +116,23 @@ def supervise(
         folder = Path(name)
         while waiting:
             command = [
-                *worker, "--device", device, "--folder", name, "--end", str(end), "--minutes", str(minutes),
-                "--parts", ",".join(part.name for part in waiting),
-            ]  # fmt: skip
+                *worker,
+                "--device",
+                device,
+                "--folder",
+                name,
+                "--end",
+                str(end),
+                "--minutes",
+                str(minutes),
+                "--parts",
+                ",".join(part.name for part in waiting),
+            ]
             log, left = folder / "log", len(waiting)
             with log.open("w", encoding="utf-8") as output:
-                process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+                )
                 (folder / "deadline").unlink(missing_ok=True)
                 while process.poll() is None and not overdue(folder, end, grace):
                     collect(waiting, folder, report)
@@ -122,12 +158,17 @@ def chosen(names: str | None, device: str) -> list[Part]:
         return [part for part in PARTS if part.on_cpu or device == "cuda"]
     known = {part.name for part in PARTS}
     if unknown := set(names.split(",")) - known:
-        raise SystemExit(f"no part {', '.join(sorted(unknown))}; expected some of {', '.join(p.name for p in PARTS)}")
+        raise SystemExit(
+            f"no part {', '.join(sorted(unknown))}; expected some of"
+            f" {', '.join(p.name for p in PARTS)}"
+        )
     return [part for part in PARTS if part.name in names.split(",")]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--parts", help=f"some of {','.join(part.name for part in PARTS)}")
@@ -135,10 +176,19 @@ def main() -> int:
     options = parser.parse_args()
     parts = chosen(options.parts, options.device)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: `make gpu` needs one (torch.cuda.is_available() is False)", file=sys.stderr)
+        print(
+            "no GPU here: `make gpu` needs one (torch.cuda.is_available() is False)",
+            file=sys.stderr,
+        )
         return 2
     report = Report(options.device, options.results)
-    supervise(parts, options.device, options.minutes, report, [sys.executable, "-m", "benchmarks.gpu.worker"])
+    supervise(
+        parts,
+        options.device,
+        options.minutes,
+        report,
+        [sys.executable, "-m", "benchmarks.gpu.worker"],
+    )
     print(markdown(report.found, rows=False))
     print(f"written: {report.path} and {report.path.with_suffix('.md').name}")
     return 1 if any(part["status"] == "failed" for part in report.found["parts"].values()) else 0

@@ -1,6 +1,8 @@
-"""Build csrc on the machine that has the GPU, in a folder of its own, and run compute-sanitizer on the CUDA ops.
+"""Build csrc on the machine that has the GPU, in a folder of its own, and run compute-sanitizer on
+the CUDA ops.
 
-The rest of this run imports what is built; the checkout stays as it is. What is missing for either is recorded.
+The rest of this run imports what is built; the checkout stays as it is. What is missing for either
+is recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def find_tool(name: str) -> str | None:
-    """In the pip package of that name, beside this Python, on PATH, or in a CUDA toolkit: the system's CMake may be too old."""
+    """In the pip package of that name, beside this Python, on PATH, or in a CUDA toolkit: the
+    system's CMake may be too old.
+    """
     packaged, toolkit = [], []
     for module, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
         if module == name and importlib.util.find_spec(module):
@@ -34,15 +38,27 @@ def find_tool(name: str) -> str | None:
             toolkit += [Path(home) / "bin", Path(home) / "compute-sanitizer"]
     on_path = [Path(folder) for folder in os.get_exec_path()]
     candidates = [folder / name for folder in (*packaged, *on_path, *toolkit)]
-    return next((str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
+    return next(
+        (str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)), None
+    )
 
 
-def run(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | None, str]:
-    """(exit status, output); status None where it ran out of time and was ended with all that it had started."""
+def run(
+    command: Sequence[str], seconds: float, environment: dict[str, str] | None = None
+) -> tuple[int | None, str]:
+    """(exit status, output); status None where it ran out of time and was ended with all that it
+    had started.
+    """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT, start_new_session=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+        start_new_session=True,
         env={**os.environ, **(environment or {})},
-    )  # fmt: skip
+    )
     try:
         output, _ = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
@@ -59,10 +75,20 @@ def configuration(folder: Path, target: Path, tools: dict[str, str]) -> list[str
     import slicefine
 
     return [
-        tools["cmake"], "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", f"-DCMAKE_INSTALL_PREFIX={target}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DSKBUILD_PROJECT_VERSION={slicefine.__version__}",
-    ]  # fmt: skip
+        tools["cmake"],
+        "-S",
+        str(ROOT / "csrc"),
+        "-B",
+        str(folder),
+        "-G",
+        "Ninja",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        f"-DCMAKE_INSTALL_PREFIX={target}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DSKBUILD_PROJECT_VERSION={slicefine.__version__}",
+    ]
 
 
 def architecture(device: str) -> str:
@@ -76,7 +102,9 @@ def architecture(device: str) -> str:
 
 
 def build(job: Job) -> None:
-    """slicefine._C and, where there is nvcc and source for it, slicefine._CUDA, for the GPU that is here."""
+    """slicefine._C and, where there is nvcc and source for it, slicefine._CUDA, for the GPU that is
+    here.
+    """
     tools = {name: find_tool(name) for name in ("cmake", "ninja", "nvcc")}
     lacking = [name for name in ("cmake", "ninja") if tools[name] is None]
     lacking += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
@@ -102,12 +130,16 @@ def build(job: Job) -> None:
                 job.notes += re.findall(r"-- (slicefine: [^\n]*)", output)
             if status != 0:
                 raise RuntimeError(
-                    f"{step} {'ran out of time' if status is None else f'ended with status {status}'}:\n{output[-6000:]}"
+                    f"{step}"
+                    f" {'ran out of time' if status is None else f'ended with status {status}'}:\n{output[-6000:]}"
                 )
     for module in ("_C", "_CUDA"):
         files = sorted((job.modules / "slicefine").glob(f"{module}.*"))
         if not files:
-            job.row(what=f"slicefine.{module}", absent="not built: see the notes, or this commit has no source for it")
+            job.row(
+                what=f"slicefine.{module}",
+                absent="not built: see the notes, or this commit has no source for it",
+            )
             continue
         imported = importlib.import_module(f"slicefine.{module}")
         job.row(
@@ -126,18 +158,33 @@ def sanitizer(job: Job) -> None:
         job.missing = "compute-sanitizer is neither on PATH nor in a CUDA toolkit"
         return
     backend = ops.BACKENDS.get("cuda")
-    reason = backend.refusal("cuda", set(backend.dtypes)) if backend else "this commit has no cuda backend"
+    reason = (
+        backend.refusal("cuda", set(backend.dtypes))
+        if backend
+        else "this commit has no cuda backend"
+    )
     if reason is not None:
         job.missing = f"the cuda backend does not run here: {reason}"
         return
-    # every tensor an allocation of its own, so that a write past its end is one past an allocation's end
+    # every tensor an allocation of its own, so that a write past its end is one past an
+    # allocation's end
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # torch asks the driver for entry points that older ones lack, and handles the error; memory faults are what is looked for
+    # torch asks the driver for entry points that older ones lack, and handles the error; memory
+    # faults are what is looked for
     quiet = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
     for i, check in enumerate(("memcheck", "racecheck")):
         command = [
-            tool, "--tool", check, *quiet[check], "--error-exitcode", "86", sys.executable, "-m", "benchmarks.gpu.sanitized", str(job.modules),
-        ]  # fmt: skip
+            tool,
+            "--tool",
+            check,
+            *quiet[check],
+            "--error-exitcode",
+            "86",
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.sanitized",
+            str(job.modules),
+        ]
         start = time.perf_counter()
         status, output = run(command, job.left() * (0.6 if i == 0 else 0.95), environment)
         row = {"tool": check, "seconds": round(time.perf_counter() - start, 1)}
@@ -149,5 +196,8 @@ def sanitizer(job: Job) -> None:
         else:
             ok = status == 0 and bool(found)
             job.row(
-                **row, summary="; ".join(found) or output[-1500:], ok=ok, **({} if ok else {"output": output[-6000:]})
+                **row,
+                summary="; ".join(found) or output[-1500:],
+                ok=ok,
+                **({} if ok else {"output": output[-6000:]}),
             )

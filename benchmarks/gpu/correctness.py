@@ -1,4 +1,6 @@
-"""The ops of every backend that runs here against float64: random data, poisoned memory, odd shapes, nothing written outside."""
+"""The ops of every backend that runs here against float64: random data, poisoned memory, odd
+shapes, nothing written outside.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu.job import Job
-from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops, reference
+from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
+from slicefine.backends import reference
+from slicefine.slices import read_slice, write_slice
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-HYPERPARAMETERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+HYPERPARAMETERS = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "maximize": False,
+}
 KERNELS = ("triton", "cuda")
 
 
@@ -25,11 +36,17 @@ def refusal(job: Job, name: str) -> str | None:
     if name in job.broken:
         return "its correctness part ended in an error"
     backend = ops.BACKENDS.get(name)
-    return backend.refusal(job.device, set(DTYPES.values())) if backend else "this commit does not have it"
+    return (
+        backend.refusal(job.device, set(DTYPES.values()))
+        if backend
+        else "this commit does not have it"
+    )
 
 
 def backends(job: Job) -> list[str]:
-    """The kernels that run here; a row says why another does not. Raises RuntimeError where none does."""
+    """The kernels that run here; a row says why another does not. Raises RuntimeError where none
+    does.
+    """
     reasons = {name: refusal(job, name) for name in KERNELS}
     for name, reason in reasons.items():
         if reason is not None:
@@ -47,10 +64,14 @@ def available(job: Job, name: str) -> bool:
 
 
 def poison() -> None:
-    """Fill with NaN what the caching allocator will hand out next, and the workspaces that the kernels keep on the GPU."""
-    sizes = [2**19] * 64 + [2**22] * 16 + [2**26] * 4  # bytes: the allocator's small blocks and large ones
+    """Fill with NaN what the caching allocator will hand out next, and the workspaces that the
+    kernels keep on the GPU.
+    """
+    sizes = (
+        [2**19] * 64 + [2**22] * 16 + [2**26] * 4
+    )  # bytes: the allocator's small blocks and large ones
     blocks = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
-    for owner in ("slicefine_kernels.launch", "slicefine._native_cuda"):
+    for owner in ("slicefine_kernels.launch", "slicefine.backends.cuda"):
         for partials, _ in getattr(sys.modules.get(owner), "_workspaces", {}).values():
             partials.fill_(float("nan"))
     del blocks
@@ -58,7 +79,9 @@ def poison() -> None:
 
 @contextmanager
 def poisoned(device: str) -> Iterator[None]:
-    """Inside, `torch.empty` holds NaN: on a GPU what has just been freed, on a CPU by torch's own option."""
+    """Inside, `torch.empty` holds NaN: on a GPU what has just been freed, on a CPU by torch's own
+    option.
+    """
     if device == "cuda":
         poison()
         yield
@@ -70,12 +93,14 @@ def poisoned(device: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-# -- slice_grad ---------------------------------------------------------------------------------------------------------
+# Slice_grad
 
 
 @dataclass(frozen=True)
 class Case:
-    """rows: None, "run" (neighbours) or "scattered". layout: how dY and X lie in memory. runs: must agree bit for bit."""
+    """rows: None, "run" (neighbours) or "scattered". layout: how dY and X lie in memory. runs: must
+    agree bit for bit.
+    """
 
     n: int
     out: int
@@ -87,19 +112,38 @@ class Case:
 
 
 SMALL = (
-    Case(1, 1, 1), Case(63, 129, 1), Case(65, 40, 17, "scattered"), Case(0, 64, 16), Case(129, 33, 16, "run", "offset", 4),
-    Case(70, 33, 16, None, "padded"), Case(70, 33, 16, "scattered", "every second"), Case(33, 17, 5, None, "transposed"),
+    Case(1, 1, 1),
+    Case(63, 129, 1),
+    Case(65, 40, 17, "scattered"),
+    Case(0, 64, 16),
+    Case(129, 33, 16, "run", "offset", 4),
+    Case(70, 33, 16, None, "padded"),
+    Case(70, 33, 16, "scattered", "every second"),
+    Case(33, 17, 5, None, "transposed"),
     Case(65, 40, 17, tf32=True),
-)  # fmt: skip
+)
 LARGE = (
     *SMALL,
-    Case(8192, 4096, 16, runs=20), Case(8192, 4096, 16, "scattered"), Case(8192, 16, 4096, "run", runs=20),
-    Case(8192, 4096, 1), Case(8192, 4096, 64), Case(4097, 1000, 64, "scattered"), Case(2048, 512, 256, runs=20),
-    Case(100_000, 128, 16, runs=20), Case(8192, 4096, 16, None, "offset"), Case(8192, 256, 4096, "scattered"),
-    Case(8192, 4096, 16, tf32=True), Case(0, 4096, 64), Case(8192, 4096, 8), Case(8192, 4096, 32), Case(1, 4096, 256),
-    Case(63, 4096, 129, "run"), Case(8192, 4096, 63, None, "padded"), Case(8192, 4096, 16, None, "transposed"),
+    Case(8192, 4096, 16, runs=20),
+    Case(8192, 4096, 16, "scattered"),
+    Case(8192, 16, 4096, "run", runs=20),
+    Case(8192, 4096, 1),
+    Case(8192, 4096, 64),
+    Case(4097, 1000, 64, "scattered"),
+    Case(2048, 512, 256, runs=20),
+    Case(100_000, 128, 16, runs=20),
+    Case(8192, 4096, 16, None, "offset"),
+    Case(8192, 256, 4096, "scattered"),
+    Case(8192, 4096, 16, tf32=True),
+    Case(0, 4096, 64),
+    Case(8192, 4096, 8),
+    Case(8192, 4096, 32),
+    Case(1, 4096, 256),
+    Case(63, 4096, 129, "run"),
+    Case(8192, 4096, 63, None, "padded"),
+    Case(8192, 4096, 16, None, "transposed"),
     Case(2048, 4096, 129, "run", "every second"),
-)  # fmt: skip
+)
 
 
 def laid_out(n: int, width: int, layout: str, dtype: torch.dtype, device: str) -> Tensor:
@@ -142,23 +186,34 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def plain_product(dy: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    """torch's product of the same operands with a float32 result: what the kernel's error is measured by."""
+    """torch's product of the same operands with a float32 result: what the kernel's error is
+    measured by.
+    """
     chosen = dy if rows is None else dy.index_select(1, rows)
     if not dy.is_cuda or dy.dtype == torch.float32 or dy.shape[0] == 0:
         return chosen.t().float() @ x.float()
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    before = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
+    matmul.allow_bf16_reduced_precision_reduction = (
+        matmul.allow_fp16_reduced_precision_reduction
+    ) = False
     try:
         return torch.mm(chosen.t(), x, out_dtype=torch.float32)
     finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+        (
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_fp16_reduced_precision_reduction,
+        ) = before
 
 
 def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Largest and root-mean-square error against float64, where, and the bound that it must keep.
 
-    The bound is twice torch's error, and two units of float32 (with TF32 allowed, four of TF32) of the sum of |products|.
+    The bound is twice torch's error, and two units of float32 (with TF32 allowed, four of TF32) of
+    the sum of |products|.
     """
     dy, x, rows = operands(case, dtype, device)
     with tf32(case.tf32):
@@ -178,10 +233,20 @@ def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     error = (found.double() - exact).abs()
     worst = int(error.nan_to_num(float("inf")).argmax())
     return {
-        "n": case.n, "out": case.out, "width": case.width, "rows": case.rows, "layout": case.layout, "tf32": case.tf32,
-        "error": float(error.max()), "rms": float(error.square().mean().sqrt()), "at": [worst // found.shape[1], worst % found.shape[1]],
-        "bound": float(bound), "runs": case.runs, "repeatable": same, "ok": bool(error.max() <= bound) and same,
-    }  # fmt: skip
+        "n": case.n,
+        "out": case.out,
+        "width": case.width,
+        "rows": case.rows,
+        "layout": case.layout,
+        "tf32": case.tf32,
+        "error": float(error.max()),
+        "rms": float(error.square().mean().sqrt()),
+        "at": [worst // found.shape[1], worst % found.shape[1]],
+        "bound": float(bound),
+        "runs": case.runs,
+        "repeatable": same,
+        "ok": bool(error.max() <= bound) and same,
+    }
 
 
 def gradients(job: Job, name: str = "triton") -> None:
@@ -199,11 +264,13 @@ def gradients_cuda(job: Job) -> None:
     gradients(job, "cuda")
 
 
-# -- slice_adamw and slice_grad_adamw -----------------------------------------------------------------------------------
+# Slice_adamw and slice_grad_adamw
 
 
 def surrounded(height: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
-    """A random weight in the middle of a larger one of NaN, so that strides and writes outside show."""
+    """A random weight in the middle of a larger one of NaN, so that strides and writes outside
+    show.
+    """
     base = torch.full((height + 2, width + 3), float("nan"), dtype=dtype, device=device)
     return base[1:-1, 2:-1].copy_(torch.randn(height, width, device=device).to(dtype))
 
@@ -212,8 +279,12 @@ def bits(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
 
 
-def positions(kind: str, out: int, width: int, scattered: bool, device: str) -> tuple[Tensor | None, Tensor | None]:
-    pick = lambda size, r: (torch.randperm(size)[:r] if scattered else torch.arange(size - r, size)).to(device)
+def positions(
+    kind: str, out: int, width: int, scattered: bool, device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    pick = lambda size, r: (
+        torch.randperm(size)[:r] if scattered else torch.arange(size - r, size)
+    ).to(device)
     rows = pick(out, 17) if kind in ("row", "block") else None
     cols = pick(width, 7) if kind in ("column", "block") else None
     return rows, cols
@@ -228,7 +299,9 @@ def update_row(
     fused: bool,
     device: str,
 ) -> dict[str, Any]:
-    """One update against float64 and the reference in float32; what is in the weight, bit for bit, inside and outside."""
+    """One update against float64 and the reference in float32; what is in the weight, bit for bit,
+    inside and outside.
+    """
     n, out, width = shape
     rows, cols = positions(kind, out, width, scattered, device)
     R, K = out if rows is None else len(rows), width if cols is None else len(cols)
@@ -243,8 +316,19 @@ def update_row(
     before, options = weight._base.clone(), tuple(HYPERPARAMETERS.values())
     exact = [t.double() for t in start]
     gradient = reference.slice_grad(dy.double(), x.double(), rows)
-    lists = lambda state, grad, w: ([state[0]], [grad], [state[1]], [state[2]], [w], [rows], [cols], [step])
-    reference.slice_adamw(*lists(exact, gradient, torch.zeros_like(weight, dtype=torch.float64)), *options, None)
+    lists = lambda state, grad, w: (
+        [state[0]],
+        [grad],
+        [state[1]],
+        [state[2]],
+        [w],
+        [rows],
+        [cols],
+        [step],
+    )
+    reference.slice_adamw(
+        *lists(exact, gradient, torch.zeros_like(weight, dtype=torch.float64)), *options, None
+    )
     plain = [t.clone() for t in start]
     plain_gradient = plain_product(dy, x, rows) if fused else gradient.float()
     reference.slice_adamw(*lists(plain, plain_gradient, torch.zeros_like(weight)), *options, None)
@@ -256,25 +340,36 @@ def update_row(
             ops.slice_adamw(*lists(found, gradient.float(), weight), *options, seed)
     errors = [float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)]
     # what `gradient_row` allows the gradient, through m's and v's share of it
-    unsure = 2.0**-22 * float(reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax()) if fused else 0.0
+    unsure = (
+        2.0**-22 * float(reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax())
+        if fused
+        else 0.0
+    )
     through = (0.0, 0.1 * unsure, 2e-3 * float(gradient.abs().amax()) * unsure)
     bounds = [
         float(2 * (a.double() - b).abs().max() + 2e-6 * (1 + b.abs().max())) + more
         for a, b, more in zip(plain, exact, through, strict=True)
     ]
     rounded = reference.round_to(found[0], dtype, seed if dtype == torch.bfloat16 else None, 0)
-    written = torch.equal(reference.read_slice(weight, rows, cols), rounded)
-    reference.write_slice(before[1:-1, 2:-1], rows, cols, rounded)
+    written = torch.equal(read_slice(weight, rows, cols), rounded)
+    write_slice(before[1:-1, 2:-1], rows, cols, rounded)
     outside = torch.equal(bits(before), bits(weight._base))
     good = all(e <= b for e, b in zip(errors, bounds, strict=True))
     return {
-        "error_p": errors[0], "error_m": errors[1], "error_v": errors[2], "bound_p": bounds[0], "written": written,
-        "outside_kept": outside, "ok": good and written and outside,
-    }  # fmt: skip
+        "error_p": errors[0],
+        "error_m": errors[1],
+        "error_v": errors[2],
+        "bound_p": bounds[0],
+        "written": written,
+        "outside_kept": outside,
+        "ok": good and written and outside,
+    }
 
 
 def updates(job: Job, name: str = "triton") -> None:
-    """slice_adamw and slice_grad_adamw: slice types, positions, both roundings; every bit of the weight accounted for."""
+    """slice_adamw and slice_grad_adamw: slice types, positions, both roundings; every bit of the
+    weight accounted for.
+    """
     if not available(job, name):
         return
     shape = (20, 33, 40) if job.small else (2048, 1000, 1031)
@@ -289,24 +384,35 @@ def updates(job: Job, name: str = "triton") -> None:
     ]
     for dtype, kind, scattered, seed, fused in job.within_time(cases, 3.0):
         label = {
-            "backend": name, "op": "slice_grad_adamw" if fused else "slice_adamw", "dtype": dtype, "slice": kind,
-            "scattered": scattered, "stochastic": seed is not None,
-        }  # fmt: skip
+            "backend": name,
+            "op": "slice_grad_adamw" if fused else "slice_adamw",
+            "dtype": dtype,
+            "slice": kind,
+            "scattered": scattered,
+            "stochastic": seed is not None,
+        }
         with job.attempt(**label), ops.use_backend(name):
-            job.row(**label, **update_row(shape, DTYPES[dtype], kind, scattered, seed, fused, job.device))
+            job.row(
+                **label,
+                **update_row(shape, DTYPES[dtype], kind, scattered, seed, fused, job.device),
+            )
 
 
 def updates_cuda(job: Job) -> None:
     updates(job, "cuda")
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def losses(kind: str, backend: str, in_bwd: bool, width: int, steps: int, device: str) -> list[float]:
+def losses(
+    kind: str, backend: str, in_bwd: bool, width: int, steps: int, device: str
+) -> list[float]:
     """A small net, moving slices, one seed."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)).to(device)
+    net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)).to(
+        device
+    )
     model = get_slice_model(net, SliceConfig(r=8, slice_type=kind, switch_interval=5))
     optimizer = SliceAdamW(model.parameters(), lr=1e-3, optimizer_in_bwd=in_bwd)
     x, y, found = torch.randn(64, width, device=device), torch.randn(64, width, device=device), []
@@ -321,7 +427,9 @@ def losses(kind: str, backend: str, in_bwd: bool, width: int, steps: int, device
 
 
 def training(job: Job) -> None:
-    """Losses of a small net in float32, moves included, against the same training on the reference backend."""
+    """Losses of a small net in float32, moves included, against the same training on the reference
+    backend.
+    """
     width, steps = (24, 6) if job.small else (256, 60)
     names = backends(job)
     for kind in job.within_time(("column", "row", "block", "row_column"), 3.0):

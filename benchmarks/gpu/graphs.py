@@ -1,4 +1,6 @@
-"""What a kernel must not do: break a CUDA graph's capture, wait for the device, compile again at a move, mix up two streams."""
+"""What a kernel must not do: break a CUDA graph's capture, wait for the device, compile again at a
+move, mix up two streams.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Buffers = dict[str, Tensor]
 
 
 def captured(function: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """A replay of the function's kernels from a CUDA graph; on a CPU the function. Calls it first, to compile and allocate."""
+    """A replay of the function's kernels from a CUDA graph; on a CPU the function. Calls it first,
+    to compile and allocate.
+    """
     if device != "cuda":
         function()
         return function
@@ -36,15 +40,24 @@ def captured(function: Callable[[], Any], device: str) -> Callable[[], Any]:
 
 
 def fresh(seed: int, n: int, out: int, width: int, device: str) -> Buffers:
-    """Operands and state of a block slice of r = 16 both ways; a new seed is new data at new positions."""
+    """Operands and state of a block slice of r = 16 both ways; a new seed is new data at new
+    positions.
+    """
     torch.manual_seed(seed)
     r = 16
     new = lambda *shape: torch.randn(*shape, device=device)
     return {
-        "dy": new(n, out).bfloat16(), "x": new(n, r).bfloat16(), "rows": torch.randperm(out, device=device)[:r],
-        "cols": torch.randperm(width, device=device)[:r], "master": new(out, r), "grad": new(out, r), "exp_avg": 0.1 * new(out, r),
-        "exp_avg_sq": 0.1 * new(out, r).square(), "weight": new(out, width).bfloat16(), "step": torch.full((), 3.0 + seed, device=device),
-    }  # fmt: skip
+        "dy": new(n, out).bfloat16(),
+        "x": new(n, r).bfloat16(),
+        "rows": torch.randperm(out, device=device)[:r],
+        "cols": torch.randperm(width, device=device)[:r],
+        "master": new(out, r),
+        "grad": new(out, r),
+        "exp_avg": 0.1 * new(out, r),
+        "exp_avg_sq": 0.1 * new(out, r).square(),
+        "weight": new(out, width).bfloat16(),
+        "step": torch.full((), 3.0 + seed, device=device),
+    }
 
 
 def run_slice_grad(b: Buffers) -> Tensor:
@@ -68,20 +81,38 @@ def run_slice_grad_adamw(b: Buffers) -> None:
 
 
 def run_slice_adamw(b: Buffers) -> None:
-    """Two slices, of which the second is part of the first's tensors: the tables of several are sent."""
+    """Two slices, of which the second is part of the first's tensors: the tables of several are
+    sent.
+    """
     half = len(b["master"]) // 2
     parts = lambda name: [b[name][:half], b[name][half:]]
     ops.slice_adamw(
-        parts("master"), parts("grad"), parts("exp_avg"), parts("exp_avg_sq"), parts("weight"), [None, None],
-        [b["cols"], b["cols"]], [b["step"], b["step"]], *OPTIONS, 7,
-    )  # fmt: skip
+        parts("master"),
+        parts("grad"),
+        parts("exp_avg"),
+        parts("exp_avg_sq"),
+        parts("weight"),
+        [None, None],
+        [b["cols"], b["cols"]],
+        [b["step"], b["step"]],
+        *OPTIONS,
+        7,
+    )
 
 
-RUNS = {"slice_grad": run_slice_grad, "slice_grad_adamw": run_slice_grad_adamw, "slice_adamw": run_slice_adamw}
+RUNS = {
+    "slice_grad": run_slice_grad,
+    "slice_grad_adamw": run_slice_grad_adamw,
+    "slice_adamw": run_slice_adamw,
+}
 
 
-def replay_differs(run: Callable[[Buffers], Tensor | None], shape: tuple[int, int, int], device: str) -> list[str]:
-    """Names of buffers in which a replay with new data and positions, written in place, differs from an eager call."""
+def replay_differs(
+    run: Callable[[Buffers], Tensor | None], shape: tuple[int, int, int], device: str
+) -> list[str]:
+    """Names of buffers in which a replay with new data and positions, written in place, differs
+    from an eager call.
+    """
     static, result, wrong = fresh(0, *shape, device), {}, []
     replay = captured(lambda: result.update(out=run(static)), device)
     for seed in (1, 2):
@@ -90,14 +121,18 @@ def replay_differs(run: Callable[[Buffers], Tensor | None], shape: tuple[int, in
             buffer.copy_(new[name])
         replay()
         expected = run(new)
-        wrong += [f"{name}, replay {seed}" for name in static if not torch.equal(static[name], new[name])]
+        wrong += [
+            f"{name}, replay {seed}" for name in static if not torch.equal(static[name], new[name])
+        ]
         if expected is not None and not torch.equal(result["out"], expected):
             wrong.append(f"result, replay {seed}")
     return wrong
 
 
 def compiled_variants() -> int:
-    """How many variants of the Triton kernels this process has compiled or loaded; 0 under the interpreter."""
+    """How many variants of the Triton kernels this process has compiled or loaded; 0 under the
+    interpreter.
+    """
     count = 0
     for op in RUNS:
         module = importlib.import_module(f"slicefine_kernels.{op}")
@@ -120,7 +155,9 @@ def no_waiting(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def move_row(run: Callable[[Buffers], Any], shape: tuple[int, int, int], device: str) -> dict[str, Any]:
+def move_row(
+    run: Callable[[Buffers], Any], shape: tuple[int, int, int], device: str
+) -> dict[str, Any]:
     """A call, new positions in place, a call: compilations and waits between."""
     buffers, new = fresh(0, *shape, device), fresh(1, *shape, device)
     run(buffers)
@@ -147,13 +184,16 @@ def streams_differ(shape: tuple[int, int, int], device: str) -> bool:
             with torch.cuda.stream(stream):
                 results.append(run_slice_grad(b))
     torch.cuda.synchronize()
-    return not all(torch.equal(f, a) for results, a in zip(found, alone, strict=True) for f in results)
+    return not all(
+        torch.equal(f, a) for results, a in zip(found, alone, strict=True) for f in results
+    )
 
 
 def step_waits(moves: bool, device: str) -> str:
     """Whether a whole training step waits for the device; the CPU's part of a move may."""
     net = get_slice_model(
-        nn.Sequential(nn.Linear(64, 64)).to(device), SliceConfig(r=16, switch_interval=1 if moves else None)
+        nn.Sequential(nn.Linear(64, 64)).to(device),
+        SliceConfig(r=16, switch_interval=1 if moves else None),
     )
     optimizer, x = SliceAdamW(net.parameters()), torch.randn(8, 64, device=device)
 
@@ -181,15 +221,28 @@ def graphs(job: Job, name: str = "triton") -> None:
         for op, run in RUNS.items():
             with job.attempt(backend=name, op=op, what="replay equals eager"):
                 wrong = replay_differs(run, shape, job.device)
-                job.row(backend=name, op=op, what="replay equals eager", wrong=", ".join(wrong), ok=not wrong)
+                job.row(
+                    backend=name,
+                    op=op,
+                    what="replay equals eager",
+                    wrong=", ".join(wrong),
+                    ok=not wrong,
+                )
             with job.attempt(backend=name, op=op, what="move"):
                 job.row(backend=name, op=op, what="move", **move_row(run, shape, job.device))
         with job.attempt(backend=name, op="slice_grad", what="two streams"):
-            job.row(backend=name, op="slice_grad", what="two streams", ok=not streams_differ(shape, job.device))
+            job.row(
+                backend=name,
+                op="slice_grad",
+                what="two streams",
+                ok=not streams_differ(shape, job.device),
+            )
         for moves in (False, True):
             what = f"a whole training step waits, {'with' if moves else 'without'} a move"
             with job.attempt(backend=name, op="SliceAdamW", what=what):
-                job.row(backend=name, op="SliceAdamW", what=what, answer=step_waits(moves, job.device))
+                job.row(
+                    backend=name, op="SliceAdamW", what=what, answer=step_waits(moves, job.device)
+                )
 
 
 def graphs_cuda(job: Job) -> None:

@@ -1,4 +1,6 @@
-"""What a part of the GPU suite is given: where it runs, how long it may take, and where its rows go."""
+"""What a part of the GPU suite is given: where it runs, how long it may take, and where its rows
+go.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """A step of the suite. seconds: its share of eight minutes; least: with less than that it is not begun."""
+    """A step of the suite. seconds: its share of eight minutes; least: with less than that it is
+    not begun.
+    """
 
     name: str
     where: str  # module:function, imported when its turn comes, so that an import that fails is a part that fails
@@ -31,7 +35,8 @@ PARTS = (
     Part("gradients", "benchmarks.gpu.correctness:gradients", 55),
     Part("updates", "benchmarks.gpu.correctness:updates", 35),
     Part("graphs", "benchmarks.gpu.graphs:graphs", 15),
-    # parts of their own, so that a fault of one backend, which ends the process, leaves the other's results
+    # parts of their own, so that a fault of one backend, which ends the process, leaves the other's
+    # results
     Part("gradients_cuda", "benchmarks.gpu.correctness:gradients_cuda", 10),
     Part("updates_cuda", "benchmarks.gpu.correctness:updates_cuda", 8),
     Part("graphs_cuda", "benchmarks.gpu.graphs:graphs_cuda", 7),
@@ -44,7 +49,9 @@ PARTS = (
 
 
 def seconds_for(part: Part, after: Sequence[Part], left: float, minutes: float) -> float:
-    """A part may use its share and what the parts before it left over, never more than there is; 0: it no longer fits."""
+    """A part may use its share and what the parts before it left over, never more than there is; 0:
+    it no longer fits.
+    """
     scale = minutes / 8
     if left < part.least * min(1.0, scale):
         return 0.0
@@ -52,7 +59,9 @@ def seconds_for(part: Part, after: Sequence[Part], left: float, minutes: float) 
 
 
 def bar(name: str, value: float, limit: float, *, most: bool) -> dict[str, Any]:
-    """A figure beside the one it is compared with; most: it should be at most the limit, otherwise at least."""
+    """A figure beside the one it is compared with; most: it should be at most the limit, otherwise
+    at least.
+    """
     return {
         "name": name,
         "value": value,
@@ -64,14 +73,18 @@ def bar(name: str, value: float, limit: float, *, most: bool) -> dict[str, Any]:
 
 @dataclass
 class Job:
-    """device: "cuda" or "cpu"; small: tiny shapes, for Triton's interpreter; modules: folder of what `build` built."""
+    """device: "cuda" or "cpu"; small: tiny shapes, for Triton's interpreter; modules: folder of
+    what `build` built.
+    """
 
     device: str
     small: bool
     deadline: float  # time.time()
     modules: Path
     sink: Path | None = None  # rows go there at once, so that a crash loses none
-    broken: frozenset[str] = frozenset()  # backends whose correctness part ended in an error, as a lost device is
+    broken: frozenset[str] = (
+        frozenset()
+    )  # backends whose correctness part ended in an error, as a lost device is
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bars: list[dict[str, Any]] = field(default_factory=list)
@@ -89,7 +102,9 @@ class Job:
                 file.write(json.dumps(values) + "\n")
 
     def within_time(self, cases: Iterable[T], each: float = 1.0) -> Iterator[T]:
-        """The cases, in order, for as long as `each` seconds are left; a note counts those that are not reached."""
+        """The cases, in order, for as long as `each` seconds are left; a note counts those that are
+        not reached.
+        """
         cases = list(cases)
         for i, case in enumerate(cases):
             if i and self.left() < each:
@@ -100,9 +115,11 @@ class Job:
 
     @contextmanager
     def attempt(self, peer: bool = False, **label: Any) -> Iterator[None]:
-        """An exception inside becomes a row that fails, and the part goes on; not if it has taken the device with it.
+        """An exception inside becomes a row that fails, and the part goes on; not if it has taken
+        the device with it.
 
-        peer: what runs inside is another library's; where it fails there is no figure, and nothing of ours is wrong.
+        peer: what runs inside is another library's; where it fails there is no figure, and nothing
+            of ours is wrong.
         """
         import torch
 
@@ -114,7 +131,9 @@ class Job:
             if peer:
                 self.row(**label, absent=f"{type(error).__name__}: {str(error)[:300]}")
             else:
-                self.row(**label, ok=False, error="".join(traceback.format_exception(error))[-3000:])
+                self.row(
+                    **label, ok=False, error="".join(traceback.format_exception(error))[-3000:]
+                )
             if self.device == "cuda":
                 torch.cuda.synchronize()
 

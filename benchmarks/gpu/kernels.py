@@ -1,7 +1,9 @@
 """Kernel times against the bytes that must move and the measured bandwidth of a copy.
 
-Two clocks: a CUDA graph of many calls, where no launch is waited for but all that a call does counts (under capture Triton's
-backend makes a workspace per call and clears it), and the profiler's sum of kernel durations in ordinary calls.
+Two clocks: a CUDA graph of many calls, where no launch is waited for but all that a call does
+    counts (under capture Triton's
+backend makes a workspace per call and clears it), and the profiler's sum of kernel durations in
+ordinary calls.
 """
 
 from __future__ import annotations
@@ -70,8 +72,12 @@ def copy_bandwidth(job: Job) -> float:
     return 2 * size / ms / 1e6
 
 
-def gradient_operands(n: int, R: int, K: int, rows: bool, offset: bool, dtype: torch.dtype, device: str) -> tuple:
-    """dY (n, R; twice as wide with rows) and X (n, K), one element past a 16-byte boundary if offset."""
+def gradient_operands(
+    n: int, R: int, K: int, rows: bool, offset: bool, dtype: torch.dtype, device: str
+) -> tuple:
+    """dY (n, R; twice as wide with rows) and X (n, K), one element past a 16-byte boundary if
+    offset.
+    """
 
     def values(width: int) -> Tensor:
         storage = torch.randn(n * width + offset, device=device).to(dtype)
@@ -85,7 +91,9 @@ def gradient_operands(n: int, R: int, K: int, rows: bool, offset: bool, dtype: t
 def gradient_times(
     n: int, R: int, K: int, rows: bool, offset: bool, dtype: torch.dtype, names: list[str], job: Job
 ) -> dict[str, dict[str, float]]:
-    """ "graph" and "kernel" milliseconds of each backend's slice_grad; "graph" of torch's product with the same float32 result."""
+    """ "graph" and "kernel" milliseconds of each backend's slice_grad; "graph" of torch's product
+    with the same float32 result.
+    """
     moved = op_bytes("slice_grad", n, R, K, dtype.itemsize)
     copies = 1 if job.small else max(2, min(16, -(-2 * L2 // moved)))
     sets = [gradient_operands(n, R, K, rows, offset, dtype, job.device) for _ in range(copies)]
@@ -93,7 +101,9 @@ def gradient_times(
     found = {}
 
     def timed(function: Callable[..., Tensor]) -> float:
-        replay = captured(lambda: [function(*sets[i % copies]) for i in range(calls)][-1], job.device)
+        replay = captured(
+            lambda: [function(*sets[i % copies]) for i in range(calls)][-1], job.device
+        )
         return milliseconds(replay, job.device, calls, rounds)
 
     for name in names:
@@ -101,8 +111,13 @@ def gradient_times(
             found[name] = {"graph": timed(ops.slice_grad)}
             if job.device == "cuda":
                 try:
-                    found[name]["kernel"] = kernel_milliseconds(lambda i: ops.slice_grad(*sets[i % copies]), 2 * calls)
-                except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUPTI
+                    found[name]["kernel"] = kernel_milliseconds(
+                        lambda i: ops.slice_grad(*sets[i % copies]), 2 * calls
+                    )
+                except (
+                    RuntimeError,
+                    AssertionError,
+                ) as error:  # torch asserts that it was built with CUPTI
                     if (note := f"no kernel times: {error}") not in job.notes:
                         job.notes.append(note)
     found["torch"] = {"graph": timed(plain_product)}
@@ -145,14 +160,26 @@ def kernels(job: Job) -> None:
             for name, clocks in times.items():
                 for how, ms in clocks.items():
                     speed = moved / ms / 1e6
-                    job.row(**label, backend=name, how=how, ms=ms, gb_per_s=speed, share_of_copy=speed / bandwidth)
+                    job.row(
+                        **label,
+                        backend=name,
+                        how=how,
+                        ms=ms,
+                        gb_per_s=speed,
+                        share_of_copy=speed / bandwidth,
+                    )
                 if name != "torch" and dtype == "bf16" and wide <= 4096 and r <= 16 and not offset:
-                    what = f"slice_grad {R} x {K}, {n} tokens, {dtype}, {name}, {how}: share of copy bandwidth"
+                    what = (
+                        f"slice_grad {R} x {K}, {n} tokens, {dtype}, {name}, {how}: share of copy"
+                        " bandwidth"
+                    )
                     job.bars.append(bar(what, speed / bandwidth, SHARE, most=False))
 
 
 def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
-    """slice_adamw on columns of many layers, beside torch's fused AdamW with the slices copied back; both as CUDA graphs."""
+    """slice_adamw on columns of many layers, beside torch's fused AdamW with the slices copied
+    back; both as CUDA graphs.
+    """
     layers, out, width, r = (3, 40, 33, 4) if job.small else (196, 4096, 4096, 16)
     rounds, device = (1 if job.small else 20), job.device
     weights = [torch.randn(out, width, device=device).bfloat16() for _ in range(layers)]
@@ -166,7 +193,14 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
 
     def add(backend: str, how: str, ms: float) -> None:
         speed = moved / ms / 1e6
-        job.row(**label, backend=backend, how=how, ms=ms, gb_per_s=speed, share_of_copy=speed / bandwidth)
+        job.row(
+            **label,
+            backend=backend,
+            how=how,
+            ms=ms,
+            gb_per_s=speed,
+            share_of_copy=speed / bandwidth,
+        )
 
     for name in names:
         call = lambda: ops.slice_adamw(*arguments)
@@ -179,4 +213,8 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
         for master, grad in zip(theirs.masters, state[1], strict=True):
             master.grad = grad
         add("torch, copy-back", "eager", milliseconds(theirs.step, device, 1, rounds))
-        add("torch, copy-back", "graph", milliseconds(captured(theirs.step, device), device, 1, rounds))
+        add(
+            "torch, copy-back",
+            "graph",
+            milliseconds(captured(theirs.step, device), device, 1, rounds),
+        )

@@ -1,4 +1,6 @@
-"""One layer's forward, backward and update against the frozen floor and the peers: `benchmarks.layers` on this machine."""
+"""One layer's forward, backward and update against the frozen floor and the peers:
+`benchmarks.layers` on this machine.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,19 @@ from benchmarks.gpu.correctness import backends
 from benchmarks.gpu.job import Job, bar
 from slicefine import ops
 
-SHOWN = ("in", "out", "tokens", "dtype", "r", "method", "median_ms", "p20_ms", "p80_ms", "ratio_to_floor", "absent")
+SHOWN = (
+    "in",
+    "out",
+    "tokens",
+    "dtype",
+    "r",
+    "method",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio_to_floor",
+    "absent",
+)
 OURS = ("slice", "slice_bwd")
 
 
@@ -21,17 +35,30 @@ def bars_of(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         found.append(bar(f"{what}: {ours} / frozen floor", ratios[ours], 1.05, most=True))
         for peer, least in (("masked", 1.6), ("lora", 1.2)):
             if peer in ratios:
-                found.append(bar(f"{what}: {peer} / {ours}", ratios[peer] / ratios[ours], least, most=False))
+                found.append(
+                    bar(f"{what}: {peer} / {ours}", ratios[peer] / ratios[ours], least, most=False)
+                )
     return found
 
 
 def layers(job: Job) -> None:
-    """The shape of the bar first (4096 x 4096, 8,192 tokens, bf16), then Llama's wide ones, then other r and float32."""
+    """The shape of the bar first (4096 x 4096, 8,192 tokens, bf16), then Llama's wide ones, then
+    other r and float32.
+    """
     tokens, rounds = (32, 2) if job.small else (8192, 50)
-    cases = [((48, 64), "bf16", 8)] if job.small else [
-        ((4096, 4096), "bf16", 16), ((4096, 4096), "bf16", 8), ((4096, 14336), "bf16", 16), ((14336, 4096), "bf16", 16),
-        ((4096, 4096), "bf16", 64), ((4096, 4096), "fp16", 16), ((4096, 4096), "fp32", 16),
-    ]  # fmt: skip
+    cases = (
+        [((48, 64), "bf16", 8)]
+        if job.small
+        else [
+            ((4096, 4096), "bf16", 16),
+            ((4096, 4096), "bf16", 8),
+            ((4096, 14336), "bf16", 16),
+            ((14336, 4096), "bf16", 16),
+            ((4096, 4096), "bf16", 64),
+            ((4096, 4096), "fp16", 16),
+            ((4096, 4096), "fp32", 16),
+        ]
+    )
     names = backends(job)
     tasks = [(case, name) for case in cases for name in names]
     for (shape, dtype, r), name in job.within_time(tasks, 6.0):
@@ -42,5 +69,7 @@ def layers(job: Job) -> None:
             for row in rows:
                 job.row(**label, **{key: row[key] for key in SHOWN if key in row})
             if job.small or (shape == (4096, 4096) and dtype == "bf16" and r <= 16):
-                what = f"layer step {shape[0]} x {shape[1]}, {tokens} tokens, {dtype}, r={r}, {name}"
+                what = (
+                    f"layer step {shape[0]} x {shape[1]}, {tokens} tokens, {dtype}, r={r}, {name}"
+                )
                 job.bars += bars_of(rows, what)

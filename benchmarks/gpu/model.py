@@ -1,7 +1,10 @@
-"""A step of a Llama-3.2-3B-shaped model, random weights: slices beside the frozen floor, masked gradients, dense AdamW and peft.
+"""A step of a Llama-3.2-3B-shaped model, random weights: slices beside the frozen floor, masked
+gradients, dense AdamW and peft.
 
-Every method gets the same input: embeddings that need a gradient, so that the floor (nothing trains, dX through every layer) is
-what no method that keeps its weights dense can undercut. Memory is read with the method's model alone on the device; times are
+Every method gets the same input: embeddings that need a gradient, so that the floor (nothing
+    trains, dX through every layer) is
+what no method that keeps its weights dense can undercut. Memory is read with the method's model
+alone on the device; times are
 taken in turns with a floor model beside it, and a ratio is the median over the rounds.
 """
 
@@ -27,18 +30,34 @@ QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT = {"lora": "LoraConfig", "miss": "MissConfig", "shira": "ShiraConfig"}
 LLAMA_3B = {
-    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
 TINY = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 32, "vocab_size": 64, "tie_word_embeddings": True, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """kind: "floor", "slice", "masked", "full" or a peft method; targets: which linear layers train."""
+    """kind: "floor", "slice", "masked", "full" or a peft method; targets: which linear layers
+    train.
+    """
 
     name: str
     kind: str
@@ -56,14 +75,25 @@ class Method:
 FLOOR = Method("floor", "floor", ())
 # The important ones first: time may not be enough for all.
 METHODS = (
-    Method("slice column", "slice", ALL), Method("lora", "lora", ALL), Method("slice column", "slice", QV),
-    Method("lora", "lora", QV), Method("slice column, optimizer_in_bwd", "slice", ALL, in_bwd=True), Method("masked gradient", "masked", QV),
-    Method("slice row", "slice", ALL, slice_type="row"), Method("full AdamW", "full", ALL), Method("miss", "miss", ALL),
-    Method("shira", "shira", ALL), Method("lora", "lora", ALL, r=32), Method("lora", "lora", QV, r=32),
-    Method("lora, fp32 adapters (peft's default)", "lora", ALL, fp32_adapters=True), Method("miss", "miss", QV),
-    Method("shira", "shira", QV), Method("slice row", "slice", QV, slice_type="row"),
-    Method("slice column, optimizer_in_bwd", "slice", QV, in_bwd=True), Method("masked gradient", "masked", ALL),
-)  # fmt: skip
+    Method("slice column", "slice", ALL),
+    Method("lora", "lora", ALL),
+    Method("slice column", "slice", QV),
+    Method("lora", "lora", QV),
+    Method("slice column, optimizer_in_bwd", "slice", ALL, in_bwd=True),
+    Method("masked gradient", "masked", QV),
+    Method("slice row", "slice", ALL, slice_type="row"),
+    Method("full AdamW", "full", ALL),
+    Method("miss", "miss", ALL),
+    Method("shira", "shira", ALL),
+    Method("lora", "lora", ALL, r=32),
+    Method("lora", "lora", QV, r=32),
+    Method("lora, fp32 adapters (peft's default)", "lora", ALL, fp32_adapters=True),
+    Method("miss", "miss", QV),
+    Method("shira", "shira", QV),
+    Method("slice row", "slice", QV, slice_type="row"),
+    Method("slice column, optimizer_in_bwd", "slice", QV, in_bwd=True),
+    Method("masked gradient", "masked", ALL),
+)
 SMALL = (METHODS[0], METHODS[1], METHODS[5], METHODS[8], METHODS[9])
 
 
@@ -107,7 +137,9 @@ def llama(device: str, shape: dict[str, Any]) -> nn.Module:
 
 
 def random_mask(base_layer: nn.Linear, r: int, **_: Any) -> Tensor:
-    """What peft's own mask for SHiRA is, drawn on the layer's device: drawn on the host it takes a minute for this model."""
+    """What peft's own mask for SHiRA is, drawn on the layer's device: drawn on the host it takes a
+    minute for this model.
+    """
     weight = base_layer.weight
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = True
@@ -140,19 +172,28 @@ def trainer(method: Method, ids: Tensor, shape: dict[str, Any]) -> Trainer:
         return Trainer(model, None, None, ids)
     if method.kind == "slice":
         config = SliceConfig(
-            r=method.r, slice_type=method.slice_type, switch_interval=None, target_modules=list(method.targets)
+            r=method.r,
+            slice_type=method.slice_type,
+            switch_interval=None,
+            target_modules=list(method.targets),
         )
         get_slice_model(model, config)
-        return Trainer(model, SliceAdamW(model.parameters(), optimizer_in_bwd=method.in_bwd), None, ids)
+        return Trainer(
+            model, SliceAdamW(model.parameters(), optimizer_in_bwd=method.in_bwd), None, ids
+        )
     if method.kind == "masked":
-        names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in method.targets]
+        names = [
+            name for name, _ in model.named_modules() if name.rpartition(".")[2] in method.targets
+        ]
         chosen = torch.arange(method.r, device=device)
         masked = MaskedGradient(model, names, lambda name, move: (None, chosen), None)
         parameters, before = list(masked.parameters()), masked.mask
     else:
         model = model.requires_grad_(True) if method.kind == "full" else peft_model(method, model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-    return Trainer(model, torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=fused), before, ids)
+    return Trainer(
+        model, torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=fused), before, ids
+    )
 
 
 def clean(device: str) -> None:
@@ -162,7 +203,9 @@ def clean(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def memory(method: Method, ids: Tensor, shape: dict[str, Any], steps: int = 3) -> tuple[Trainer, dict[str, float]]:
+def memory(
+    method: Method, ids: Tensor, shape: dict[str, Any], steps: int = 3
+) -> tuple[Trainer, dict[str, float]]:
     """Peaks of the first steps, in GiB, and the trainer that took them; on a CPU nothing is read."""
     device = ids.device.type
     clean(device)
@@ -180,8 +223,12 @@ def memory(method: Method, ids: Tensor, shape: dict[str, Any], steps: int = 3) -
     }
 
 
-def in_turns(steps: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each in each round, the device idle at both ends; the order turns. Two rounds warm up."""
+def in_turns(
+    steps: dict[str, Callable[[], Any]], device: str, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each in each round, the device idle at both ends; the order turns. Two rounds
+    warm up.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for i in range(rounds + 2):
@@ -205,9 +252,16 @@ def method_row(
     ratios = quantiles([m / f for m, f in zip(times["method"], times["floor"], strict=True)])
     p20, p50, p80 = quantiles(times["method"])
     row = {
-        "ms": p50, "p20_ms": p20, "p80_ms": p80, "floor_ms": quantiles(times["floor"])[1], "ratio_to_floor": ratios[1],
-        "ratio_p20": ratios[0], "ratio_p80": ratios[2], "tokens_per_s": ids.numel() / p50 * 1e3, **peaks,
-    }  # fmt: skip
+        "ms": p50,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "floor_ms": quantiles(times["floor"])[1],
+        "ratio_to_floor": ratios[1],
+        "ratio_p20": ratios[0],
+        "ratio_p80": ratios[2],
+        "tokens_per_s": ids.numel() / p50 * 1e3,
+        **peaks,
+    }
     for name, value in floor.items():
         if value:
             row[f"{name.removesuffix('_gib')}_to_floor"] = peaks[name] / value
@@ -217,7 +271,9 @@ def method_row(
 def model(job: Job) -> None:
     """Batch 4 x 768, q and v as well as all linear layers."""
     names = backends(job)
-    shape, methods, batch, rounds = (TINY, SMALL, (2, 8), 1) if job.small else (LLAMA_3B, METHODS, (4, 768), 10)
+    shape, methods, batch, rounds = (
+        (TINY, SMALL, (2, 8), 1) if job.small else (LLAMA_3B, METHODS, (4, 768), 10)
+    )
     ids = torch.randint(0, shape["vocab_size"], batch, device=job.device)
     try:
         alone, floor = memory(FLOOR, ids, shape)
@@ -225,7 +281,14 @@ def model(job: Job) -> None:
         job.missing = str(error)
         return
     ms = quantiles(in_turns({"floor": alone.step}, job.device, rounds)["floor"])[1]
-    job.row(method="floor", layers="none", ms=ms, ratio_to_floor=1.0, tokens_per_s=ids.numel() / ms * 1e3, **floor)
+    job.row(
+        method="floor",
+        layers="none",
+        ms=ms,
+        ratio_to_floor=1.0,
+        tokens_per_s=ids.numel() / ms * 1e3,
+        **floor,
+    )
     del alone
     for method in job.within_time(methods, 8.0):
         label = {"method": method.name, "layers": method.layers, "r": method.r}
@@ -238,9 +301,16 @@ def model(job: Job) -> None:
             job.row(**label, **row)
             if method.kind == "slice" and method.slice_type == "column":
                 what = f"model step, {method.name}, {method.layers}"
-                job.bars.append(bar(f"{what}: time / frozen floor", row["ratio_to_floor"], 1.05, most=True))
+                job.bars.append(
+                    bar(f"{what}: time / frozen floor", row["ratio_to_floor"], 1.05, most=True)
+                )
                 for peak in ("allocated", "reserved"):
                     if f"{peak}_to_floor" in row:
                         job.bars.append(
-                            bar(f"{what}: peak {peak} memory / floor", row[f"{peak}_to_floor"], 1.01, most=True)
+                            bar(
+                                f"{what}: peak {peak} memory / floor",
+                                row[f"{peak}_to_floor"],
+                                1.01,
+                                most=True,
+                            )
                         )

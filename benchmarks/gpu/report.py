@@ -27,7 +27,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A column for every key of any row, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(cell(row[c]) if row.get(c) is not None else '' for c in columns)} |" for row in rows]
+    lines += [
+        f"| {' | '.join(cell(row[c]) if row.get(c) is not None else '' for c in columns)} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -53,11 +56,18 @@ def markdown(report: dict[str, Any], rows: bool = True) -> str:
     place, parts = report["where"], report["parts"]
     lines = [f"# {place['device']}, commit {place['commit']}, {place['date']}", ""]
     lines += [
-        ", ".join(f"{key} {value}" for key, value in place.items() if key not in ("device", "commit", "date")),
+        ", ".join(
+            f"{key} {value}"
+            for key, value in place.items()
+            if key not in ("device", "commit", "date")
+        ),
         "",
     ]
     if place.get("device_type") != "cuda":
-        lines += ["**Not a GPU**: tiny shapes through Triton's interpreter; the times mean nothing.", ""]
+        lines += [
+            "**Not a GPU**: tiny shapes through Triton's interpreter; the times mean nothing.",
+            "",
+        ]
     lines += ["## Beside the bar", "", compared(parts), "## Parts", ""]
     lines += [
         table(

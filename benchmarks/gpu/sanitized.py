@@ -1,6 +1,8 @@
-"""A short run of the cuda backend for compute-sanitizer: data made and compared on the host, so few kernels but ours are launched.
+"""A short run of the cuda backend for compute-sanitizer: data made and compared on the host, so few
+kernels but ours are launched.
 
-python -m benchmarks.gpu.sanitized FOLDER, the folder of what `benchmarks.gpu.build` built. Exit status 1 if a result is wrong.
+python -m benchmarks.gpu.sanitized FOLDER, the folder of what `benchmarks.gpu.build` built. Exit
+status 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ OPTIONS = (1e-2, 0.9, 0.999, 1e-8, 0.1, False)
 
 
 def differences(device: str, backend: str) -> float:
-    """Largest difference of any result from the reference on the host, relative to the largest entry."""
-    from slicefine import ops, reference
+    """Largest difference of any result from the reference on the host, relative to the largest
+    entry.
+    """
+    from slicefine import ops
+    from slicefine.backends import reference
 
     worst = 0.0
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -31,7 +36,11 @@ def differences(device: str, backend: str) -> float:
                     torch.randn(out, width + 3),
                 )
                 cols, step = torch.randperm(width + 3)[:width], torch.tensor(2.0)
-                state = [torch.randn(R, width), 0.1 * torch.randn(R, width), 0.1 * torch.rand(R, width)]
+                state = [
+                    torch.randn(R, width),
+                    0.1 * torch.randn(R, width),
+                    0.1 * torch.rand(R, width),
+                ]
                 there = lambda t: None if t is None else t.to(device, copy=True)
                 mine = [[there(t) for t in (*state, weight.to(dtype))] for _ in range(2)]
                 theirs = [t.clone() for t in (*state, weight.to(dtype))]
@@ -43,9 +52,13 @@ def differences(device: str, backend: str) -> float:
                     ops.slice_adamw([p], [grad], [m], [v], [w], *[[t] for t in place], *OPTIONS, 5)
                 reference.slice_grad_adamw(dy, x, *theirs, rows, cols, step, *OPTIONS, 5)
                 pairs = [(grad, reference.slice_grad(dy, x, rows))]
-                pairs += [(a, b) for found in mine for a, b in zip(found[:3], theirs[:3], strict=True)]
+                pairs += [
+                    (a, b) for found in mine for a, b in zip(found[:3], theirs[:3], strict=True)
+                ]
                 for a, b in pairs:
-                    worst = max(worst, float((a.cpu() - b).abs().max() / b.abs().max().clamp_min(1.0)))
+                    worst = max(
+                        worst, float((a.cpu() - b).abs().max() / b.abs().max().clamp_min(1.0))
+                    )
     return worst
 
 

@@ -1,6 +1,8 @@
-"""The process that runs the parts, one after another. The one that started it (`__main__`) outlives its crashes and hangs.
+"""The process that runs the parts, one after another. The one that started it (`__main__`) outlives
+its crashes and hangs.
 
-For each part it writes <folder>/<part>.json; <part>.rows has the rows so far, `deadline` when the part that runs should be over.
+For each part it writes <folder>/<part>.json; <part>.rows has the rows so far, `deadline` when the
+part that runs should be over.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ DEVICE_LOST = 3  # exit status: what came after the last part written could not 
 
 
 def use_modules(folder: Path) -> None:
-    """Let `slicefine._C` and `slicefine._CUDA` come from what `build` built, before anything imports them."""
+    """Let `slicefine._C` and `slicefine._CUDA` come from what `build` built, before anything
+    imports them.
+    """
     import slicefine
 
     built = str(folder / "slicefine")
@@ -29,7 +33,9 @@ def use_modules(folder: Path) -> None:
 
 
 def device_is_lost(device: str) -> bool:
-    """Whether an earlier kernel's fault (an illegal address, say) has taken this process's context with it."""
+    """Whether an earlier kernel's fault (an illegal address, say) has taken this process's context
+    with it.
+    """
     if device != "cuda":
         return False
     import torch
@@ -43,12 +49,18 @@ def device_is_lost(device: str) -> bool:
 
 
 def broken_backends(folder: Path) -> frozenset[str]:
-    """Backends of which an earlier part of their own has ended in an error or in the death of its process."""
+    """Backends of which an earlier part of their own has ended in an error or in the death of its
+    process.
+    """
     found = set()
     for part in PARTS:
         path = folder / f"{part.name}.json"
         backend = part.name.rpartition("_")[2]
-        if part.name.endswith("_cuda") and path.exists() and "error" in json.loads(path.read_text(encoding="utf-8")):
+        if (
+            part.name.endswith("_cuda")
+            and path.exists()
+            and "error" in json.loads(path.read_text(encoding="utf-8"))
+        ):
             found.add(backend)
     return frozenset(found)
 
@@ -86,7 +98,13 @@ def work(parts: Sequence[Part], device: str, folder: Path, end: float, minutes: 
             )
             result = run_part(part, job)
         else:
-            result = {"status": "skipped: no time left", "rows": [], "notes": [], "bars": [], "seconds": 0.0}
+            result = {
+                "status": "skipped: no time left",
+                "rows": [],
+                "notes": [],
+                "bars": [],
+                "seconds": 0.0,
+            }
         unfinished = folder / f"{part.name}.tmp"
         unfinished.write_text(json.dumps(result), encoding="utf-8")
         unfinished.rename(folder / f"{part.name}.json")

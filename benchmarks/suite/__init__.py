@@ -1,1 +1,3 @@
-"""The benchmark suite: `registry.py` says what is measured, the other files how. `python -m benchmarks.bench` runs it."""
+"""The benchmark suite: `registry.py` says what is measured, the other files how. `python -m
+benchmarks.bench` runs it.
+"""

@@ -21,9 +21,12 @@ from slicefine import ops
 class Replay:
     """A clock that pytest-benchmark reads, moved by times that have been measured already.
 
-    pytest-benchmark times one function to its end before it starts the next, so a machine that slows down would be held against
-    whichever ran last. Here the methods of a case run in turns, once, and each test plays its recorded times to
-    ``benchmark.pedantic``: JSON, storage and --benchmark-compare see ordinary benchmarks, through public options alone.
+    pytest-benchmark times one function to its end before it starts the next, so a machine that
+    slows down would be held against
+    whichever ran last. Here the methods of a case run in turns, once, and each test plays its
+    recorded times to
+    ``benchmark.pedantic``: JSON, storage and --benchmark-compare see ordinary benchmarks, through
+    public options alone.
     """
 
     def __init__(self) -> None:
@@ -46,15 +49,22 @@ REPLAY = Replay()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("slicefine benchmarks")
     group.addoption("--quick", action="store_true", help="one small case of each kind")
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    group.addoption("--part", action="append", help="models, layers, moves or ops; may be given several times")
+    group.addoption(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
+    group.addoption(
+        "--part", action="append", help="models, layers, moves or ops; may be given several times"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # peft's SHiRA makes sparse tensors
     config.addinivalue_line("filterwarnings", "ignore:Sparse invariant checks:UserWarning")
-    # it says that nothing was benchmarked where a check was red, and pyproject.toml makes an error of that
-    config.addinivalue_line("filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
+    # it says that nothing was benchmarked where a check was red, and pyproject.toml makes an error
+    # of that
+    config.addinivalue_line(
+        "filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,11 +77,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ("case", "method"),
             [
                 pytest.param(
-                    case, method, id=f"{case.name}/{method.name}", marks=pytest.mark.benchmark(group=case.name, timer=REPLAY)
+                    case,
+                    method,
+                    id=f"{case.name}/{method.name}",
+                    marks=pytest.mark.benchmark(group=case.name, timer=REPLAY),
                 )
-                for case in chosen for method in case.methods
+                for case in chosen
+                for method in case.methods
             ],
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +101,9 @@ def machine(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[s
     except PackageNotFoundError:
         place["peft"] = None
     module = ops.select(device, {torch.float32})
-    place["backend"] = next(name for name, backend in ops.BACKENDS.items() if backend.load()[0] is module)
+    place["backend"] = next(
+        name for name, backend in ops.BACKENDS.items() if backend.load()[0] is module
+    )
     return device, place, roofs(device)
 
 
@@ -98,7 +114,9 @@ def measured(case: Case, rows_of: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def rows_of(machine: Any) -> Any:
-    """case -> (rows, times) by method; checked and measured once, when the first of its methods is asked for."""
+    """case -> (rows, times) by method; checked and measured once, when the first of its methods is
+    asked for.
+    """
     done: dict[str, Any] = {}
 
     def run(case: Case) -> Any:
@@ -121,9 +139,19 @@ def run_case(case: Case, device: str, place: dict[str, Any], roofs: dict[str, fl
     contestants = part.contestants(case, device)
     part.check(case, device, contestants)
     warmup = 0 if case.part == "models" else 1  # a model's check has made two steps
-    times = measure(contestants, device, case.seconds, case.min_rounds, case.max_rounds, case.part == "ops", warmup)
+    times = measure(
+        contestants,
+        device,
+        case.seconds,
+        case.min_rounds,
+        case.max_rounds,
+        case.part == "ops",
+        warmup,
+    )
     rows = {}
     for method in case.methods:
         peak = peak_memory(contestants[method.name], device) if case.memory else None
-        rows[method.name] = row_of(case, method, contestants[method.name], times, peak, place, roofs)
+        rows[method.name] = row_of(
+            case, method, contestants[method.name], times, peak, place, roofs
+        )
     return rows, times

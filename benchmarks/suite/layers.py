@@ -1,4 +1,6 @@
-"""One linear layer, forward, backward and update: the contestants of benchmarks/layers.py, and row and block slices."""
+"""One linear layer, forward, backward and update: the contestants of benchmarks/layers.py, and row
+and block slices.
+"""
 
 from __future__ import annotations
 
@@ -31,4 +33,6 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
     """The slice trains as the masked baseline does. Raises AssertionError."""
-    layers.agreement((case.in_features, case.out_features), case.tokens, DTYPES[case.dtype], case.r, device)
+    layers.agreement(
+        (case.in_features, case.out_features), case.tokens, DTYPES[case.dtype], case.r, device
+    )

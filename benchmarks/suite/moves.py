@@ -16,14 +16,18 @@ SHAPES = ((384, 384),) * 4 + ((384, 1536), (1536, 384))  # (in, out), of one lay
 
 
 class Stepper:
-    """The encoder's linear layers with a gradient that stays; ``run()`` makes MOVES_STEPS optimizer steps."""
+    """The encoder's linear layers with a gradient that stays; ``run()`` makes MOVES_STEPS optimizer
+    steps.
+    """
 
     def __init__(self, case: Case, method: Method, device: str) -> None:
         torch.manual_seed(0)
         linears = (nn.Linear(i, o, bias=False) for _ in range(case.depth) for i, o in SHAPES)
         self.interval = None if method.kind == "static" else int(method.name.split()[-1])
         config = SliceConfig(r=case.r, switch_interval=self.interval, target_modules=r"\d+")
-        self.model: Any = get_slice_model(nn.Sequential(*linears).to(device, DTYPES[case.dtype]), config)
+        self.model: Any = get_slice_model(
+            nn.Sequential(*linears).to(device, DTYPES[case.dtype]), config
+        )
         self.optimizer = SliceAdamW(self.model.parameters(), lr=1e-4)
         for layer in slice_layers(self.model):
             layer.slice_weight.grad = torch.randn_like(layer.slice_weight)
@@ -43,13 +47,19 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 
 def check(case: Case, device: str, made: dict[str, Contestant]) -> None:
-    """As many moves as the interval says, and what has not been visited is untouched. Raises AssertionError."""
+    """As many moves as the interval says, and what has not been visited is untouched. Raises
+    AssertionError.
+    """
     for name, contestant in made.items():
         stepper: Stepper = contestant.step.__self__  # type: ignore[attr-defined]
         before = [layer.weight.clone() for layer in slice_layers(stepper.model)]
         stepper.run()
         for layer, weight in zip(slice_layers(stepper.model), before, strict=True):
             expected = MOVES_STEPS // stepper.interval if stepper.interval else 0
-            assert layer.schedule.moves == expected, f"{name}: {layer.schedule.moves} moves, not {expected}"
+            assert layer.schedule.moves == expected, (
+                f"{name}: {layer.schedule.moves} moves, not {expected}"
+            )
             seen = case.r * (1 + expected)
-            assert torch.equal(layer.weight[:, seen:], weight[:, seen:]), f"{name} wrote outside its slices"
+            assert torch.equal(layer.weight[:, seen:], weight[:, seen:]), (
+                f"{name} wrote outside its slices"
+            )

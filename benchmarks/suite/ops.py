@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.suite.registry import Case
 from benchmarks.suite.turns import DTYPES, Contestant
 from benchmarks.updates import CopyBack
-from slicefine import ops, reference
+from slicefine import ops
+from slicefine.backends import reference
 
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.0, False, None)  # lr, betas, eps, decay, maximize, seed
 LAYERS = 8  # slices that slice_adamw updates in one call
@@ -21,7 +22,9 @@ def op_of(case: Case) -> str:
 
 
 class Slice:
-    """Operands of one column slice, made from a seed: grad (n, out), input (n, r), weight (out, in), master and moments."""
+    """Operands of one column slice, made from a seed: grad (n, out), input (n, r), weight (out,
+    in), master and moments.
+    """
 
     def __init__(self, case: Case, device: str, seed: int) -> None:
         generator, dtype = torch.Generator().manual_seed(seed), DTYPES[case.dtype]
@@ -45,7 +48,8 @@ def adamw(slices: list[Slice], implementation: Any) -> None:
     for s in slices:
         s.step += 1
     lists = [
-        [getattr(s, n) for s in slices] for n in ("master", "grad", "exp_avg", "exp_avg_sq", "weight", "cols", "step")
+        [getattr(s, n) for s in slices]
+        for n in ("master", "grad", "exp_avg", "exp_avg_sq", "weight", "cols", "step")
     ]
     implementation.slice_adamw(*lists[:5], [None] * len(slices), *lists[5:], *ADAMW)
 
@@ -54,7 +58,7 @@ def grad_adamw(s: Slice, implementation: Any) -> None:
     s.step += 1
     implementation.slice_grad_adamw(
         s.grad_output, s.input, *s.state(), s.weight, None, s.cols, s.step, *ADAMW
-    )  # fmt: skip
+    )
 
 
 def in_torch(case: Case, slices: list[Slice]) -> Any:
@@ -63,7 +67,9 @@ def in_torch(case: Case, slices: list[Slice]) -> Any:
     gradient = lambda: (first.grad_output.t() @ first.input).float()
     if op == "slice_grad":
         return gradient
-    torchs = CopyBack([s.weight for s in slices], [(None, s.cols) for s in slices], [s.master for s in slices])
+    torchs = CopyBack(
+        [s.weight for s in slices], [(None, s.cols) for s in slices], [s.master for s in slices]
+    )
     for master, s in zip(torchs.masters, slices, strict=True):
         master.grad = s.grad
 
@@ -100,7 +106,8 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 
 def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
-    """Against float64: at most twice float32 PyTorch's error and, for a product, two roundings of its sum of |products|.
+    """Against float64: at most twice float32 PyTorch's error and, for a product, two roundings of
+    its sum of |products|.
 
     A product over many tokens is summed in another order than PyTorch's. Raises AssertionError.
     """
@@ -113,10 +120,15 @@ def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
     if op == "slice_grad":
         truth = reference.slice_grad(exact.grad_output, exact.input)
         ours, theirs = (
-            (module.slice_grad(found.grad_output, found.input, None).double() - truth).abs().max().item()
+            (module.slice_grad(found.grad_output, found.input, None).double() - truth)
+            .abs()
+            .max()
+            .item()
             for module in (ops, reference)
         )
-        assert ours <= 2 * theirs + order, f"{case.name}: error {ours:.1e}, allowed {2 * theirs + order:.1e}"
+        assert ours <= 2 * theirs + order, (
+            f"{case.name}: error {ours:.1e}, allowed {2 * theirs + order:.1e}"
+        )
         return
     run = {
         "slice_adamw": lambda s, module: adamw([s], module),
@@ -129,7 +141,11 @@ def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
         run[op](exact, reference)
     for a, b, c in zip(found.state(), plain.state(), exact.state(), strict=True):
         bound = 2 * (b.double() - c).abs().max().item() + 1e-6 * c.abs().max().item() + order
-        assert (a.double() - c).abs().max().item() <= bound, f"{case.name}: further from float64 than {bound:.1e}"
+        assert (a.double() - c).abs().max().item() <= bound, (
+            f"{case.name}: further from float64 than {bound:.1e}"
+        )
     r = case.r
-    assert torch.equal(found.weight[:, :r], found.master.to(found.weight.dtype)), f"{case.name}: weight is not master"
+    assert torch.equal(found.weight[:, :r], found.master.to(found.weight.dtype)), (
+        f"{case.name}: weight is not master"
+    )
     assert torch.equal(found.weight[:, r:], before[:, r:]), f"{case.name} wrote outside its slice"

@@ -1,4 +1,6 @@
-"""One test per case and method; see conftest.py for the measuring and registry.py for what there is."""
+"""One test per case and method; see conftest.py for the measuring and registry.py for what there
+is.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +13,7 @@ from benchmarks.suite.conftest import REPLAY
 def test_speed(method, measured, machine, benchmark):
     rows, times = measured  # a fixture before `benchmark`: a red check leaves nothing behind
     REPLAY.load([ms / 1e3 for ms in times[0][method.name]])
-    benchmark.extra_info.update(row=rows[method.name], roofs=machine[2], package=str(Path(slicefine.__file__).parent))
+    benchmark.extra_info.update(
+        row=rows[method.name], roofs=machine[2], package=str(Path(slicefine.__file__).parent)
+    )
     benchmark.pedantic(REPLAY.play, rounds=len(REPLAY.pending))

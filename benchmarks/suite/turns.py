@@ -20,17 +20,56 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RATIOS = {"floor": "frozen floor", "masked": "masked gradient", "column": "slice column"}
 # every row has these; a value that does not apply is None
 KEYS = (
-    "part", "case", "method", "measures", "axis", "dtype", "tokens", "length", "in", "out", "depth", "width", "r", "targets", "equal",
-    "trainable", "mode", "device", "device_type", "threads", "torch", "triton", "python", "peft", "commit", "date", "backend", "rounds", "p20_ms",
-    "p50_ms", "p80_ms", "cpu_p20_ms", "cpu_p50_ms", "cpu_p80_ms", "base",
-    *(f"{clock}ratio_to_{b}{q}" for clock in ("", "cpu_") for b in (*RATIOS, "base") for q in ("", "_p20", "_p80")),
-    "roofline_share", "peak_bytes",
-)  # fmt: skip
+    "part",
+    "case",
+    "method",
+    "measures",
+    "axis",
+    "dtype",
+    "tokens",
+    "length",
+    "in",
+    "out",
+    "depth",
+    "width",
+    "r",
+    "targets",
+    "equal",
+    "trainable",
+    "mode",
+    "device",
+    "device_type",
+    "threads",
+    "torch",
+    "triton",
+    "python",
+    "peft",
+    "commit",
+    "date",
+    "backend",
+    "rounds",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "cpu_p20_ms",
+    "cpu_p50_ms",
+    "cpu_p80_ms",
+    "base",
+    *(
+        f"{clock}ratio_to_{b}{q}"
+        for clock in ("", "cpu_")
+        for b in (*RATIOS, "base")
+        for q in ("", "_p20", "_p80")
+    ),
+    "roofline_share",
+    "peak_bytes",
+)
 
 
 @dataclass
 class Contestant:
-    """step(): what is timed. repeats: steps that one call makes. held(): tensors that count as its memory before a step.
+    """step(): what is timed. repeats: steps that one call makes. held(): tensors that count as its
+    memory before a step.
 
     nbytes, flops: what the call cannot do without, for shares of the roofline.
     """
@@ -55,13 +94,20 @@ def measure(
     flush: bool,
     warmup: int = 1,
 ) -> tuple[Times, Times]:
-    """Milliseconds of each contestant in each round, by the wall clock and, on a CPU, of this process on its core.
+    """Milliseconds of each contestant in each round, by the wall clock and, on a CPU, of this
+    process on its core.
 
-    The order turns from round to round. On a shared machine the second clock does not run while another program has the core.
-    flush: write 64 Mi bytes (256 on a GPU) before each call, so that operands come from memory and not from a cache.
+    The order turns from round to round. On a shared machine the second clock does not run while
+    another program has the core.
+    flush: write 64 Mi bytes (256 on a GPU) before each call, so that operands come from memory and
+        not from a cache.
     """
     cuda = device == "cuda"
-    eraser = torch.empty((256 if cuda else 64) * 2**20, dtype=torch.uint8, device=device) if flush or cuda else None
+    eraser = (
+        torch.empty((256 if cuda else 64) * 2**20, dtype=torch.uint8, device=device)
+        if flush or cuda
+        else None
+    )
     wall: Times = {name: [] for name in contestants}
     cpu: Times = {} if cuda else {name: [] for name in contestants}
     names = list(contestants)
@@ -98,7 +144,9 @@ def milliseconds(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
 
 
 def peak_memory(contestant: Contestant, device: str) -> int:
-    """Most bytes that one step holds at a time, weights and optimizer state included and other contestants left out."""
+    """Most bytes that one step holds at a time, weights and optimizer state included and other
+    contestants left out.
+    """
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contestant.held()}
     with track_memory(contestant.held(), device) as report:
         contestant.step()
@@ -107,49 +155,90 @@ def peak_memory(contestant: Contestant, device: str) -> int:
 
 
 def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of the rounds' ratios: drift of the machine's speed cancels within a round."""
+    """20th, 50th and 80th percentile of the rounds' ratios: drift of the machine's speed cancels
+    within a round.
+    """
     low, middle, high = quantiles([t / b for t, b in zip(times, base, strict=True)])
     return low, middle, high
 
 
 def row_of(
-    case: Case, method: Method, contestant: Contestant, times: tuple[Times, Times], peak: int | None, place: dict[str, Any],
+    case: Case,
+    method: Method,
+    contestant: Contestant,
+    times: tuple[Times, Times],
+    peak: int | None,
+    place: dict[str, Any],
     roofs: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    """One row. place: what `record.where` says, and the backend. roofs: bytes and flops per second of this machine."""
+) -> dict[str, Any]:
+    """One row. place: what `record.where` says, and the backend. roofs: bytes and flops per second
+    of this machine.
+    """
     wall = times[0]
     row: dict[str, Any] = dict.fromkeys(KEYS) | place
     row |= {
-        "part": case.part, "case": case.name, "method": method.name, "measures": case.measures, "axis": case.axis, "dtype": case.dtype,
-        "tokens": case.tokens, "in": case.in_features, "out": case.out_features, "length": case.length, "depth": case.depth,
-        "width": case.width, "r": rank(case, method), "equal": method.equal, "trainable": contestant.trainable,
-        "targets": {"models": "all linears", "layers": "the layer", "moves": "all linears"}.get(case.part, "the slice"),
-        "mode": "eager", "rounds": len(wall[method.name]), "base": case.base, "peak_bytes": peak,
-    }  # fmt: skip
+        "part": case.part,
+        "case": case.name,
+        "method": method.name,
+        "measures": case.measures,
+        "axis": case.axis,
+        "dtype": case.dtype,
+        "tokens": case.tokens,
+        "in": case.in_features,
+        "out": case.out_features,
+        "length": case.length,
+        "depth": case.depth,
+        "width": case.width,
+        "r": rank(case, method),
+        "equal": method.equal,
+        "trainable": contestant.trainable,
+        "targets": (
+            {"models": "all linears", "layers": "the layer", "moves": "all linears"}.get(
+                case.part, "the slice"
+            )
+        ),
+        "mode": "eager",
+        "rounds": len(wall[method.name]),
+        "base": case.base,
+        "peak_bytes": peak,
+    }
     if case.part == "models":
         row |= {"in": None, "out": None}
     for clock, found in zip(("", "cpu_"), times, strict=True):
         if not found:
             continue
         mine = found[method.name]
-        row |= dict(zip((f"{clock}p20_ms", f"{clock}p50_ms", f"{clock}p80_ms"), quantiles(mine), strict=True))
+        row |= dict(
+            zip(
+                (f"{clock}p20_ms", f"{clock}p50_ms", f"{clock}p80_ms"), quantiles(mine), strict=True
+            )
+        )
         for name, base in (*RATIOS.items(), ("base", case.base)):
             if base in found:
                 key = f"{clock}ratio_to_{name}"
-                row |= dict(zip((f"{key}_p20", key, f"{key}_p80"), ratios(mine, found[base]), strict=True))
+                row |= dict(
+                    zip((f"{key}_p20", key, f"{key}_p80"), ratios(mine, found[base]), strict=True)
+                )
     if contestant.nbytes is not None and contestant.flops is not None:
-        needed = max(contestant.nbytes / roofs["bytes_per_s"], contestant.flops / roofs[f"flops_per_s_{case.dtype}"])
+        needed = max(
+            contestant.nbytes / roofs["bytes_per_s"],
+            contestant.flops / roofs[f"flops_per_s_{case.dtype}"],
+        )
         row["roofline_share"] = 1e3 * needed / row["p50_ms"]
     return row
 
 
 def rank(case: Case, method: Method) -> int | None:
-    """A case's r is that of every method that has one, where the case varies r; else the method has its own."""
+    """A case's r is that of every method that has one, where the case varies r; else the method has
+    its own.
+    """
     return case.r if method.r is not None and (case.axis or case.part != "models") else method.r
 
 
 def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
-    """What this machine reaches: bytes per second of a long copy (read and write), flops per second of a square product."""
+    """What this machine reaches: bytes per second of a long copy (read and write), flops per second
+    of a square product.
+    """
     cuda = device == "cuda"
     source = torch.zeros(bytes_to_copy, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -159,6 +248,8 @@ def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
     for name, dtype in DTYPES.items():
         a = torch.randn(size, size, device=device).to(dtype)
         found[f"flops_per_s_{name}"] = 2 * size**3 / best(lambda a=a: a @ a, 6)
-    if not cuda:  # torch's float16 product is far slower than a conversion to float32, so it is no roof
+    if (
+        not cuda
+    ):  # torch's float16 product is far slower than a conversion to float32, so it is no roof
         found["flops_per_s_fp16"] = max(found["flops_per_s_fp16"], found["flops_per_s_fp32"])
     return found

@@ -1,4 +1,6 @@
-"""slicefine's Triton kernels: tensors in, tensors out. One file per op; launch configurations in `configs`."""
+"""slicefine's Triton kernels: tensors in, tensors out. One file per op; launch configurations in
+`configs`.
+"""
 
 from slicefine_kernels.slice_adamw import slice_adamw
 from slicefine_kernels.slice_adamw_8bit import slice_adamw_8bit

@@ -8,7 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def one_minus_power(log_beta, step):
-    """1 - beta**step = -expm1(step * log(beta)), accurate in float32 where beta is close to 1; log_beta < 0."""
+    """1 - beta**step = -expm1(step * log(beta)), accurate in float32 where beta is close to 1;
+    log_beta < 0.
+    """
     z = step * log_beta
     series = -z * (1.0 + z * (0.5 + z * (0.16666667 + z * (0.041666668 + z * 0.008333334))))
     return tl.where(z > -0.25, series, 1.0 - tl.exp(z))
@@ -25,7 +27,9 @@ def adamw_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, c
 
 @triton.jit
 def round_bf16(x):
-    """float32 -> bfloat16, to nearest, ties to even. Spelled out: Triton's interpreter truncates in a plain cast."""
+    """float32 -> bfloat16, to nearest, ties to even. Spelled out: Triton's interpreter truncates in
+    a plain cast.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -34,7 +38,9 @@ def round_bf16(x):
 
 @triton.jit
 def round_bf16_stochastic(x, random):
-    """float32 -> bfloat16, up with probability = the fraction cut off; `random` is uniform on 32 bits."""
+    """float32 -> bfloat16, up with probability = the fraction cut off; `random` is uniform on 32
+    bits.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     up = (bits + (random & 0xFFFF)) & 0xFFFF0000

@@ -1,7 +1,10 @@
-"""Launch configurations: pure functions of shape, element size and architecture, so that a test can list and compile them all.
+"""Launch configurations: pure functions of shape, element size and architecture, so that a test can
+list and compile them all.
 
-`tuned.GRAD` holds what `python -m benchmarks.tune` measured on a GPU; where it has no entry the figures come from
-ahead-of-time compilation (registers, spills, shared memory: `python -m benchmarks.aot`) and from the arithmetic in
+`tuned.GRAD` holds what `python -m benchmarks.tune` measured on a GPU; where it has no entry the
+figures come from
+ahead-of-time compilation (registers, spills, shared memory: `python -m benchmarks.aot`) and from
+the arithmetic in
 kernels/README.md. There is no autotuning at run time.
 """
 
@@ -17,7 +20,9 @@ MAX_TILE = 128 * 64
 
 @dataclass(frozen=True)
 class GradConfig:
-    """Tiles of `slice_grad` and `slice_grad_adamw`: BLOCK_T tokens by BLOCK_R output by BLOCK_K input features."""
+    """Tiles of `slice_grad` and `slice_grad_adamw`: BLOCK_T tokens by BLOCK_R output by BLOCK_K
+    input features.
+    """
 
     BLOCK_R: int
     BLOCK_K: int
@@ -36,17 +41,23 @@ class AdamWConfig:
 
 
 def tile_class(R: int, K: int, element_size: int) -> tuple[str, int, int]:
-    """What a configuration depends on: which operand is wide, the padded width of the thin one, bytes per element."""
+    """What a configuration depends on: which operand is wide, the padded width of the thin one,
+    bytes per element.
+    """
     return ("rows" if R >= K else "cols", _padded(min(R, K), 64), element_size)
 
 
 def _padded(features: int, largest: int) -> int:
-    """Smallest power of two that holds the features, between 16 (the least `tl.dot` takes) and the largest."""
+    """Smallest power of two that holds the features, between 16 (the least `tl.dot` takes) and the
+    largest.
+    """
     return min(largest, max(16, 1 << (features - 1).bit_length())) if features > 0 else 16
 
 
 def grad_config(R: int, K: int, element_size: int, architecture: str) -> GradConfig:
-    """R output by K input features; element_size: bytes of dY's and X's type; architecture: "sm_90", "gfx942", ..."""
+    """R output by K input features; element_size: bytes of dY's and X's type; architecture:
+    "sm_90", "gfx942", ...
+    """
     chosen = tuned.GRAD.get((architecture, *tile_class(R, K, element_size)))
     if chosen is not None:
         return GradConfig(*chosen)
@@ -57,7 +68,8 @@ def default_config(R: int, K: int, element_size: int) -> GradConfig:
     """Where nothing has been measured."""
     side, thin, _ = tile_class(R, K, element_size)
     if element_size > 2:
-        # float32 without TF32 multiplies outside the tensor cores, from registers. Left alone, ptxas aims at a higher occupancy
+        # float32 without TF32 multiplies outside the tensor cores, from registers. Left alone,
+        # ptxas aims at a higher occupancy
         # and spills a register or two for it (sm_80, sm_100, sm_120)
         wide, warps, block_t, registers = (64 if thin <= 32 else 32), 4, 32, 168
     elif thin == 16:
@@ -72,7 +84,8 @@ def default_config(R: int, K: int, element_size: int) -> GradConfig:
 
 
 def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tuple[int, int]:
-    """(programs that share the tokens of one tile, tokens of each): two programs per processor where tiles are too few, but
+    """(programs that share the tokens of one tile, tokens of each): two programs per processor
+    where tiles are too few, but
     at least four blocks of tokens each, and never so many that some processors get a third."""
     wanted = max(1, min(2 * processors // max(tiles, 1), tokens // (4 * block_t)))
     tokens_per_split = max(1, -(-tokens // (wanted * block_t))) * block_t
@@ -80,7 +93,9 @@ def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tupl
 
 
 def workspace_floats(processors: int) -> int:
-    """Partial sums that `token_splits` can ask for at once: at most two programs per processor split a tile."""
+    """Partial sums that `token_splits` can ask for at once: at most two programs per processor
+    split a tile.
+    """
     return 2 * processors * MAX_TILE
 
 

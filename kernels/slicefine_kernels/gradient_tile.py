@@ -1,4 +1,6 @@
-"""One tile of a slice's gradient, G = dY[:, rows]^T X: the part that `slice_grad` and `slice_grad_adamw` share."""
+"""One tile of a slice's gradient, G = dY[:, rows]^T X: the part that `slice_grad` and
+`slice_grad_adamw` share.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,16 @@ def gradient_tile(
         offs_t = offs_t.to(tl.int64)
         # [BLOCK_R, BLOCK_T]
         dy = tl.load(
-            dy_columns[:, None] + offs_t[None, :] * stride_dyt, mask=mask_r[:, None] & mask_t[None, :], other=0.0
+            dy_columns[:, None] + offs_t[None, :] * stride_dyt,
+            mask=mask_r[:, None] & mask_t[None, :],
+            other=0.0,
         )
         # [BLOCK_T, BLOCK_K]
-        x = tl.load(x_columns[None, :] + offs_t[:, None] * stride_xt, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
+        x = tl.load(
+            x_columns[None, :] + offs_t[:, None] * stride_xt,
+            mask=mask_t[:, None] & mask_k[None, :],
+            other=0.0,
+        )
         if UPCAST:
             dy = dy.to(tl.float32)
             x = x.to(tl.float32)
@@ -58,8 +66,19 @@ def gradient_tile(
 
 
 @triton.jit
-def hand_in(acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Leave a split's sum in the workspace and take a ticket -> whether every other split of the tile has done so."""
+def hand_in(
+    acc,
+    partials_ptr,
+    tickets_ptr,
+    tile,
+    split,
+    splits,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Leave a split's sum in the workspace and take a ticket -> whether every other split of the
+    tile has done so.
+    """
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, acc)
     tl.debug_barrier()  # all warps have stored before one of them releases
@@ -68,14 +87,17 @@ def hand_in(acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R: tl.con
 
 @triton.jit
 def add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The last arriver's part: the sum of all splits, always in the same order, and the ticket counter back at zero."""
+    """The last arriver's part: the sum of all splits, always in the same order, and the ticket
+    counter back at zero.
+    """
     tl.debug_barrier()
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for split in range(0, splits):
         # past the first-level cache, which knows nothing of other processors' stores
         acc += tl.load(
-            partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, cache_modifier=".cg"
+            partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs,
+            cache_modifier=".cg",
         )
     tl.store(tickets_ptr + tile, 0)
     return acc

@@ -1,4 +1,6 @@
-"""What launchers ask of the machine: the device to launch on, its width, how `tl.dot` multiplies, the workspace."""
+"""What launchers ask of the machine: the device to launch on, its width, how `tl.dot` multiplies,
+the workspace.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,22 @@ from slicefine_kernels.configs import grad_config, token_splits, workspace_float
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's where several GPUs are visible."""
+    """Triton launches on the current device, which need not be the tensor's where several GPUs are
+    visible.
+    """
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; for the interpreter's CPU tensors 4, so that tokens are split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors (compute units) of a GPU; for the interpreter's CPU tensors 4, so
+    that tokens are split.
+    """
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
 
 
 @functools.cache
@@ -38,9 +48,12 @@ def architecture(device: torch.device) -> str:
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
-    """INPUT_PRECISION: TF32 for float32 operands only where torch allows it. UPCAST: for the interpreter."""
+    """INPUT_PRECISION: TF32 for float32 operands only where torch allows it. UPCAST: for the
+    interpreter.
+    """
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as integers.
+    # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as
+    # integers.
     upcast = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
     return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast}
 
@@ -49,10 +62,13 @@ _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
 def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(partial sums float32, tickets int32 all zero), one pair per device and stream, shared by every layer that runs there.
+    """(partial sums float32, tickets int32 all zero), one pair per device and stream, shared by
+    every layer that runs there.
 
-    Kernels of one stream run one after another and leave the tickets at zero. A CUDA graph gets a pair of its own: it replays
-    on whatever stream it likes, and what is allocated while it is captured lives in its memory pool.
+    Kernels of one stream run one after another and leave the tickets at zero. A CUDA graph gets a
+    pair of its own: it replays
+    on whatever stream it likes, and what is allocated while it is captured lives in its memory
+    pool.
     """
     count = processors(device)
     make = lambda: (
@@ -84,7 +100,9 @@ class GradientLaunch:
 def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
     """For a slice of R x K features and T tokens of input's dtype, on its device."""
     if R * K >= 2**31:
-        raise ValueError(f"a slice of {R} x {K} features has {R * K} entries; the kernels take fewer than 2**31")
+        raise ValueError(
+            f"a slice of {R} x {K} features has {R * K} entries; the kernels take fewer than 2**31"
+        )
     device = input.device
     config = grad_config(R, K, input.element_size(), architecture(device))
     tiles = triton.cdiv(R, config.BLOCK_R) * triton.cdiv(K, config.BLOCK_K)

@@ -1,7 +1,10 @@
-"""slice_adamw: AdamW on the masters of many slices and write-through to their weights, one launch per weight dtype.
+"""slice_adamw: AdamW on the masters of many slices and write-through to their weights, one launch
+per weight dtype.
 
-A table in device memory holds, for each slice, the addresses of its tensors; a program takes one block of one slice. The
-table is sent only when an address has changed since the last call, from pinned memory, so a step neither waits for the device
+A table in device memory holds, for each slice, the addresses of its tensors; a program takes one
+block of one slice. The
+table is sent only when an address has changed since the last call, from pinned memory, so a step
+neither waits for the device
 nor breaks the capture of a CUDA graph.
 """
 
@@ -15,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
+from slicefine_kernels.adamw import (
+    adamw_update,
+    one_minus_power,
+    philox_word,
+    round_bf16,
+    round_bf16_stochastic,
+)
 from slicefine_kernels.configs import adamw_config
 from slicefine_kernels.launch import address, address_table, on_device_of
 
@@ -66,7 +75,9 @@ def _slice_adamw_kernel(
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
     correction1 = one_minus_power(log_beta1, step)
     correction2 = one_minus_power(log_beta2, step)
-    p, m, v = adamw_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2)
+    p, m, v = adamw_update(
+        p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2
+    )
     tl.store(p_ptr + offs, p, mask=mask)
     tl.store(m_ptr + offs, m, mask=mask)
     tl.store(v_ptr + offs, v, mask=mask)
@@ -108,28 +119,56 @@ def slice_adamw(
     maximize: bool,
     seed: int | None,
 ) -> None:
-    """masters, grads, exp_avgs, exp_avg_sqs: (R, K) float32 each; weights: (out, in); steps: () float32 on the device."""
+    """masters, grads, exp_avgs, exp_avg_sqs: (R, K) float32 each; weights: (out, in); steps: ()
+    float32 on the device.
+    """
     config = adamw_config()
     grads = [g.to(torch.float32).contiguous() for g in grads]
     for dtype in dict.fromkeys(w.dtype for w in weights):
         entries, largest = [], 0
-        for i, (p, g, m, v, weight) in enumerate(zip(masters, grads, exp_avgs, exp_avg_sqs, weights, strict=True)):
+        for i, (p, g, m, v, weight) in enumerate(
+            zip(masters, grads, exp_avgs, exp_avg_sqs, weights, strict=True)
+        ):
             if weight.dtype != dtype or p.numel() == 0:
                 continue
             for name, t in (("master", p), ("exp_avg", m), ("exp_avg_sq", v)):
                 if not t.is_contiguous():
-                    raise ValueError(f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous")
-            entries.append((
-                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), weight.data_ptr(), address(rows[i]), address(cols[i]),
-                steps[i].data_ptr(), *p.shape, *weight.stride(), i,
-            ))  # fmt: skip
+                    raise ValueError(
+                        f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected"
+                        " contiguous"
+                    )
+            entries.append(
+                (
+                    p.data_ptr(),
+                    g.data_ptr(),
+                    m.data_ptr(),
+                    v.data_ptr(),
+                    weight.data_ptr(),
+                    address(rows[i]),
+                    address(cols[i]),
+                    steps[i].data_ptr(),
+                    *p.shape,
+                    *weight.stride(),
+                    i,
+                )
+            )
             largest = max(largest, p.numel())
         if not entries:
             continue
         with on_device_of(weights[0]):
             _slice_adamw_kernel[(triton.cdiv(largest, config.BLOCK), len(entries))](
-                address_table(tuple(entries), weights[0].device), lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay,
-                -1.0 if maximize else 1.0, seed or 0,
-                STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
-                BLOCK=config.BLOCK, num_warps=config.num_warps,
-            )  # fmt: skip
+                address_table(tuple(entries), weights[0].device),
+                lr,
+                beta1,
+                beta2,
+                math.log(beta1),
+                math.log(beta2),
+                eps,
+                weight_decay,
+                -1.0 if maximize else 1.0,
+                seed or 0,
+                STOCHASTIC=seed is not None and dtype == torch.bfloat16,
+                WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
+                BLOCK=config.BLOCK,
+                num_warps=config.num_warps,
+            )

@@ -1,4 +1,6 @@
-"""slice_adamw_8bit: `slice_adamw` with both moments in 8 bits, one scale per 256 of them (Dettmers et al. 2022)."""
+"""slice_adamw_8bit: `slice_adamw` with both moments in 8 bits, one scale per 256 of them (Dettmers
+et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicefine_kernels.adamw import adamw_update, one_minus_power, philox_word, round_bf16, round_bf16_stochastic
+from slicefine_kernels.adamw import (
+    adamw_update,
+    one_minus_power,
+    philox_word,
+    round_bf16,
+    round_bf16_stochastic,
+)
 from slicefine_kernels.launch import address, address_table, on_device_of
 
 _FIELDS = tl.constexpr(15)
@@ -22,7 +30,9 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 @triton.jit
 def _nearest_code(ratio, book_ptr):
-    """The number of midpoints below the ratio: binary search in the 256 ascending values of a codebook."""
+    """The number of midpoints below the ratio: binary search in the 256 ascending values of a
+    codebook.
+    """
     code = tl.zeros(ratio.shape, dtype=tl.int32)
     for bit in tl.static_range(8):
         trial = code + (128 >> bit)
@@ -79,7 +89,10 @@ def _slice_adamw_8bit_kernel(
     v_scales = tl.load(entry + 5).to(tl.pointer_type(tl.float32)) + block
 
     # AdamW
-    g = tl.load(tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + offs, mask=mask, other=0.0) * sign
+    g = (
+        tl.load(tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + offs, mask=mask, other=0.0)
+        * sign
+    )
     p = tl.load(p_ptr, mask=mask, other=0.0)
     m = tl.load(book_ptr + tl.load(m_ptr, mask=mask, other=0).to(tl.int32))
     m = tl.where(mask, m * tl.load(m_scales, mask=mask_s, other=0.0)[:, None], 0.0)
@@ -88,7 +101,9 @@ def _slice_adamw_8bit_kernel(
     step = tl.load(tl.load(entry + 9).to(tl.pointer_type(tl.float32)))
     correction1 = one_minus_power(log_beta1, step)
     correction2 = one_minus_power(log_beta2, step)
-    p, m, v = adamw_update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2)
+    p, m, v = adamw_update(
+        p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2
+    )
     tl.store(p_ptr, p, mask=mask)
     _quantize(m, m_ptr, m_scales, mask, mask_s, book_ptr)
     _quantize(v, v_ptr, v_scales, mask, mask_s, book_ptr + 256)
@@ -133,25 +148,54 @@ def slice_adamw_8bit(
     maximize: bool,
     seed: int | None,
 ) -> None:
-    """masters, grads: (R, K) float32; exp_avgs, exp_avg_sqs: (R, K) uint8; scales: (ceil(R K / 256),); codebook: (2, 256)."""
+    """masters, grads: (R, K) float32; exp_avgs, exp_avg_sqs: (R, K) uint8; scales: (ceil(R K /
+    256),); codebook: (2, 256).
+    """
     grads = [g.to(torch.float32).contiguous() for g in grads]
     for dtype in dict.fromkeys(w.dtype for w in weights):
         entries, largest = [], 0
-        for i, (p, m, v, weight) in enumerate(zip(masters, exp_avgs, exp_avg_sqs, weights, strict=True)):
+        for i, (p, m, v, weight) in enumerate(
+            zip(masters, exp_avgs, exp_avg_sqs, weights, strict=True)
+        ):
             if weight.dtype != dtype or p.numel() == 0:
                 continue
             for name, t in (("master", p), ("exp_avg", m), ("exp_avg_sq", v)):
                 if not t.is_contiguous():
-                    raise ValueError(f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous")
-            tensors = (p, grads[i], m, v, exp_avg_scales[i], exp_avg_sq_scales[i], weight, rows[i], cols[i], steps[i])
+                    raise ValueError(
+                        f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected"
+                        " contiguous"
+                    )
+            tensors = (
+                p,
+                grads[i],
+                m,
+                v,
+                exp_avg_scales[i],
+                exp_avg_sq_scales[i],
+                weight,
+                rows[i],
+                cols[i],
+                steps[i],
+            )
             entries.append((*map(address, tensors), *p.shape, *weight.stride(), i))
             largest = max(largest, p.numel())
         if not entries:
             continue
         with on_device_of(weights[0]):
             _slice_adamw_8bit_kernel[(triton.cdiv(largest, _BLOCKS * 256), len(entries))](
-                address_table(tuple(entries), weights[0].device), codebook, lr, beta1, beta2, math.log(beta1), math.log(beta2),
-                eps, weight_decay, -1.0 if maximize else 1.0, seed or 0,
-                STOCHASTIC=seed is not None and dtype == torch.bfloat16, WEIGHT_DTYPE=_TRITON_DTYPE[dtype], BLOCKS=_BLOCKS,
+                address_table(tuple(entries), weights[0].device),
+                codebook,
+                lr,
+                beta1,
+                beta2,
+                math.log(beta1),
+                math.log(beta2),
+                eps,
+                weight_decay,
+                -1.0 if maximize else 1.0,
+                seed or 0,
+                STOCHASTIC=seed is not None and dtype == torch.bfloat16,
+                WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
+                BLOCKS=_BLOCKS,
                 num_warps=8,
-            )  # fmt: skip
+            )

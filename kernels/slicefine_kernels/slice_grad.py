@@ -1,7 +1,9 @@
 """slice_grad: G = dY[:, rows]^T X, (R, K) float32, in one launch.
 
-Tokens are split over programs; each leaves its partial sum in the workspace, and the last to arrive at a tile adds them in
-order, so the result is the same on every run. dY and X are read once per tile of the other's features.
+Tokens are split over programs; each leaves its partial sum in the workspace, and the last to arrive
+at a tile adds them in
+order, so the result is the same on every run. dY and X are read once per tile of the other's
+features.
 """
 
 from __future__ import annotations
@@ -48,10 +50,26 @@ def _slice_grad_kernel(
     offs_k = (tile % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     t_begin = split * tokens_per_split
     acc = gradient_tile(
-        dy_ptr, x_ptr, rows_ptr, stride_dyt, stride_dyr, stride_xt, stride_xk, R, K,
-        t_begin, tl.minimum(t_begin + tokens_per_split, T), offs_r, offs_k,
-        HAS_ROWS, BLOCK_R, BLOCK_K, BLOCK_T, INPUT_PRECISION, UPCAST,
-    )  # fmt: skip
+        dy_ptr,
+        x_ptr,
+        rows_ptr,
+        stride_dyt,
+        stride_dyr,
+        stride_xt,
+        stride_xk,
+        R,
+        K,
+        t_begin,
+        tl.minimum(t_begin + tokens_per_split, T),
+        offs_r,
+        offs_k,
+        HAS_ROWS,
+        BLOCK_R,
+        BLOCK_K,
+        BLOCK_T,
+        INPUT_PRECISION,
+        UPCAST,
+    )
     last = True
     if SPLIT:
         last = hand_in(acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K)
@@ -72,8 +90,22 @@ def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -
     launch = gradient_launch(input, T, R, K)
     with on_device_of(input):
         _slice_grad_kernel[launch.grid](
-            grad_output, input, grad_output if rows is None else rows, out, launch.partials, launch.tickets,
-            grad_output.stride(0), grad_output.stride(1), input.stride(0), input.stride(1),
-            T, R, K, launch.tokens_per_split, launch.splits, HAS_ROWS=rows is not None, **launch.options,
-        )  # fmt: skip
+            grad_output,
+            input,
+            grad_output if rows is None else rows,
+            out,
+            launch.partials,
+            launch.tickets,
+            grad_output.stride(0),
+            grad_output.stride(1),
+            input.stride(0),
+            input.stride(1),
+            T,
+            R,
+            K,
+            launch.tokens_per_split,
+            launch.splits,
+            HAS_ROWS=rows is not None,
+            **launch.options,
+        )
     return out

@@ -18,9 +18,11 @@ from slicefine.cli.plan import plan
 from slicefine.cli.train import train
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a moving slice of each weight.",
-)  # fmt: skip
+)
 app.command()(train)
 app.command()(plan)
 app.add_typer(delta_verbs, name="delta")

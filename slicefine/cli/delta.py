@@ -1,4 +1,6 @@
-"""`slicefine delta`: keep, look at, apply, revert, sign and serve deltas, from a store or from files."""
+"""`slicefine delta`: keep, look at, apply, revert, sign and serve deltas, from a store or from
+files.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from slicefine.cli import tables
-from slicefine.cli.data import UserError
 from slicefine.deltas.delta import FILE, Delta, DeltaError
 from slicefine.deltas.store import Entry, Store
+from slicefine.training.data import UserError
 
 
 class _Group(TyperGroup):
@@ -27,15 +29,25 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True,
-    help="Keep, look at, apply, revert, sign and serve deltas. TARGET is a name in the store (name, name:2, name@stage, the start of "
-    "a SHA-256) or a path.",
-)  # fmt: skip
-StorePath = Annotated[Path, typer.Option("--store", envvar="SLICEFINE_STORE", help="folder of the delta store")]
+    cls=_Group,
+    no_args_is_help=True,
+    help=(
+        "Keep, look at, apply, revert, sign and serve deltas. TARGET is a name in the store (name,"
+        " name:2, name@stage, the start of a SHA-256) or a path."
+    ),
+)
+StorePath = Annotated[
+    Path, typer.Option("--store", envvar="SLICEFINE_STORE", help="folder of the delta store")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
-Model = Annotated[str, typer.Option("--model", help="folder, .gguf file or hub id of a Hugging Face model")]
+Model = Annotated[
+    str, typer.Option("--model", help="folder, .gguf file or hub id of a Hugging Face model")
+]
 Password = Annotated[
-    str | None, typer.Option(envvar="SLICEFINE_KEY_PASSWORD", help="of the private key; better in the environment")
+    str | None,
+    typer.Option(
+        envvar="SLICEFINE_KEY_PASSWORD", help="of the private key; better in the environment"
+    ),
 ]
 _STORE = Path("slicefine-store")
 
@@ -46,7 +58,12 @@ class _Target:
     def __init__(self, store: Path, target: str) -> None:
         self.store, self.entry = Store(store), None
         path = Path(target)
-        if path.suffix == ".safetensors" or "/" in target or "\\" in target or target.startswith("."):
+        if (
+            path.suffix == ".safetensors"
+            or "/" in target
+            or "\\" in target
+            or target.startswith(".")
+        ):
             path = _local(target)
             self.path = path / FILE if path.is_dir() else path
             self.delta = Delta.load(self.path)
@@ -70,14 +87,18 @@ class _Target:
             self.store.record(event, self.entry, **details)
 
 
-# -- the store ------------------------------------------------------------------------------------------------------------
+# The store
 
 
 @app.command()
 def save(
     name: str,
-    path: Annotated[str, typer.Argument(help="folder or .safetensors file of a delta, or a hub id")],
-    parent: Annotated[list[str] | None, typer.Option(help="a delta in the store that this one came of")] = None,
+    path: Annotated[
+        str, typer.Argument(help="folder or .safetensors file of a delta, or a hub id")
+    ],
+    parent: Annotated[
+        list[str] | None, typer.Option(help="a delta in the store that this one came of")
+    ] = None,
     note: Annotated[str | None, typer.Option(help="free text")] = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
@@ -94,7 +115,8 @@ def list_(store: StorePath = _STORE, as_json: AsJson = False) -> None:
     log, entries = opened.log(), opened.entries()
     if log.torn:
         typer.echo(
-            f"{len(log.torn)} bytes of a torn last line in the log: a writer died; what was before it is whole",
+            f"{len(log.torn)} bytes of a torn last line in the log: a writer died; what was before"
+            " it is whole",
             err=True,
         )
     if as_json:
@@ -126,7 +148,11 @@ def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> 
     from slicefine.deltas.store import parents_of
 
     found = _Target(store, target)
-    known = {entry.sha256: entry for entry in found.store.entries()} if found.store.path.is_dir() else {}
+    known = (
+        {entry.sha256: entry for entry in found.store.entries()}
+        if found.store.path.is_dir()
+        else {}
+    )
     first = found.delta.sha256 or ""
     parents = {first: found.entry.parents if found.entry else parents_of(found.delta)}
     waiting, order = [first], []
@@ -138,9 +164,14 @@ def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> 
         parents.setdefault(sha, known[sha].parents if sha in known else [])
         waiting += parents[sha]
     rows = [
-        {"delta": sha, "label": known[sha].label if sha in known else None, "parents": parents[sha], "base": found.delta.base.get("sha256")}
+        {
+            "delta": sha,
+            "label": known[sha].label if sha in known else None,
+            "parents": parents[sha],
+            "base": found.delta.base.get("sha256"),
+        }
         for sha in order
-    ]  # fmt: skip
+    ]
     tables.lineage(rows, found.label, as_json)
 
 
@@ -163,7 +194,7 @@ def revoke(
     tables.show(asdict(entry), as_json, f"{entry.label} is revoked: {entry.revoked}")
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------
+# Models
 
 
 @app.command()
@@ -171,13 +202,19 @@ def apply(
     target: str,
     model: Model,
     output: Annotated[
-        Path | None, typer.Option(help="folder for the merged model; default: --model itself, replaced in one step")
+        Path | None,
+        typer.Option(
+            help="folder for the merged model; default: --model itself, replaced in one step"
+        ),
     ] = None,
     public_key: Annotated[
         Path | None, typer.Option(help="only if the owner of this Ed25519 key has signed the delta")
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="hash the whole base; without it, compare only the entries to be replaced")
+        bool,
+        typer.Option(
+            help="hash the whole base; without it, compare only the entries to be replaced"
+        ),
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="apply a revoked delta too")] = False,
     store: StorePath = _STORE,
@@ -188,7 +225,7 @@ def apply(
 
     found = _usable(store, target, force)
     if public_key is not None:
-        from slicefine.integrations import signing
+        from slicefine.deltas import signing
 
         signing.verify(found.path, public_key)
     output = _output(output, model)
@@ -209,12 +246,15 @@ def revert(
     target: str,
     model: Model,
     output: Annotated[
-        Path | None, typer.Option(help="folder for the model; default: --model itself, replaced in one step")
+        Path | None,
+        typer.Option(help="folder for the model; default: --model itself, replaced in one step"),
     ] = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with the values from before the delta; says whether that is the base, bit for bit."""
+    """Write a model with the values from before the delta; says whether that is the base, bit for
+    bit.
+    """
     from slicefine.cli import folders
 
     found = _Target(store, target)
@@ -227,25 +267,35 @@ def revert(
     found.record("revert", model=model, output=str(output), base=base)
     what = "bit for bit the base" if base else "not the base: another delta is still in it"
     tables.show(
-        {"delta": found.delta.sha256, "model": model, "output": str(output), "is_base": base}, as_json,
+        {"delta": found.delta.sha256, "model": model, "output": str(output), "is_base": base},
+        as_json,
         f"reverted {found.label}: {output}, {what}",
-    )  # fmt: skip
+    )
 
 
 @app.command()
 def export(
     target: str,
     output: Annotated[Path, typer.Option(help="folder for the LoRA adapter")],
-    server: Annotated[str, typer.Option(help="peft: a rank per weight; vllm: one legal rank, no heads")] = "peft",
-    max_rank: Annotated[int | None, typer.Option(min=1, help="truncate beyond it; vllm: 512 at most")] = None,
+    server: Annotated[
+        str, typer.Option(help="peft: a rank per weight; vllm: one legal rank, no heads")
+    ] = "peft",
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="truncate beyond it; vllm: 512 at most")
+    ] = None,
     leave_out: Annotated[
-        bool, typer.Option("--leave-out", help="drop heads and biases that the server's LoRA cannot hold")
+        bool,
+        typer.Option(
+            "--leave-out", help="drop heads and biases that the server's LoRA cannot hold"
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="export a revoked delta too")] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Write a delta as a LoRA adapter of equal outputs; without loss unless a rank is truncated, and then says the error."""
+    """Write a delta as a LoRA adapter of equal outputs; without loss unless a rank is truncated,
+    and then says the error.
+    """
     from slicefine.deltas.lora import to_lora
 
     if server not in ("peft", "vllm"):
@@ -257,26 +307,34 @@ def export(
     tables.adapter(adapter, output, as_json)
 
 
-# -- trust ----------------------------------------------------------------------------------------------------------------
+# Trust
 
 
 @app.command()
 def keygen(
-    path: Annotated[Path, typer.Argument(help="file for the private key; the public one gets .pub behind it")],
-    publish: Annotated[bool, typer.Option("--publish", help="a P-256 key, for sign --publish; else Ed25519")] = False,
+    path: Annotated[
+        Path, typer.Argument(help="file for the private key; the public one gets .pub behind it")
+    ],
+    publish: Annotated[
+        bool, typer.Option("--publish", help="a P-256 key, for sign --publish; else Ed25519")
+    ] = False,
     password: Password = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a pair of keys."""
-    from slicefine.integrations import signing
+    from slicefine.deltas import signing
 
     if publish:
-        from slicefine.integrations import model_signing
+        from slicefine.deltas import model_signing
 
         public = model_signing.new_key(path, password)
     else:
         public = signing.new_key(path, password)
-    tables.show({"private": str(path), "public": str(public)}, as_json, f"private key {path}, public key {public}")
+    tables.show(
+        {"private": str(path), "public": str(public)},
+        as_json,
+        f"private key {path}, public key {public}",
+    )
 
 
 @app.command()
@@ -284,40 +342,63 @@ def sign(
     target: str,
     key: Annotated[Path, typer.Option(help="private key in PEM")],
     publish: Annotated[
-        bool, typer.Option("--publish", help="OpenSSF model signing of a whole folder: a delta's or a merged model's")
+        bool,
+        typer.Option(
+            "--publish",
+            help="OpenSSF model signing of a whole folder: a delta's or a merged model's",
+        ),
     ] = False,
     password: Password = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Sign a delta (Ed25519, beside its file), or with --publish a folder (OpenSSF, model.sig in it)."""
+    """Sign a delta (Ed25519, beside its file), or with --publish a folder (OpenSSF, model.sig in
+    it).
+    """
     if publish:
-        from slicefine.integrations import model_signing
+        from slicefine.deltas import model_signing
 
         path = model_signing.sign(target, key, password)
-        return tables.show({"folder": target, "signature": str(path)}, as_json, f"signed {target}: {path}")
-    from slicefine.integrations import signing
+        return tables.show(
+            {"folder": target, "signature": str(path)}, as_json, f"signed {target}: {path}"
+        )
+    from slicefine.deltas import signing
 
     found = _Target(store, target)
     by = signing.sign(found.path, key, password)
     found.record("sign", key=by)
-    content = {"delta": found.delta.sha256, "key": by, "signature": str(signing.signature_path(found.path))}
+    content = {
+        "delta": found.delta.sha256,
+        "key": by,
+        "signature": str(signing.signature_path(found.path)),
+    }
     tables.show(content, as_json, f"signed {found.label} with key {by}: {content['signature']}")
 
 
 @app.command()
 def verify(
     target: Annotated[
-        str | None, typer.Argument(help="a delta, or with --publish a folder; default: the whole store")
+        str | None,
+        typer.Argument(help="a delta, or with --publish a folder; default: the whole store"),
     ] = None,
-    public_key: Annotated[Path | None, typer.Option(help="PEM file of a key that you trust")] = None,
-    publish: Annotated[bool, typer.Option("--publish", help="check the OpenSSF signature of a folder")] = False,
-    model: Annotated[str | None, typer.Option(help="also check that this model is the delta's base")] = None,
-    head: Annotated[str | None, typer.Option(help="a head of the log that `list` printed earlier")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="PEM file of a key that you trust")
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="check the OpenSSF signature of a folder")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="also check that this model is the delta's base")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="a head of the log that `list` printed earlier")
+    ] = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a delta, its signature and its base; without TARGET the store's log and all its files."""
+    """Check every byte of a delta, its signature and its base; without TARGET the store's log and
+    all its files.
+    """
     checked: list[str] = []
     try:
         if target is None:
@@ -326,7 +407,7 @@ def verify(
                 raise DeltaError("\n".join(problems))
             checked.append(f"the log of {store} and every delta in it ({len(opened.entries())})")
             if public_key is not None:
-                from slicefine.integrations import signing
+                from slicefine.deltas import signing
 
                 for entry in opened.entries():
                     signing.verify(opened.blob(entry), public_key)
@@ -334,7 +415,7 @@ def verify(
         elif publish:
             if public_key is None:
                 raise typer.BadParameter("needs the signer's public key", param_hint="--public-key")
-            from slicefine.integrations import model_signing
+            from slicefine.deltas import model_signing
 
             model_signing.verify(target, public_key)
             checked.append(f"every file of {target}, signed by the owner of {public_key}")
@@ -352,7 +433,7 @@ def _verify_one(store: Path, target: str, public_key: Path | None, model: str | 
     if found.entry is not None and found.entry.revoked is not None:
         raise DeltaError(f"{found.label} is revoked: {found.entry.revoked}")
     if public_key is not None:
-        from slicefine.integrations import signing
+        from slicefine.deltas import signing
 
         checked.append(f"signed by key {signing.verify(found.path, public_key)}")
     if model is not None:
@@ -370,18 +451,25 @@ def _verify_one(store: Path, target: str, public_key: Path | None, model: str | 
 def audit(
     target: str,
     model: Annotated[str | None, typer.Option(help="the base model, if not where it was")] = None,
-    data: Annotated[str | None, typer.Option(help="the evaluation's data, if not where they were")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="the evaluation's data, if not where they were")
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="allowed difference, as a share of the recorded value")
     ] = 0.001,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")
+    ] = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Load the base, apply the delta, evaluate on the recorded rows, and compare with what was recorded."""
+    """Load the base, apply the delta, evaluate on the recorded rows, and compare with what was
+    recorded.
+    """
     import torch
 
-    from slicefine.cli import evaluation, folders
+    from slicefine.cli import folders
+    from slicefine.training import evaluation
 
     found = _Target(store, target)
     place = torch.device(device) if device else folders.default_device()
@@ -389,17 +477,30 @@ def audit(
         recorded, value = evaluation.repeat(found.delta, model, data, place)
     passed = abs(value - recorded.value) <= tolerance * max(abs(recorded.value), 1e-12)
     found.record(
-        "audit", metric=recorded.metric, recorded=recorded.value, measured=value, passed=passed, device=str(place)
+        "audit",
+        metric=recorded.metric,
+        recorded=recorded.value,
+        measured=value,
+        passed=passed,
+        device=str(place),
     )
     result = {
-        "delta": found.delta.sha256, "metric": recorded.metric, "recorded": recorded.value, "measured": value, "rows": recorded.rows,
-        "data": data or recorded.data, "tolerance": tolerance, "passed": passed,
-    }  # fmt: skip
+        "delta": found.delta.sha256,
+        "metric": recorded.metric,
+        "recorded": recorded.value,
+        "measured": value,
+        "rows": recorded.rows,
+        "data": data or recorded.data,
+        "tolerance": tolerance,
+        "passed": passed,
+    }
     verdict = "passed" if passed else "FAILED"
     tables.show(
-        result, as_json,
-        f"{verdict}: {recorded.metric} {value:.6g}, recorded {recorded.value:.6g}, on {recorded.rows:,d} rows of {result['data']}",
-    )  # fmt: skip
+        result,
+        as_json,
+        f"{verdict}: {recorded.metric} {value:.6g}, recorded {recorded.value:.6g}, on"
+        f" {recorded.rows:,d} rows of {result['data']}",
+    )
     if not passed:
         raise typer.Exit(1)
 

@@ -15,18 +15,26 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from slicefine.cli.data import Row, UserError, read_rows, split_rows
-from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
 from slicefine.cli.train import _device
+from slicefine.training.data import Row, UserError, read_rows, split_rows
+from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
 
 
 def diagnose(
-    model: Annotated[str, typer.Option(help="folder, .gguf file or hub id of a Hugging Face model")],
+    model: Annotated[
+        str, typer.Option(help="folder, .gguf file or hub id of a Hugging Face model")
+    ],
     data: Annotated[str | None, typer.Option(help=".csv or .jsonl file, or a hub data set")] = None,
-    task: Annotated[str | None, typer.Option(help=f"{', '.join(TASKS)}; default: by the columns")] = None,
-    rank: Annotated[bool, typer.Option("--rank", help="also the slices' tangent ranks: how many examples")] = False,
+    task: Annotated[
+        str | None, typer.Option(help=f"{', '.join(TASKS)}; default: by the columns")
+    ] = None,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="also the slices' tangent ranks: how many examples")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="write everything measured to this file")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="write everything measured to this file")
+    ] = None,
     examples: Annotated[int, typer.Option(min=8, help="rows of the data looked at")] = 96,
     tokens: Annotated[int, typer.Option(min=32, help="feature rows per layer")] = 1024,
     max_length: Annotated[int, typer.Option(min=1, help="tokens of an example")] = 64,
@@ -34,20 +42,29 @@ def diagnose(
     slice_type: Annotated[str, typer.Option(help="column or row")] = "column",
     layers: Annotated[int, typer.Option(min=0, help="layers in which slices are tried")] = 6,
     positions: Annotated[int, typer.Option(min=8, help="random positions per layer tried")] = 8,
-    memory: Annotated[str, typer.Option(help="of features held at a time, such as 256MiB")] = "256MiB",
+    memory: Annotated[
+        str, typer.Option(help="of features held at a time, such as 256MiB")
+    ] = "256MiB",
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="say in how many passes and with which bound of memory, from the configuration alone"
+            "--dry-run",
+            help=(
+                "say in how many passes and with which bound of memory, from the configuration"
+                " alone"
+            ),
         ),
     ] = False,
     text_column: str = "text",
     label_column: str = "label",
     image_column: str = "image",
     seed: int = 0,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")
+    ] = None,
 ) -> None:
-    """Spectra, task energy, slice tangents and winning slices of a pretrained model on your data; nothing is trained
+    """Spectra, task energy, slice tangents and winning slices of a pretrained model on your data;
+    nothing is trained
     for keeps."""
     from slicefine.cli.plan import size_in_bytes
     from slicefine.diagnose.report import summary, survey_page
@@ -55,8 +72,15 @@ def diagnose(
 
     try:
         options = Options(
-            r=r, axis=slice_type, tokens=tokens, tried=layers, positions=positions, rank=rank, budget=size_in_bytes(memory), seed=seed,
-        )  # fmt: skip
+            r=r,
+            axis=slice_type,
+            tokens=tokens,
+            tried=layers,
+            positions=positions,
+            rank=rank,
+            budget=size_in_bytes(memory),
+            seed=seed,
+        )
         check_report(report)
         if slice_type not in ("column", "row"):
             raise UserError(f"--slice-type {slice_type}: expected column or row")
@@ -66,24 +90,45 @@ def diagnose(
         if data is None:
             raise UserError("--data is missing: a .csv or .jsonl file, or a hub data set")
         subject = load_subject(
-            model, data, task, Columns(text_column, label_column, image_column), examples, max_length, seed, device
+            model,
+            data,
+            task,
+            Columns(text_column, label_column, image_column),
+            examples,
+            max_length,
+            seed,
+            device,
         )
         if subject.outputs is not None:
             options = Options(**{**options.__dict__, "outputs": subject.outputs})
         with progress() as track:
             try:
                 found = survey(
-                    subject.model, subject.batches, options, subject.labels, subject.rows_in_all, loss_batches=subject.loss_batches,
+                    subject.model,
+                    subject.batches,
+                    options,
+                    subject.labels,
+                    subject.rows_in_all,
+                    loss_batches=subject.loss_batches,
                     track=track,
-                )  # fmt: skip
+                )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        found = {"model": model, "data": data, "task": subject.task_name, "machine": machine(subject.device), **found}
+        found = {
+            "model": model,
+            "data": data,
+            "task": subject.task_name,
+            "machine": machine(subject.device),
+            **found,
+        }
         if subject.whole_modules:
             found["notes"] = {
                 **found["notes"],
-                "winning": found["notes"]["winning"]
-                + f" Newly initialised here, so gradients pass through random weights: {', '.join(subject.whole_modules)}.",
+                "winning": (
+                    found["notes"]["winning"]
+                    + " Newly initialised here, so gradients pass through random weights:"
+                    f" {', '.join(subject.whole_modules)}."
+                ),
             }
         if as_json is not None:
             write_json(found, as_json)
@@ -99,12 +144,13 @@ def diagnose(
         raise typer.Exit(2) from None
 
 
-# -- shared with `slicefine advise` ---------------------------------------------------------------------------------------
+# Shared with `slicefine advise`
 
 
 @dataclass
 class Subject:
-    """A loaded model and a sample of its data. all_rows: the data's, shuffled; batches: of the sample, by length.
+    """A loaded model and a sample of its data. all_rows: the data's, shuffled; batches: of the
+    sample, by length.
     outputs: for tangents, where logits are too many."""
 
     model: Any
@@ -124,10 +170,19 @@ class Subject:
 
 
 def load_subject(
-    model: str, data: str, task_name: str | None, columns: Columns, examples: int, max_length: int, seed: int,
-    device_name: str | None, batch_size: int = 16,
-) -> Subject:  # fmt: skip
-    """Read the data, load the model in float32, make batches; raises UserError like `slicefine train`."""
+    model: str,
+    data: str,
+    task_name: str | None,
+    columns: Columns,
+    examples: int,
+    max_length: int,
+    seed: int,
+    device_name: str | None,
+    batch_size: int = 16,
+) -> Subject:
+    """Read the data, load the model in float32, make batches; raises UserError like `slicefine
+    train`.
+    """
     if task_name is not None and task_name not in TASKS:
         raise UserError(f"--task {task_name}: expected one of {', '.join(TASKS)}")
     rows = read_rows(data, [])
@@ -150,12 +205,25 @@ def load_subject(
     ]
     classes = len(task.labels)
     labels = torch.cat([batch["labels"] for batch in batches]).cpu() if classes else None
-    # a slice alone is trained for some steps at every position tried, so the trials are most of the time for a large model
+    # a slice alone is trained for some steps at every position tried, so the trials are most of the
+    # time for a large model
     large = sum(p.numel() for p in loaded.parameters()) > 5e7
-    few = {key: value.to(device) for key, value in task.batch(chosen[: 4 if large or not classes else 16]).items()}
+    few = {
+        key: value.to(device)
+        for key, value in task.batch(chosen[: 4 if large or not classes else 16]).items()
+    }
     return Subject(
-        loaded, task, task_name, whole, rows, batches, [few], labels, device, None if 0 < classes <= 16 else 4,
-    )  # fmt: skip
+        loaded,
+        task,
+        task_name,
+        whole,
+        rows,
+        batches,
+        [few],
+        labels,
+        device,
+        None if 0 < classes <= 16 else 4,
+    )
 
 
 def guess_task(row: Row, columns: Columns, data: str) -> str:
@@ -165,7 +233,8 @@ def guess_task(row: Row, columns: Columns, data: str) -> str:
     if columns.text in row:
         return "text-classification" if columns.label in row else "causal-lm"
     raise UserError(
-        f"--data {data}: neither a column {columns.text!r} nor {columns.image!r}; it has {', '.join(map(repr, row))}. Name them with --text-column or --image-column"
+        f"--data {data}: neither a column {columns.text!r} nor {columns.image!r}; it has"
+        f" {', '.join(map(repr, row))}. Name them with --text-column or --image-column"
     )
 
 
@@ -173,7 +242,8 @@ def check_report(report: Path | None) -> None:
     """Raise UserError where a report is asked for and cannot be drawn, before anything is measured."""
     if report is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError(
-            "--report draws with matplotlib, which is not installed: pip install 'slicefine[diagnose]', or use --json"
+            "--report draws with matplotlib, which is not installed: pip install"
+            " 'slicefine[diagnose]', or use --json"
         )
 
 
@@ -213,7 +283,9 @@ def machine(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         name = names[0] if names else name
     threads = torch.get_num_threads()
@@ -235,7 +307,9 @@ def _finite(value: Any) -> Any:
 
 
 def passes_planned(model: str, options: Any, examples: int) -> str:
-    """In how many passes a model would be looked at, and the bound of the memory beyond it; no weights are read."""
+    """In how many passes a model would be looked at, and the bound of the memory beyond it; no
+    weights are read.
+    """
     from slicefine.cli.plan import load_workload
     from slicefine.diagnose.capture import linear_layers_of_shapes, passes
     from slicefine.diagnose.survey import bound
@@ -243,12 +317,15 @@ def passes_planned(model: str, options: Any, examples: int) -> str:
     try:
         built = load_workload(model, "bf16").build()
         layers = linear_layers_of_shapes(built)
-        groups = passes([layer.in_features for layer in layers], options.tokens, examples, options.budget)
+        groups = passes(
+            [layer.in_features for layer in layers], options.tokens, examples, options.budget
+        )
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     weights = sum(p.numel() for p in built.parameters())
     return (
-        f"{len(layers)} linear layers, {weights:,d} parameters ({4 * weights / 2**30:.1f} GiB in float32); features in {2 * len(groups)} passes over "
-        f"{examples} examples, half of them with random weights; beyond the model and one pass of one batch at most "
-        f"{bound(layers, options, built) / 2**20:,.0f} MiB"
+        f"{len(layers)} linear layers, {weights:,d} parameters ({4 * weights / 2**30:.1f} GiB in"
+        f" float32); features in {2 * len(groups)} passes over {examples} examples, half of them"
+        " with random weights; beyond the model and one pass of one batch at most"
+        f" {bound(layers, options, built) / 2**20:,.0f} MiB"
     )

@@ -1,4 +1,6 @@
-"""`slicefine env`: which backends exist here, and why the others do not. Standard library only, also in a broken install."""
+"""`slicefine env`: which backends exist here, and why the others do not. Standard library only,
+also in a broken install.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-PACKAGES = ("slicefine", "torch", "triton", "safetensors", "transformers", "accelerate", "peft", "typer")
+PACKAGES = (
+    "slicefine",
+    "torch",
+    "triton",
+    "safetensors",
+    "transformers",
+    "accelerate",
+    "peft",
+    "typer",
+)
 
 
 def version(package: str) -> str:
@@ -36,19 +47,24 @@ def _accelerator() -> str:
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        return f"none (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'ROCm ' + built if built else 'the CPU only'}, no device found)"
+        return (
+            "none (torch is built for"
+            f" {'CUDA ' + torch.version.cuda if torch.version.cuda else 'ROCm ' + built if built else 'the CPU only'},"
+            " no device found)"
+        )
     return ", ".join(
         f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_capability(i)})"
         for i in range(torch.cuda.device_count())
     )
 
 
-def _native() -> str:
-    native: Any = importlib.import_module("slicefine._native")
+def _compiled() -> str:
+    native: Any = importlib.import_module("slicefine.backends.cpu")
     if native.unavailable:
         return f"missing: {native.unavailable}"
     return (
-        f"available ({native._C.current_isa()}; this CPU also runs {', '.join(native._C.isas()[1:]) or 'nothing else'})"
+        f"available ({native._C.current_isa()}; this CPU also runs"
+        f" {', '.join(native._C.isas()[1:]) or 'nothing else'})"
     )
 
 
@@ -72,7 +88,11 @@ def _cuda() -> str:
     if reason:
         return f"missing: {reason}"
     built = f"compiled for {module._CUDA.architectures}"
-    return f"available ({built})" if torch.cuda.is_available() else f"installed ({built}), but there is no GPU for it"
+    return (
+        f"available ({built})"
+        if torch.cuda.is_available()
+        else f"installed ({built}), but there is no GPU for it"
+    )
 
 
 def _chosen() -> str:
@@ -87,17 +107,22 @@ def _chosen() -> str:
 def report() -> dict[str, Any]:
     torch = attempt(lambda: importlib.import_module("torch").__version__)
     # a second import of a torch that failed halfway can crash the process
-    check = (lambda _: "needs torch, which does not import") if torch.startswith("broken") else attempt
+    check = (
+        (lambda _: "needs torch, which does not import") if torch.startswith("broken") else attempt
+    )
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "packages": {package: version(package) for package in PACKAGES},
         "torch imports": torch,
         "accelerator": check(_accelerator),
-        "compiler": shutil.which(os.environ.get("CXX", "c++")) or "none (needed only to build the cpu backend)",
+        "compiler": (
+            shutil.which(os.environ.get("CXX", "c++"))
+            or "none (needed only to build the cpu backend)"
+        ),
         "backends": {
             "reference": check(lambda: "available"),
-            "cpu": check(_native),
+            "cpu": check(_compiled),
             "triton": check(_triton),
             "cuda": check(_cuda),
         },

@@ -1,4 +1,6 @@
-"""Model folders: a base model loaded in the class that a delta was made for, and a merged one written whole or not at all."""
+"""Model folders: a base model loaded in the class that a delta was made for, and a merged one
+written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicefine import files
-from slicefine.cli.data import UserError
-from slicefine.cli.tasks import pretrained
+from slicefine import atomic
 from slicefine.deltas.delta import Delta
+from slicefine.training.data import UserError
+from slicefine.training.tasks import pretrained
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 _BESIDE = (".json", ".txt", ".model", ".jinja")  # tokenizers, processors, templates
@@ -22,7 +24,8 @@ _NOT_BESIDE = ("training.json", "slice_config.json")  # what another run says of
 
 
 def load_for(delta: Delta, model: str) -> nn.Module:
-    """A model (folder, .gguf file or hub id) in the class, the dtype and with the head that a delta was made for, on the CPU.
+    """A model (folder, .gguf file or hub id) in the class, the dtype and with the head that a delta
+    was made for, on the CPU.
 
     Raises UserError if transformers has no such class or cannot load it.
     """
@@ -32,14 +35,16 @@ def load_for(delta: Delta, model: str) -> nn.Module:
     kind = getattr(transformers, name or "", None)
     if kind is None:
         raise UserError(
-            f"the delta was made for a {name or 'model of a class that it does not name'}, which transformers does not have; load the model "
-            "yourself and use SliceModel.from_pretrained(model, delta)"
+            f"the delta was made for a {name or 'model of a class that it does not name'}, which"
+            " transformers does not have; load the model yourself and use"
+            " SliceModel.from_pretrained(model, delta)"
         )
     dtypes = {weight.dtype for weight in delta.weights.values()}
     if len(dtypes) != 1:
         raise UserError(
-            f"the delta has weights in {', '.join(sorted(map(str, dtypes))) or 'no dtype'}; a model folder can be loaded in one dtype only. "
-            "Load the model yourself and use SliceModel.from_pretrained(model, delta)"
+            f"the delta has weights in {', '.join(sorted(map(str, dtypes))) or 'no dtype'}; a model"
+            " folder can be loaded in one dtype only. Load the model yourself and use"
+            " SliceModel.from_pretrained(model, delta)"
         )
     options = _head(delta)
     if options:
@@ -48,15 +53,17 @@ def load_for(delta: Delta, model: str) -> nn.Module:
 
 
 def write(model: Any, source: str, output: Path) -> None:
-    """Write a model by save_pretrained to a folder, with the tokenizer and what else stands beside its source (or in a .gguf file).
+    """Write a model by save_pretrained to a folder, with the tokenizer and what else stands beside
+    its source (or in a .gguf file).
 
-    A folder that is there is replaced in one step. Where it is the source itself, everything but its weights stays in it.
+    A folder that is there is replaced in one step. Where it is the source itself, everything but
+    its weights stays in it.
     """
     origin = _origin(source)
     if output.exists() and not (output / "config.json").is_file() and any(output.iterdir()):
         raise UserError(f"--output {output} is there and no model folder; choose another one")
     in_place = origin is not None and output.exists() and origin.samefile(output)
-    with files.replacing_folder(output) as temporary:
+    with atomic.replacing_folder(output) as temporary:
         model.save_pretrained(temporary)
         if source.endswith(".gguf"):
             from transformers import AutoTokenizer
@@ -68,7 +75,9 @@ def write(model: Any, source: str, output: Path) -> None:
                 continue
             if path.is_dir() and in_place:
                 shutil.copytree(path, target, symlinks=True)
-            elif path.is_file() and (in_place or (path.name.endswith(_BESIDE) and path.name not in _NOT_BESIDE)):
+            elif path.is_file() and (
+                in_place or (path.name.endswith(_BESIDE) and path.name not in _NOT_BESIDE)
+            ):
                 shutil.copy2(path, target)
 
 
@@ -77,8 +86,14 @@ def _head(delta: Delta) -> dict[str, Any]:
     recorded = delta.info.get("model_config")
     if recorded:
         return dict(recorded)
-    heads = [entry.new.shape[0] for entry in delta.whole.values() if not entry.replaces and entry.new.dim() == 2]
-    return {"num_labels": min(heads)} if heads else {}  # the narrowest of a head's layers is its last
+    heads = [
+        entry.new.shape[0]
+        for entry in delta.whole.values()
+        if not entry.replaces and entry.new.dim() == 2
+    ]
+    return (
+        {"num_labels": min(heads)} if heads else {}
+    )  # the narrowest of a head's layers is its last
 
 
 def _origin(source: str) -> Path | None:

@@ -1,4 +1,6 @@
-"""What `patch`, `continual` and `capacity` share: models, samples and reports from the command line."""
+"""What `patch`, `continual` and `capacity` share: models, samples and reports from the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicefine.cli.data import Row, UserError, read_rows
-from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
-from slicefine.studies.samples import Samples, joined
+from slicefine.capacity.samples import Samples, joined
+from slicefine.training.data import Row, UserError, read_rows
+from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
 
 CLASSIFICATION = ("text-classification", "image-classification")
 
@@ -33,7 +35,9 @@ def read(path: str, task: Task, what: str, labelled: bool = True) -> list[Row]:
 
 
 def encode(task: Task, rows: list[Row]) -> Samples:
-    """All rows as one `Samples`; texts are padded on the right to the longest of them, which batches cut off again."""
+    """All rows as one `Samples`; texts are padded on the right to the longest of them, which
+    batches cut off again.
+    """
     size = 512
     if (tokenizer := getattr(task, "tokenizer", None)) is not None:
         tokenizer.padding_side, size = "right", len(rows)
@@ -41,7 +45,9 @@ def encode(task: Task, rows: list[Row]) -> Samples:
     for start in range(0, len(rows), size):
         batch = task.batch(rows[start : start + size])
         labels = batch.pop("labels")
-        parts.append(Samples(batch["pixel_values"] if set(batch) == {"pixel_values"} else batch, labels))
+        parts.append(
+            Samples(batch["pixel_values"] if set(batch) == {"pixel_values"} else batch, labels)
+        )
     return joined(parts)
 
 
@@ -57,7 +63,10 @@ def trained_classifier(task: Task, model: str) -> nn.Module:
     task.labels = [names[i] for i in sorted(names)]
     loaded, new = task.load_trained(model)
     if new:
-        raise UserError(f"--model {model}: {', '.join(new)} {'is' if len(new) == 1 else 'are'} newly initialised, so it is no trained classifier; train one with `slicefine train`")  # fmt: skip
+        raise UserError(
+            f"--model {model}: {', '.join(new)} {'is' if len(new) == 1 else 'are'} newly"
+            " initialised, so it is no trained classifier; train one with `slicefine train`"
+        )
     return loaded.eval()
 
 

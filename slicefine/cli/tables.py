@@ -31,7 +31,9 @@ def show(value: dict[str, Any], as_json: bool, line: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says about heads that a delta is about to fill in, and its progress bars."""
+    """Without what transformers says about heads that a delta is about to fill in, and its progress
+    bars.
+    """
     import transformers
 
     logging = transformers.utils.logging
@@ -53,12 +55,19 @@ def entries(rows: list[Entry], head: str) -> None:
         ["delta", "SHA-256", "saved", "MiB", "base", "stage", "signed by", "last audit", "state"],
         [
             [
-                e.label, e.sha256[:12], e.time[:10], f"{e.nbytes / 2**20:.1f}", str(e.base or "unnamed"), " ".join(e.stages),
-                " ".join(e.signed_by), _audit(e), f"revoked: {e.revoked}" if e.revoked else e.note or "",
+                e.label,
+                e.sha256[:12],
+                e.time[:10],
+                f"{e.nbytes / 2**20:.1f}",
+                str(e.base or "unnamed"),
+                " ".join(e.stages),
+                " ".join(e.signed_by),
+                _audit(e),
+                f"revoked: {e.revoked}" if e.revoked else e.note or "",
             ]
             for e in rows
         ],
-    )  # fmt: skip
+    )
     typer.echo(f"head of the log {head}")
 
 
@@ -72,31 +81,52 @@ def _audit(entry: Entry) -> str:
 def delta(content: Delta, entry: Entry | None, label: str, as_json: bool) -> None:
     weights = [
         {
-            "key": key, "shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch."),
-            "patches": [{"rows": _count(p.rows), "columns": _count(p.cols), "entries": p.new.numel()} for p in weight.patches],
+            "key": key,
+            "shape": list(weight.shape),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "patches": [
+                {"rows": _count(p.rows), "columns": _count(p.cols), "entries": p.new.numel()}
+                for p in weight.patches
+            ],
         }
         for key, weight in content.weights.items()
-    ]  # fmt: skip
+    ]
     base = {key: value for key, value in content.base.items() if key != "tensors"}
     value = {
-        "label": label, "sha256": content.sha256, "nbytes": content.nbytes, "base": base, "config": content.config,
-        "info": content.info, "weights": weights, "whole": sorted(content.whole), "store": asdict(entry) if entry else None,
-    }  # fmt: skip
+        "label": label,
+        "sha256": content.sha256,
+        "nbytes": content.nbytes,
+        "base": base,
+        "config": content.config,
+        "info": content.info,
+        "weights": weights,
+        "whole": sorted(content.whole),
+        "store": asdict(entry) if entry else None,
+    }
     if as_json:
         return print_json(value)
     state = (
         ""
         if entry is None
-        else f", revoked: {entry.revoked}"
-        if entry.revoked
-        else f", stages: {' '.join(entry.stages) or 'none'}"
+        else (
+            f", revoked: {entry.revoked}"
+            if entry.revoked
+            else f", stages: {' '.join(entry.stages) or 'none'}"
+        )
     )
     typer.echo(f"{label}, SHA-256 {content.sha256}, {content.nbytes / 2**20:.1f} MiB{state}")
-    typer.echo(f"base {base.get('model') or 'unnamed'} ({base.get('class')}), SHA-256 {base.get('sha256')}")
+    typer.echo(
+        f"base {base.get('model') or 'unnamed'} ({base.get('class')}), SHA-256 {base.get('sha256')}"
+    )
     for key, item in sorted(content.info.items()):
         typer.echo(f"{key} {json.dumps(item)}")
     rows = [
-        [w["key"], "x".join(map(str, w["shape"])), w["dtype"], "; ".join(_patch(p) for p in w["patches"])]
+        [
+            w["key"],
+            "x".join(map(str, w["shape"])),
+            w["dtype"],
+            "; ".join(_patch(p) for p in w["patches"]),
+        ]
         for w in weights
     ]
     _table(["weight", "shape", "dtype", "changed"], rows)
@@ -113,18 +143,36 @@ def _patch(patch: dict[str, Any]) -> str:
     return " x ".join(parts)
 
 
-def differences(rows: list[Difference], label: str, other: str, same_base: bool, as_json: bool) -> None:
+def differences(
+    rows: list[Difference], label: str, other: str, same_base: bool, as_json: bool
+) -> None:
     shared, conflicts = sum(r.shared for r in rows), sum(r.conflicts for r in rows)
     if as_json:
         keys = [{**asdict(row)} for row in rows]
-        return print_json({"same_base": same_base, "shared": shared, "conflicts": conflicts, "keys": keys})
+        return print_json(
+            {"same_base": same_base, "shared": shared, "conflicts": conflicts, "keys": keys}
+        )
     _table(
-        ["key", f"entries of {label}", f"entries of {other}", "shared", "differ", "largest difference"],
         [
-            [r.key, f"{r.entries:,d}", f"{r.other_entries:,d}", f"{r.shared:,d}", f"{r.conflicts:,d}", f"{r.largest:.3g}"]
+            "key",
+            f"entries of {label}",
+            f"entries of {other}",
+            "shared",
+            "differ",
+            "largest difference",
+        ],
+        [
+            [
+                r.key,
+                f"{r.entries:,d}",
+                f"{r.other_entries:,d}",
+                f"{r.shared:,d}",
+                f"{r.conflicts:,d}",
+                f"{r.largest:.3g}",
+            ]
             for r in rows
         ],
-    )  # fmt: skip
+    )
     bases = "the same base" if same_base else "DIFFERENT bases"
     order = (
         "can be applied in any order"
@@ -139,7 +187,9 @@ def lineage(rows: list[dict[str, Any]], label: str, as_json: bool) -> None:
         return print_json(rows)
     for row in rows:
         name = row["label"] or (label if row is rows[0] else "not in the store")
-        parents = ", ".join(sha[:12] for sha in row["parents"]) or f"the base {str(row['base'])[:12]}"
+        parents = (
+            ", ".join(sha[:12] for sha in row["parents"]) or f"the base {str(row['base'])[:12]}"
+        )
         typer.echo(f"{row['delta'][:12]} {name}, of {parents}")
 
 
@@ -147,9 +197,18 @@ def adapter(content: LoraAdapter, output: Path, as_json: bool) -> None:
     modules = [asdict(module) for module in content.modules]
     if as_json:
         return print_json(
-            {"output": str(output), "r": content.config["r"], "error": content.error, "left_out": content.left_out, "modules": modules}
-        )  # fmt: skip
-    rows = [[m.name, str(m.exact_rank), str(m.rank), f"{m.error:.2e}" if m.error else "exact"] for m in content.modules]
+            {
+                "output": str(output),
+                "r": content.config["r"],
+                "error": content.error,
+                "left_out": content.left_out,
+                "modules": modules,
+            }
+        )
+    rows = [
+        [m.name, str(m.exact_rank), str(m.rank), f"{m.error:.2e}" if m.error else "exact"]
+        for m in content.modules
+    ]
     _table(["weight", "features changed", "rank", "relative error"], rows)
     if content.left_out:
         typer.echo(f"left out: {', '.join(content.left_out)}")

@@ -19,48 +19,63 @@ import typer
 from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
-from slicefine.cli.data import Row, UserError, chunks, read_rows, split_rows
-from slicefine.cli.evaluation import file_sha256, measure, planned
-from slicefine.cli.tasks import TASKS, Columns, ImageClassification, Task
-from slicefine.files import replacing
+from slicefine.atomic import replacing
 from slicefine.linear import layers_of
+from slicefine.training.data import Row, UserError, chunks, read_rows, split_rows
+from slicefine.training.evaluation import file_sha256, measure, planned
+from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
 
 _CONFIG = "Slices"
 _TRAINING = "Training"
 
 
 def train(
-    model: Annotated[str, typer.Option(help="folder, .gguf file or hub id of a Hugging Face model")],
+    model: Annotated[
+        str, typer.Option(help="folder, .gguf file or hub id of a Hugging Face model")
+    ],
     data: Annotated[str, typer.Option(help=".csv or .jsonl file, or a hub data set")],
     task: Annotated[str, typer.Option(help=", ".join(TASKS))],
     output: Annotated[Path, typer.Option(help="folder for the trained model")],
     eval_data: Annotated[str | None, typer.Option(help="evaluate on this file")] = None,
     eval_share: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="without --eval-data, hold out this share of the rows; 0: no evaluation"),
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="without --eval-data, hold out this share of the rows; 0: no evaluation",
+        ),
     ] = 0.1,
     text_column: str = "text",
     label_column: str = "label",
     image_column: str = "image",
     config: Annotated[
-        Path | None, typer.Option(help="a SliceConfig as JSON; the options below override it", rich_help_panel=_CONFIG)
+        Path | None,
+        typer.Option(
+            help="a SliceConfig as JSON; the options below override it", rich_help_panel=_CONFIG
+        ),
     ] = None,
     r: Annotated[int | None, typer.Option(help="width of a slice", rich_help_panel=_CONFIG)] = None,
     slice_type: Annotated[
         str | None, typer.Option(help="column, row, block, row_column", rich_help_panel=_CONFIG)
     ] = None,
     switch_interval: Annotated[
-        int | None, typer.Option(help="optimizer steps between moves; 0: never", rich_help_panel=_CONFIG)
+        int | None,
+        typer.Option(help="optimizer steps between moves; 0: never", rich_help_panel=_CONFIG),
     ] = None,
     switch_mode: Annotated[
         str | None,
-        typer.Option(help="ascending, descending, random, fixed, gradient, magnitude", rich_help_panel=_CONFIG),
+        typer.Option(
+            help="ascending, descending, random, fixed, gradient, magnitude",
+            rich_help_panel=_CONFIG,
+        ),
     ] = None,
     target_modules: Annotated[
-        list[str] | None, typer.Option(help="suffix of a module name; repeat for several", rich_help_panel=_CONFIG)
+        list[str] | None,
+        typer.Option(help="suffix of a module name; repeat for several", rich_help_panel=_CONFIG),
     ] = None,
     modules_to_save: Annotated[
-        list[str] | None, typer.Option(help="module that trains whole; new heads do anyway", rich_help_panel=_CONFIG)
+        list[str] | None,
+        typer.Option(help="module that trains whole; new heads do anyway", rich_help_panel=_CONFIG),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 3,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 32,
@@ -69,31 +84,56 @@ def train(
     ] = 1,
     max_length: Annotated[int, typer.Option(min=1, help="tokens", rich_help_panel=_TRAINING)] = 256,
     lr: Annotated[float, typer.Option(help="of the slices", rich_help_panel=_TRAINING)] = 1e-3,
-    head_lr: Annotated[float, typer.Option(help="of modules that train whole", rich_help_panel=_TRAINING)] = 2e-3,
+    head_lr: Annotated[
+        float, typer.Option(help="of modules that train whole", rich_help_panel=_TRAINING)
+    ] = 2e-3,
     warmup: Annotated[
-        float, typer.Option(min=0, max=1, help="share of the steps; linear decay after it", rich_help_panel=_TRAINING)
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="share of the steps; linear decay after it",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0.1,
-    clip: Annotated[float, typer.Option(min=0, help="gradient norm; 0: none", rich_help_panel=_TRAINING)] = 1.0,
+    clip: Annotated[
+        float, typer.Option(min=0, help="gradient norm; 0: none", rich_help_panel=_TRAINING)
+    ] = 1.0,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast", rich_help_panel=_TRAINING)] = True,
     optimizer_in_bwd: Annotated[
-        bool, typer.Option(help="update during backward; needs --clip 0 and --accumulate 1", rich_help_panel=_TRAINING)
+        bool,
+        typer.Option(
+            help="update during backward; needs --clip 0 and --accumulate 1",
+            rich_help_panel=_TRAINING,
+        ),
     ] = False,
     gradient_checkpointing: Annotated[bool, typer.Option(rich_help_panel=_TRAINING)] = False,
-    seed: Annotated[int | None, typer.Option(help="default: that of --config, or 0", rich_help_panel=_TRAINING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="default: that of --config, or 0", rich_help_panel=_TRAINING)
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cuda or cpu; default: cuda where there is one", rich_help_panel=_TRAINING)
+        str | None,
+        typer.Option(
+            help="cuda or cpu; default: cuda where there is one", rich_help_panel=_TRAINING
+        ),
     ] = None,
     save_every: Annotated[
         int,
-        typer.Option(min=0, help="steps between checkpoints; 0: at the end and on Ctrl-C", rich_help_panel=_TRAINING),
+        typer.Option(
+            min=0,
+            help="steps between checkpoints; 0: at the end and on Ctrl-C",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0,
     resume: Annotated[
         bool, typer.Option(help="go on from the checkpoint in --output", rich_help_panel=_TRAINING)
     ] = False,
 ) -> None:
-    """Fine-tune a pretrained model; --output is an ordinary model folder, and the delta folder in it holds what has changed.
+    """Fine-tune a pretrained model; --output is an ordinary model folder, and the delta folder in
+    it holds what has changed.
 
-    Ctrl-C finishes the step, writes a checkpoint and the model as it stands, and exits with 130; --resume goes on from there.
+    Ctrl-C finishes the step, writes a checkpoint and the model as it stands, and exits with 130;
+    --resume goes on from there.
     """
     try:
         slices = _slice_config(
@@ -122,7 +162,20 @@ def train(
         )
         columns = Columns(text_column, label_column, image_column)
         raise typer.Exit(
-            _run(model, data, eval_data, eval_share, task, columns, max_length, output, slices, recipe, device, resume)
+            _run(
+                model,
+                data,
+                eval_data,
+                eval_share,
+                task,
+                columns,
+                max_length,
+                output,
+                slices,
+                recipe,
+                device,
+                resume,
+            )
         )
     except UserError as error:
         typer.echo(f"slicefine train: {error}", err=True)
@@ -149,7 +202,8 @@ class Recipe:
             raise UserError(f"--lr is {self.lr} and --head-lr {self.head_lr}; expected 0 or more")
         if self.optimizer_in_bwd and (self.clip > 0 or self.accumulate > 1):
             raise UserError(
-                "--optimizer-in-bwd updates during backward, so it can neither clip nor accumulate: add --clip 0 --accumulate 1, or leave it out"
+                "--optimizer-in-bwd updates during backward, so it can neither clip nor accumulate:"
+                " add --clip 0 --accumulate 1, or leave it out"
             )
 
 
@@ -165,9 +219,19 @@ def _slice_config(path: Path | None, **given: Any) -> SliceConfig:
 
 
 def _run(
-    model_name: str, data: str, eval_data: str | None, eval_share: float, task_name: str, columns: Columns, max_length: int,
-    output: Path, slices: SliceConfig, recipe: Recipe, device_name: str | None, resume: bool,
-) -> int:  # fmt: skip
+    model_name: str,
+    data: str,
+    eval_data: str | None,
+    eval_share: float,
+    task_name: str,
+    columns: Columns,
+    max_length: int,
+    output: Path,
+    slices: SliceConfig,
+    recipe: Recipe,
+    device_name: str | None,
+    resume: bool,
+) -> int:
     # everything that can be wrong is looked at before the model is loaded
     if task_name not in TASKS:
         raise UserError(f"--task {task_name}: expected one of {', '.join(TASKS)}")
@@ -177,7 +241,8 @@ def _run(
         raise UserError(f"--resume: no checkpoint at {checkpoint}")
     if not resume and checkpoint.is_file():
         raise UserError(
-            f"--output {output} holds the checkpoint of another run; add --resume to go on, or choose another folder"
+            f"--output {output} holds the checkpoint of another run; add --resume to go on, or"
+            " choose another folder"
         )
     task: Task = TASKS[task_name](columns, max_length)
     if isinstance(task, ImageClassification):
@@ -193,9 +258,16 @@ def _run(
     else:
         rows, held = split_rows(rows, eval_share, recipe.seed)
     evaluation = planned(
-        task, model_name, eval_data or data, everything, held, None if eval_data else eval_share, recipe.seed, recipe.batch_size,
+        task,
+        model_name,
+        eval_data or data,
+        everything,
+        held,
+        None if eval_data else eval_share,
+        recipe.seed,
+        recipe.batch_size,
         recipe.bf16,
-    )  # fmt: skip
+    )
 
     torch.manual_seed(recipe.seed)
     model, whole_modules = task.load(model_name, torch.float32)
@@ -205,7 +277,10 @@ def _run(
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     if recipe.gradient_checkpointing:
-        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable: Any = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
         enable()
     job = _Job(model, task, rows, recipe, device)
     assert callable(model.planned_coverage)
@@ -218,15 +293,21 @@ def _run(
     job.save(checkpoint)
     metrics = {"steps": job.step, "loss": job.recent_loss(), "peak_bytes": job.peak_bytes()}
     info: dict[str, Any] = {
-        "model_config": task.config_of(model), "recipe": asdict(recipe), "loss": job.recent_loss(), "training_data": training_data,
-    }  # fmt: skip
+        "model_config": task.config_of(model),
+        "recipe": asdict(recipe),
+        "loss": job.recent_loss(),
+        "training_data": training_data,
+    }
     if held and not interrupted:
-        evaluation.value = metrics[task.metric] = measure(model, task, held, recipe.batch_size, recipe.bf16, device)
+        evaluation.value = metrics[task.metric] = measure(
+            model, task, held, recipe.batch_size, recipe.bf16, device
+        )
         info["evaluation"] = evaluation.to_dict()
     _write_model(model, task, slices, recipe, metrics, info, output)
     if interrupted:
         typer.echo(
-            f"\nstopped at step {job.step:,d} of {job.total:,d}; the model as it stands is in {output}, go on with --resume",
+            f"\nstopped at step {job.step:,d} of {job.total:,d}; the model as it stands is in"
+            f" {output}, go on with --resume",
             err=True,
         )
         return 130
@@ -238,7 +319,10 @@ def _run(
 def _summary(model: Any, whole_modules: list[str], steps: int) -> str:
     trainable, total = model.get_nb_trainable_parameters()
     whole = f"\ntrain whole: {', '.join(whole_modules)}" if whole_modules else ""
-    return f"trainable {trainable:,d} of {total:,d} parameters ({100 * trainable / total:.2f} %){whole}\n{model.planned_coverage(steps)}"
+    return (
+        f"trainable {trainable:,d} of {total:,d} parameters ({100 * trainable / total:.2f}"
+        f" %){whole}\n{model.planned_coverage(steps)}"
+    )
 
 
 def _report(metrics: dict[str, Any], output: Path) -> str:
@@ -257,7 +341,9 @@ def _check_output(output: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output {output}: cannot write there ({error.strerror or error})") from error
+        raise UserError(
+            f"--output {output}: cannot write there ({error.strerror or error})"
+        ) from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -270,23 +356,40 @@ def _device(name: str | None) -> torch.device:
 
 
 def _write_model(
-    model: Any, task: Task, slices: SliceConfig, recipe: Recipe, metrics: dict[str, Any], info: dict[str, Any], output: Path,
-) -> None:  # fmt: skip
+    model: Any,
+    task: Task,
+    slices: SliceConfig,
+    recipe: Recipe,
+    metrics: dict[str, Any],
+    info: dict[str, Any],
+    output: Path,
+) -> None:
     model.save_pretrained(output, whole_model=True)  # the weights are the truth: nothing to merge
     if slices.keep_originals:
         model.save_pretrained(output / "delta", info=info)
     task.save(output)
     slices.save(output / "slice_config.json")
     (output / "training.json").write_text(
-        json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({"recipe": asdict(recipe), "metrics": metrics}, indent=2) + "\n",
+        encoding="utf-8",
     )
 
 
 class _Job:
-    """One training run: its order of batches is a function of the seed, so a resumed run sees what an uninterrupted one would."""
+    """One training run: its order of batches is a function of the seed, so a resumed run sees what
+    an uninterrupted one would.
+    """
 
-    def __init__(self, model: nn.Module, task: Task, rows: list[Row], recipe: Recipe, device: torch.device) -> None:
-        self.model, self.task, self.rows, self.recipe, self.device = model, task, rows, recipe, device
+    def __init__(
+        self, model: nn.Module, task: Task, rows: list[Row], recipe: Recipe, device: torch.device
+    ) -> None:
+        self.model, self.task, self.rows, self.recipe, self.device = (
+            model,
+            task,
+            rows,
+            recipe,
+            device,
+        )
         per_epoch = -(-len(rows) // (recipe.batch_size * recipe.accumulate))
         self.total, self.step, self.losses = recipe.epochs * per_epoch, 0, []
         # what trains and is not a slice: new heads, modules_to_save
@@ -295,14 +398,22 @@ class _Job:
         groups = [{"params": [p for p in trained if id(p) not in whole], "lr": recipe.lr}]
         if whole:
             groups.append({"params": [p for p in trained if id(p) in whole], "lr": recipe.head_lr})
-        self.optimizer = SliceAdamW(groups, lr=recipe.lr, optimizer_in_bwd=recipe.optimizer_in_bwd, seed=recipe.seed)
+        self.optimizer = SliceAdamW(
+            groups, lr=recipe.lr, optimizer_in_bwd=recipe.optimizer_in_bwd, seed=recipe.seed
+        )
         warm = max(1, round(recipe.warmup * self.total))
-        shape = lambda s: (s + 1) / warm if s < warm else max(0.0, (self.total - s) / max(1, self.total - warm))
+        shape = lambda s: (
+            (s + 1) / warm if s < warm else max(0.0, (self.total - s) / max(1, self.total - warm))
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, shape)
-        self.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16) if recipe.bf16 else nullcontext()
+        self.autocast = lambda: (
+            torch.autocast(device.type, dtype=torch.bfloat16) if recipe.bf16 else nullcontext()
+        )
 
     def batches(self) -> Iterator[list[list[Row]]]:
-        """The micro-batches of each optimizer step: shuffled, sorted by length within 25 steps, shuffled again."""
+        """The micro-batches of each optimizer step: shuffled, sorted by length within 25 steps,
+        shuffled again.
+        """
         size = self.recipe.batch_size * self.recipe.accumulate
         rng = random.Random(self.recipe.seed)
         for _ in range(self.recipe.epochs):
@@ -311,7 +422,11 @@ class _Job:
             steps = []
             for window in (order[i : i + 25 * size] for i in range(0, len(order), 25 * size)):
                 steps += chunks(
-                    [self.rows[i] for i in sorted(window, key=lambda i: self.task.length(self.rows[i]))], size
+                    [
+                        self.rows[i]
+                        for i in sorted(window, key=lambda i: self.task.length(self.rows[i]))
+                    ],
+                    size,
                 )
             rng.shuffle(steps)
             for rows in steps:
@@ -322,7 +437,10 @@ class _Job:
         from tqdm import tqdm
 
         self.model.train()
-        with _interrupt_flag() as stop, tqdm(total=self.total, initial=self.step, unit="step", mininterval=1.0) as bar:
+        with (
+            _interrupt_flag() as stop,
+            tqdm(total=self.total, initial=self.step, unit="step", mininterval=1.0) as bar,
+        ):
             for number, micro_batches in enumerate(self.batches()):
                 if number < self.step:
                     continue
@@ -331,7 +449,8 @@ class _Job:
                 self.step += 1
                 rate = size / (time.perf_counter() - start)
                 bar.set_postfix_str(
-                    f"loss {loss:.3f}, {rate:,.0f} {self.task.unit}/s, peak {self.peak_bytes() / 2**20:,.0f} MiB",
+                    f"loss {loss:.3f}, {rate:,.0f} {self.task.unit}/s, peak"
+                    f" {self.peak_bytes() / 2**20:,.0f} MiB",
                     refresh=False,
                 )
                 bar.update()
@@ -346,7 +465,9 @@ class _Job:
         batches = [self.task.batch(rows) for rows in micro_batches]
         count = sum(map(self.task.weight, batches))
         if count == 0:
-            raise UserError(f"the rows of step {self.step + 1} are too short: nothing in them to predict")
+            raise UserError(
+                f"the rows of step {self.step + 1} are too short: nothing in them to predict"
+            )
         self.optimizer.zero_grad()
         for cpu_batch in filter(self.task.weight, batches):
             batch = {key: value.to(self.device) for key, value in cpu_batch.items()}
@@ -354,8 +475,9 @@ class _Job:
                 loss = self.model(**batch).loss * (self.task.weight(cpu_batch) / count)
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss.item()} at step {self.step + 1}; nothing has been written over. Lower --lr ({self.recipe.lr:g}), "
-                    "try --no-bf16, or look at the rows of this batch"
+                    f"the loss is {loss.item()} at step {self.step + 1}; nothing has been written"
+                    f" over. Lower --lr ({self.recipe.lr:g}), try --no-bf16, or look at the rows of"
+                    " this batch"
                 )
             loss.backward()
             total += loss.item()
@@ -386,9 +508,14 @@ class _Job:
     def save(self, path: Path) -> None:
         """Atomically: a crash while saving leaves the file before it."""
         state = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "step": self.step, "losses": self.losses[-50:], "rng": torch.get_rng_state(), "run": self.identity(),
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step": self.step,
+            "losses": self.losses[-50:],
+            "rng": torch.get_rng_state(),
+            "run": self.identity(),
+        }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         with replacing(path) as temporary:
@@ -396,16 +523,26 @@ class _Job:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was interrupted."""
-        rows = hashlib.sha256(json.dumps(self.rows, default=str, sort_keys=True).encode()).hexdigest()[:16]
+        rows = hashlib.sha256(
+            json.dumps(self.rows, default=str, sort_keys=True).encode()
+        ).hexdigest()[:16]
         recipe = {key: value for key, value in asdict(self.recipe).items() if key != "save_every"}
-        return {**recipe, "max_length": self.task.max_length, "steps": self.total, "training rows": rows}
+        return {
+            **recipe,
+            "max_length": self.task.max_length,
+            "steps": self.total,
+            "training rows": rows,
+        }
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
         mine, saved = self.identity(), state["run"]
-        if differing := [f"{k} (saved {saved.get(k)}, given {mine[k]})" for k in mine if saved.get(k) != mine[k]]:
+        if differing := [
+            f"{k} (saved {saved.get(k)}, given {mine[k]})" for k in mine if saved.get(k) != mine[k]
+        ]:
             raise UserError(
-                f"--resume: the checkpoint is of another run: {', '.join(differing)}. Give the same data and options, or another --output"
+                f"--resume: the checkpoint is of another run: {', '.join(differing)}. Give the same"
+                " data and options, or another --output"
             )
         try:
             self.model.load_state_dict(state["model"])
@@ -421,7 +558,9 @@ class _Job:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[Any]:
-    """The first Ctrl-C sets a flag that the loop reads between steps; the second one interrupts as usual."""
+    """The first Ctrl-C sets a flag that the loop reads between steps; the second one interrupts as
+    usual.
+    """
     hit = False
 
     def handler(signum: int, frame: Any) -> None:

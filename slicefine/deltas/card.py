@@ -53,15 +53,23 @@ def model_card(delta: Delta, name: str) -> str:
     info.pop("model_config", None)  # for programs
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
-        base_line=f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else "",
+        base_line=(
+            f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else ""
+        ),
         title=_cell(name),
-        counts=f"{entries:,d} entries of {len(delta.weights)} weights{whole}, {delta.nbytes / 2**20:,.1f} MiB.",
+        counts=(
+            f"{entries:,d} entries of {len(delta.weights)} weights{whole},"
+            f" {delta.nbytes / 2**20:,.1f} MiB."
+        ),
         base=_cell(base or delta.base.get("class", "unnamed")),
         base_hash=delta.base.get("sha256"),
         own_hash=delta.sha256,
-        slices=f"{config.get('slice_type')}, r = {config.get('r')}, interval {config.get('switch_interval')}, {config.get('switch_mode')}"
-        if config
-        else "not recorded",
+        slices=(
+            f"{config.get('slice_type')}, r = {config.get('r')}, interval"
+            f" {config.get('switch_interval')}, {config.get('switch_mode')}"
+            if config
+            else "not recorded"
+        ),
         steps=_cell(steps) if steps is not None else "not recorded",
         coverage=f"{100 * coverage:.1f} %" if measured else "not recorded",
         rows="".join(_row(key, value) for key, value in sorted(info.items())),
@@ -81,8 +89,8 @@ def _row(key: str, value: Any) -> str:
         and {"metric", "value", "rows", "data", "data_sha256"} <= value.keys()
     ):
         return (
-            f"| {_cell(value['metric'])} | {value['value']:.4g} on {value['rows']:,d} rows of {_cell(value['data'])} (SHA-256 "
-            f"`{_cell(value['data_sha256'][:16])}`) |\n"
+            f"| {_cell(value['metric'])} | {value['value']:.4g} on {value['rows']:,d} rows of"
+            f" {_cell(value['data'])} (SHA-256 `{_cell(value['data_sha256'][:16])}`) |\n"
         )
     if isinstance(value, dict | list):
         return f"| {_cell(key)} | `{_cell(json.dumps(value))}` |\n"

@@ -1,7 +1,10 @@
-"""A delta: what a fine-tune has changed, as the values before and after. Its file, its checks, its way in and out of a model.
+"""A delta: what a fine-tune has changed, as the values before and after. Its file, its checks, its
+way in and out of a model.
 
-Never a difference: both values are stored, so applying and reverting are copies and bit-exact. The file is one safetensors file
-whose header holds a manifest: which entries, SHA-256 of every tensor, of the base model and of the file itself.
+Never a difference: both values are stored, so applying and reverting are copies and bit-exact. The
+    file is one safetensors file
+whose header holds a manifest: which entries, SHA-256 of every tensor, of the base model and of the
+    file itself.
 """
 
 from __future__ import annotations
@@ -16,19 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slicefine.deltas import file
-from slicefine.deltas.file import CONFIG_FILE, FILE, DeltaError
-from slicefine.files import dtype_name, tensor_sha256
-from slicefine.ledger import Piece, same_bits
-from slicefine.reference import read_slice, write_slice
+from slicefine.atomic import dtype_name, tensor_sha256
+from slicefine.deltas import format as file
+from slicefine.deltas.format import CONFIG_FILE, FILE, DeltaError
+from slicefine.originals import Piece, same_bits
 from slicefine.sharding import is_sharded
+from slicefine.slices import read_slice, write_slice
 
 __all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "Patch", "WeightDelta", "WholeDelta"]
 
 
 @dataclass
 class Patch:
-    """Entries ``weight[rows][:, cols]``, before and after. rows, cols: int64, ascending, None for all; old, new: (R, K)."""
+    """Entries ``weight[rows][:, cols]``, before and after. rows, cols: int64, ascending, None for
+    all; old, new: (R, K).
+    """
 
     rows: Tensor | None
     cols: Tensor | None
@@ -57,10 +62,14 @@ class WeightDelta:
         if not self.patches:
             raise ValueError(f"{key} has no patches")
         for patch in self.patches:
-            shape = tuple(n if i is None else len(i) for i, n in zip((patch.rows, patch.cols), self.shape, strict=True))
+            shape = tuple(
+                n if i is None else len(i)
+                for i, n in zip((patch.rows, patch.cols), self.shape, strict=True)
+            )
             if not tuple(patch.old.shape) == tuple(patch.new.shape) == shape:
                 raise ValueError(
-                    f"{key} has values of shape {tuple(patch.old.shape)} and {tuple(patch.new.shape)} for {shape}"
+                    f"{key} has values of shape {tuple(patch.old.shape)} and"
+                    f" {tuple(patch.new.shape)} for {shape}"
                 )
             if not patch.old.dtype == patch.new.dtype == self.dtype:
                 raise ValueError(f"{key} has values of several dtypes")
@@ -68,7 +77,9 @@ class WeightDelta:
 
 @dataclass
 class WholeDelta:
-    """A parameter or buffer that trained whole: a new head (``replaces`` nothing of the base), a bias."""
+    """A parameter or buffer that trained whole: a new head (``replaces`` nothing of the base), a
+    bias.
+    """
 
     old: Tensor
     new: Tensor
@@ -77,9 +88,11 @@ class WholeDelta:
 
 @dataclass
 class Delta:
-    """weights and whole: by state-dict key. config: the SliceConfig as a dict. base: name and SHA-256 of the base model.
+    """weights and whole: by state-dict key. config: the SliceConfig as a dict. base: name and
+    SHA-256 of the base model.
 
-    info: whatever else the file should say (metrics, data, parent), JSON. sha256: of the file it was read from or saved to.
+    info: whatever else the file should say (metrics, data, parent), JSON. sha256: of the file it
+        was read from or saved to.
     """
 
     weights: dict[str, WeightDelta]
@@ -89,12 +102,14 @@ class Delta:
     info: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
-    # -- files ------------------------------------------------------------------------------------------------------
+    # Files
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the file's SHA-256 identity.
+        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the
+        file's SHA-256 identity.
 
-        Raises TypeError for info that JSON cannot hold, ValueError for more patches than a safetensors header can.
+        Raises TypeError for info that JSON cannot hold, ValueError for more patches than a
+        safetensors header can.
         """
         self.sha256 = file.write(file.file_in(path), self._manifest(), dict(self._tensors()))
         return self.sha256
@@ -111,7 +126,8 @@ class Delta:
             return cls._from(manifest, tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DeltaError(
-                f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it was not written by slicefine"
+                f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it"
+                " was not written by slicefine"
             ) from error
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -125,16 +141,23 @@ class Delta:
 
     def _manifest(self) -> dict[str, Any]:
         return {
-            "base": self.base, "config": self.config, "info": self.info,
+            "base": self.base,
+            "config": self.config,
+            "info": self.info,
             "weights": {
                 key: {
-                    "shape": list(w.shape), "transposed": w.transposed, "base_sha256": w.base_sha256,
-                    "patches": [{"rows": file.to_ranges(p.rows), "cols": file.to_ranges(p.cols)} for p in w.patches],
+                    "shape": list(w.shape),
+                    "transposed": w.transposed,
+                    "base_sha256": w.base_sha256,
+                    "patches": [
+                        {"rows": file.to_ranges(p.rows), "cols": file.to_ranges(p.cols)}
+                        for p in w.patches
+                    ],
                 }
                 for key, w in self.weights.items()
             },
             "whole": {key: {"replaces": w.replaces} for key, w in self.whole.items()},
-        }  # fmt: skip
+        }
 
     @classmethod
     def _from(cls, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
@@ -143,9 +166,16 @@ class Delta:
             out_features, in_features = entry["shape"]
             patches = []
             for i, p in enumerate(entry["patches"]):
-                rows, cols = file.from_ranges(p["rows"], out_features), file.from_ranges(p["cols"], in_features)
-                patches.append(Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"]))
-            weights[key] = WeightDelta((out_features, in_features), entry["transposed"], entry["base_sha256"], patches)
+                rows, cols = (
+                    file.from_ranges(p["rows"], out_features),
+                    file.from_ranges(p["cols"], in_features),
+                )
+                patches.append(
+                    Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"])
+                )
+            weights[key] = WeightDelta(
+                (out_features, in_features), entry["transposed"], entry["base_sha256"], patches
+            )
             weights[key].check(key)
         whole = {
             key: WholeDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
@@ -157,17 +187,29 @@ class Delta:
         for name in ("config", "base", "info"):
             if not isinstance(manifest[name], dict):
                 raise TypeError(f"{name} is no object")
-        return cls(weights, whole, manifest["config"], manifest["base"], manifest["info"], manifest["file_sha256"])
+        return cls(
+            weights,
+            whole,
+            manifest["config"],
+            manifest["base"],
+            manifest["info"],
+            manifest["file_sha256"],
+        )
 
     def config_json(self) -> str:
-        """adapter_config.json: what people and tools look for; the truth is in the safetensors file."""
+        """adapter_config.json: what people and tools look for; the truth is in the safetensors
+        file.
+        """
         content = {
-            "peft_type": "SLICEFINE", "base_model_name_or_path": self.base.get("model"), "base_model_sha256": self.base.get("sha256"),
-            "delta_sha256": self.sha256, **self.config,
-        }  # fmt: skip
+            "peft_type": "SLICEFINE",
+            "base_model_name_or_path": self.base.get("model"),
+            "base_model_sha256": self.base.get("sha256"),
+            "delta_sha256": self.sha256,
+            **self.config,
+        }
         return json.dumps(content, indent=2) + "\n"
 
-    # -- in and out of a model --------------------------------------------------------------------------------------
+    # In and out of a model
 
     @property
     def nbytes(self) -> int:
@@ -176,33 +218,46 @@ class Delta:
     def check_base(self, model: nn.Module, everything: bool = True) -> None:
         """Raise DeltaError, naming what differs, unless the model is the base of this delta.
 
-        everything: compare hashes of the whole base model; False: only the entries that the delta replaces.
+        everything: compare hashes of the whole base model; False: only the entries that the delta
+            replaces.
         """
         for key, weight in self.weights.items():
             tensor = tensor_of(model, key)
             stored = weight.shape[::-1] if weight.transposed else weight.shape
-            if tuple(_matrix(model, key, weight).shape) != weight.shape or tensor.dtype != weight.dtype:
+            if (
+                tuple(_matrix(model, key, weight).shape) != weight.shape
+                or tensor.dtype != weight.dtype
+            ):
                 raise DeltaError(
-                    f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta was made for {dtype_name(weight.patches[0].new)} "
+                    f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta"
+                    f" was made for {dtype_name(weight.patches[0].new)} "
                     f"{tuple(stored)}{_load_in(weight.dtype) if tensor.dtype != weight.dtype else ''}"
                 )
         for key, whole in self.whole.items():
             tensor = tensor_of(model, key)
             if tensor.shape != whole.new.shape or tensor.dtype != whole.new.dtype:
                 raise DeltaError(
-                    f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta holds {dtype_name(whole.new)} {tuple(whole.new.shape)}"
+                    f"{key} is {dtype_name(tensor)} {tuple(tensor.shape)} in the model; the delta"
+                    f" holds {dtype_name(whole.new)} {tuple(whole.new.shape)}"
                 )
         wrong = self._wrong_hashes(model) if everything else self._wrong_entries(model)
         if wrong:
             raise DeltaError(
-                f"the delta was made for another base model: {len(wrong)} tensors differ, such as {', '.join(wrong[:3])}. "
-                f"Load the model it was made for ({self.base.get('model') or 'unnamed'}), unchanged and in the same dtype."
+                f"the delta was made for another base model: {len(wrong)} tensors differ, such as"
+                f" {', '.join(wrong[:3])}. Load the model it was made for"
+                f" ({self.base.get('model') or 'unnamed'}), unchanged and in the same dtype."
             )
 
     def _wrong_hashes(self, model: nn.Module) -> list[str]:
-        """Keys of the base that differ; all of them are hashed, those beside the delta by one common hash."""
-        hashes = base_hashes(model, {key for key, whole in self.whole.items() if not whole.replaces})
-        wrong = [key for key, weight in self.weights.items() if hashes.get(key) != weight.base_sha256]
+        """Keys of the base that differ; all of them are hashed, those beside the delta by one
+        common hash.
+        """
+        hashes = base_hashes(
+            model, {key for key, whole in self.whole.items() if not whole.replaces}
+        )
+        wrong = [
+            key for key, weight in self.weights.items() if hashes.get(key) != weight.base_sha256
+        ]
         if not wrong and combined_hash(hashes) != self.base["sha256"]:
             recorded = self.base.get("tensors", {})
             beside = [key for key in hashes if recorded.get(key) not in (None, hashes[key][:16])]
@@ -220,7 +275,8 @@ class Delta:
 
     @torch.no_grad()
     def apply_to(self, model: nn.Module, verify: bool = True) -> None:
-        """Write the new values into a plain model, in place. verify: hash the whole base first; the entries replaced are
+        """Write the new values into a plain model, in place. verify: hash the whole base first; the
+        entries replaced are
         compared in any case. Raises DeltaError for another base; nothing is changed then."""
         _refuse_slices(model)
         self.check_base(model, everything=verify)
@@ -230,15 +286,23 @@ class Delta:
 
     @torch.no_grad()
     def revert_from(self, model: nn.Module) -> None:
-        """Write the old values back, bit for bit. Raises DeltaError if the model does not hold the new ones."""
+        """Write the old values back, bit for bit. Raises DeltaError if the model does not hold the
+        new ones.
+        """
         _refuse_slices(model)
         wrong = [
-            key for key, w in self.weights.items() for p in w.patches if not same_bits(_read(_matrix(model, key, w), p), p.new)
-        ]  # fmt: skip
-        wrong += [key for key, w in self.whole.items() if not same_bits(tensor_of(model, key), w.new)]
+            key
+            for key, w in self.weights.items()
+            for p in w.patches
+            if not same_bits(_read(_matrix(model, key, w), p), p.new)
+        ]
+        wrong += [
+            key for key, w in self.whole.items() if not same_bits(tensor_of(model, key), w.new)
+        ]
         if wrong:
             raise DeltaError(
-                f"the model does not hold this delta: {', '.join(wrong[:3])} have other values. Revert what came after it first."
+                f"the model does not hold this delta: {', '.join(wrong[:3])} have other values."
+                " Revert what came after it first."
             )
         self.write(model, "old")
 
@@ -256,7 +320,9 @@ class Delta:
 
     @torch.no_grad()
     def read(self, model: nn.Module) -> Delta:
-        """The same entries as they stand in a model now, as the new values of another delta: for the way back."""
+        """The same entries as they stand in a model now, as the new values of another delta: for
+        the way back.
+        """
         weights = {}
         for key, w in self.weights.items():
             matrix = _matrix(model, key, w)
@@ -269,16 +335,21 @@ class Delta:
         return Delta(weights, whole, self.config, self.base, self.info)
 
     def overlap(self, other: Delta) -> list[str]:
-        """Keys at which two deltas change the same entries; empty: they can be applied in any order."""
+        """Keys at which two deltas change the same entries; empty: they can be applied in any
+        order.
+        """
         shared = [
-            key for key in self.weights.keys() & other.weights.keys()
-            if any(meet(a, b) for a in self.weights[key].patches for b in other.weights[key].patches)
-        ]  # fmt: skip
+            key
+            for key in self.weights.keys() & other.weights.keys()
+            if any(
+                meet(a, b) for a in self.weights[key].patches for b in other.weights[key].patches
+            )
+        ]
         mine, theirs = ({*d.whole, *d.weights} for d in (self, other))
         return sorted({*shared, *(self.whole.keys() & theirs), *(other.whole.keys() & mine)})
 
 
-# -- the base model -----------------------------------------------------------------------------------------------------
+# The base model
 
 
 def base_hashes(
@@ -286,7 +357,8 @@ def base_hashes(
 ) -> dict[str, str]:
     """SHA-256 by key of everything in a model's state dict but ``leave_out``.
 
-    original: (key, tensor in the model) -> what stands for it; asked one by one, so that no second model is in memory.
+    original: (key, tensor in the model) -> what stands for it; asked one by one, so that no second
+        model is in memory.
     """
     return {
         key: tensor_sha256(key, original(key, value) if original else value)
@@ -296,20 +368,25 @@ def base_hashes(
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model of one process. Raises DeltaError if its tensors are spread over several."""
+    """The state dict of a model of one process. Raises DeltaError if its tensors are spread over
+    several.
+    """
     state = model.state_dict()
     if sharded := [key for key, value in state.items() if is_sharded(value)]:
         raise DeltaError(
-            f"{sharded[0]} and {len(sharded) - 1} others are sharded over processes; deltas are made of whole tensors. Gather them "
-            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and load them into a model of "
-            "one process"
+            f"{sharded[0]} and {len(sharded) - 1} others are sharded over processes; deltas are"
+            " made of whole tensors. Gather them"
+            " (torch.distributed.checkpoint.state_dict.get_model_state_dict with"
+            " full_state_dict=True) and load them into a model of one process"
         )
     return state
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:
     """One SHA-256 over the hashes of all tensors, in the order of their keys."""
-    return hashlib.sha256("".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()
+    ).hexdigest()
 
 
 def tensor_of(model: nn.Module, key: str) -> Tensor:
@@ -319,14 +396,16 @@ def tensor_of(model: nn.Module, key: str) -> Tensor:
     except AttributeError as error:
         near = ", ".join(k for k in model.state_dict() if k.endswith(name))[:200]
         raise DeltaError(
-            f"the model has no {key}, which the delta changes; it has {near or 'nothing of that name'}"
+            f"the model has no {key}, which the delta changes; it has"
+            f" {near or 'nothing of that name'}"
         ) from error
     # a parameter that a module uses itself and that is sliced now is a module of its name
     if isinstance(tensor, nn.Module):
         tensor = getattr(tensor, "weight", tensor)
     if not isinstance(tensor, Tensor):
         raise DeltaError(
-            f"{key}, which the delta changes, is a {type(tensor).__name__} in the model; expected a tensor"
+            f"{key}, which the delta changes, is a {type(tensor).__name__} in the model; expected a"
+            " tensor"
         )
     return tensor
 
@@ -345,13 +424,16 @@ def _read(matrix: Tensor, patch: Patch) -> Tensor:
 
 def _write(matrix: Tensor, patch: Patch, values: Tensor) -> None:
     rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
-    write_slice(matrix, rows, cols, values.to(matrix.device, matrix.dtype))  # a model that was cast: values follow it
+    write_slice(
+        matrix, rows, cols, values.to(matrix.device, matrix.dtype)
+    )  # a model that was cast: values follow it
 
 
 def _refuse_slices(model: nn.Module) -> None:
     if "slice_config" in model.__dict__:
         raise DeltaError(
-            "the model has slices in training; use its load_adapter and set_adapter, or merge_and_unload() it first"
+            "the model has slices in training; use its load_adapter and set_adapter, or"
+            " merge_and_unload() it first"
         )
 
 
@@ -360,10 +442,13 @@ def _load_in(dtype: torch.dtype) -> str:
 
 
 def meet(a: Patch, b: Patch) -> bool:
-    return all(x is None or y is None or bool(torch.isin(x, y).any()) for x, y in ((a.rows, b.rows), (a.cols, b.cols)))
+    return all(
+        x is None or y is None or bool(torch.isin(x, y).any())
+        for x, y in ((a.rows, b.rows), (a.cols, b.cols))
+    )
 
 
-# -- making patches -----------------------------------------------------------------------------------------------------
+# Making patches
 
 
 def patches_of(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[Patch]:

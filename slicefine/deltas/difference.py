@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from slicefine.deltas.delta import Delta, WeightDelta
-from slicefine.reference import write_slice
+from slicefine.slices import write_slice
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One weight or whole parameter that either delta changes. entries, other_entries: numbers of entries that each of them changes.
+    """One weight or whole parameter that either delta changes. entries, other_entries: numbers of
+    entries that each of them changes.
 
-    shared: entries that both change; conflicts: shared entries with different new values; largest: the largest absolute
+    shared: entries that both change; conflicts: shared entries with different new values; largest:
+        the largest absolute
     difference of new values among them.
     """
 
@@ -28,7 +30,9 @@ class Difference:
 
 
 def difference(delta: Delta, other: Delta) -> list[Difference]:
-    """What two deltas change, by state-dict key in the order of the first. Raises ValueError if a weight has two shapes."""
+    """What two deltas change, by state-dict key in the order of the first. Raises ValueError if a
+    weight has two shapes.
+    """
     rows = []
     keys = dict.fromkeys([*delta.weights, *delta.whole, *other.weights, *other.whole])
     for key in keys:
@@ -40,15 +44,27 @@ def difference(delta: Delta, other: Delta) -> list[Difference]:
         (values, changed), (other_values, other_changed) = mine, theirs
         if values.shape != other_values.shape:
             raise ValueError(
-                f"{key} is {tuple(values.shape)} in one delta and {tuple(other_values.shape)} in the other"
+                f"{key} is {tuple(values.shape)} in one delta and {tuple(other_values.shape)} in"
+                " the other"
             )
         shared = changed & other_changed
         a, b = values[shared], other_values[shared]
         conflicts = a != b
-        largest = float((a[conflicts].double() - b[conflicts].double()).abs().max()) if bool(conflicts.any()) else 0.0
+        largest = (
+            float((a[conflicts].double() - b[conflicts].double()).abs().max())
+            if bool(conflicts.any())
+            else 0.0
+        )
         rows.append(
-            Difference(key, int(changed.sum()), int(other_changed.sum()), int(shared.sum()), int(conflicts.sum()), largest)
-        )  # fmt: skip
+            Difference(
+                key,
+                int(changed.sum()),
+                int(other_changed.sum()),
+                int(shared.sum()),
+                int(conflicts.sum()),
+                largest,
+            )
+        )
     return rows
 
 
@@ -60,7 +76,10 @@ def _dense(delta: Delta, key: str) -> tuple[Tensor, Tensor] | None:
     weight: WeightDelta | None = delta.weights.get(key)
     if weight is None:
         return None
-    values, changed = torch.zeros(weight.shape, dtype=weight.dtype), torch.zeros(weight.shape, dtype=torch.bool)
+    values, changed = (
+        torch.zeros(weight.shape, dtype=weight.dtype),
+        torch.zeros(weight.shape, dtype=torch.bool),
+    )
     for patch in weight.patches:
         write_slice(values, patch.rows, patch.cols, patch.new)
         write_slice(changed, patch.rows, patch.cols, torch.ones_like(patch.new, dtype=torch.bool))

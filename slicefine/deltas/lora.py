@@ -1,7 +1,10 @@
-"""A delta as a LoRA adapter, without loss: k changed columns C are B = new - old (out, k) times A = one-hot(C) (k, in).
+"""A delta as a LoRA adapter, without loss: k changed columns C are B = new - old (out, k) times A =
+one-hot(C) (k, in).
 
-Changed rows are the transpose of it, blocks are either, and several patches of one weight add up. So the rank is the number of
-features that changed, no decomposition is needed, and whatever serves LoRA serves slices. A rank beyond what a server takes is
+Changed rows are the transpose of it, blocks are either, and several patches of one weight add up.
+So the rank is the number of
+features that changed, no decomposition is needed, and whatever serves LoRA serves slices. A rank
+beyond what a server takes is
 truncated by singular values, and the error is said.
 """
 
@@ -19,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slicefine import files
+from slicefine import atomic
 from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError, Patch, WeightDelta
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,7 +31,8 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One weight of an export. exact_rank: features that changed; rank: of the factors that were written.
+    """One weight of an export. exact_rank: features that changed; rank: of the factors that were
+    written.
 
     error: relative Frobenius norm of what truncation left out, 0 for an exact export.
     """
@@ -41,7 +45,9 @@ class LoraModule:
 
 @dataclass
 class LoraAdapter:
-    """A LoRA adapter in peft's format. left_out: keys of the delta that it does not hold, because that was asked for."""
+    """A LoRA adapter in peft's format. left_out: keys of the delta that it does not hold, because
+    that was asked for.
+    """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -55,26 +61,41 @@ class LoraAdapter:
         return max((module.error for module in self.modules), default=0.0)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write adapter_model.safetensors and adapter_config.json, each atomically, the configuration last."""
+        """Write adapter_model.safetensors and adapter_config.json, each atomically, the
+        configuration last.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if _holds_a_delta(folder):
-            raise DeltaError(f"{folder} holds a slicefine delta; export the LoRA adapter to another folder")
-        with files.replacing(folder / FILE) as temporary:
+            raise DeltaError(
+                f"{folder} holds a slicefine delta; export the LoRA adapter to another folder"
+            )
+        with atomic.replacing(folder / FILE) as temporary:
             save_file(self.tensors, temporary, {"format": "pt", **self.metadata})
-        files.write_text(folder / CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
+        atomic.write_text(folder / CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
 
 
 def to_lora(
-    delta: Delta, *, server: str = "peft", max_rank: int | None = None, leave_out: bool = False, dtype: torch.dtype = torch.float32
-) -> LoraAdapter:  # fmt: skip
-    """The delta as a LoRA adapter that peft loads on the base model: old + B A equals new within the rounding of ``dtype``.
+    delta: Delta,
+    *,
+    server: str = "peft",
+    max_rank: int | None = None,
+    leave_out: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LoraAdapter:
+    """The delta as a LoRA adapter that peft loads on the base model: old + B A equals new within
+    the rounding of ``dtype``.
 
-    server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`, padded with zeros.
-    max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what the server's LoRA
-    cannot hold (biases, experts, nn.MultiheadAttention; for vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the
-    differences of lower precisions exactly (unless old and new are more than a factor of 8,000 apart).
-    Raises DeltaError for trained biases, for weights that no linear layer uses, and for heads where vLLM is to serve it.
+    server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`,
+        padded with zeros.
+    max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what the
+        server's LoRA
+    cannot hold (biases, experts, nn.MultiheadAttention; for vLLM new heads too) instead of raising.
+    dtype: of the factors; float32 holds the
+    differences of lower precisions exactly (unless old and new are more than a factor of 8,000
+    apart).
+    Raises DeltaError for trained biases, for weights that no linear layer uses, and for heads where
+    vLLM is to serve it.
     Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
     """
     if server not in ("peft", "vllm"):
@@ -85,9 +106,11 @@ def to_lora(
     out_of_reach = _out_of_reach(delta)
     if out_of_reach and not leave_out:
         raise DeltaError(
-            f"{len(out_of_reach)} weights, such as {out_of_reach[0]}, are used without a linear layer being called (nn.MultiheadAttention, "
-            "the fast path of nn.TransformerEncoderLayer, experts), where a LoRA adapter would do nothing: export the merged model, or leave them out "
-            "(leave_out=True, --leave-out), which changes the outputs"
+            f"{len(out_of_reach)} weights, such as {out_of_reach[0]}, are used without a linear"
+            " layer being called (nn.MultiheadAttention, the fast path of"
+            " nn.TransformerEncoderLayer, experts), where a LoRA adapter would do nothing: export"
+            " the merged model, or leave them out (leave_out=True, --leave-out), which changes the"
+            " outputs"
         )
     left_out += out_of_reach
     limit = max_rank if server == "peft" else min(max_rank or VLLM_RANKS[-1], VLLM_RANKS[-1])
@@ -121,11 +144,13 @@ def to_lora(
     return LoraAdapter(tensors, _config(delta, ranks, whole), modules, left_out, metadata)
 
 
-# -- one weight ---------------------------------------------------------------------------------------------------------
+# One weight
 
 
 def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
-    """(B, A), (out, k) and (k, in) in float64 with B A = new - old exactly; k is at most the smaller side of the weight."""
+    """(B, A), (out, k) and (k, in) in float64 with B A = new - old exactly; k is at most the
+    smaller side of the weight.
+    """
     out_features, in_features = weight.shape
     parts = [_of_patch(patch, D, weight.shape) for patch, D in _differences(weight.patches)]
     B = torch.cat([b for b, _ in parts], 1)
@@ -139,12 +164,17 @@ def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
 
 
 def _differences(patches: list[Patch]) -> Iterable[tuple[Patch, Tensor]]:
-    """Each patch with new - old (R, K) in float64; an entry that a later patch writes too is zero in the earlier one."""
+    """Each patch with new - old (R, K) in float64; an entry that a later patch writes too is zero
+    in the earlier one.
+    """
     taken: list[Patch] = []
     for patch in reversed(patches):
         D = patch.new.double() - patch.old.double()
         for later in taken:
-            rows, cols = _among(patch.rows, later.rows, D.shape[0]), _among(patch.cols, later.cols, D.shape[1])
+            rows, cols = (
+                _among(patch.rows, later.rows, D.shape[0]),
+                _among(patch.cols, later.cols, D.shape[1]),
+            )
             D[rows.unsqueeze(1) & cols] = 0
         taken.append(patch)
         yield patch, D
@@ -162,7 +192,10 @@ def _of_patch(patch: Patch, D: Tensor, shape: tuple[int, int]) -> tuple[Tensor, 
     out_features, in_features = shape
     rows = torch.arange(out_features) if patch.rows is None else patch.rows
     cols = torch.arange(in_features) if patch.cols is None else patch.cols
-    changed_rows, changed_cols = (D != 0).any(1).nonzero().flatten(), (D != 0).any(0).nonzero().flatten()
+    changed_rows, changed_cols = (
+        (D != 0).any(1).nonzero().flatten(),
+        (D != 0).any(0).nonzero().flatten(),
+    )
     if len(changed_cols) <= len(changed_rows):
         k = len(changed_cols)
         B, A = D.new_zeros(out_features, k), D.new_zeros(k, in_features)
@@ -177,7 +210,9 @@ def _of_patch(patch: Patch, D: Tensor, shape: tuple[int, int]) -> tuple[Tensor, 
 
 
 def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of a rank (Eckart and Young), and the relative Frobenius norm of what they leave out."""
+    """The best factors of a rank (Eckart and Young), and the relative Frobenius norm of what they
+    leave out.
+    """
     QB, RB = torch.linalg.qr(B)
     QA, RA = torch.linalg.qr(A.t())
     U, S, V = torch.linalg.svd(RB @ RA.t(), full_matrices=False)
@@ -190,7 +225,7 @@ def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(B, (0, extra)), torch.nn.functional.pad(A, (0, 0, 0, extra))
 
 
-# -- the adapter --------------------------------------------------------------------------------------------------------
+# The adapter
 
 
 def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[str]]:
@@ -200,13 +235,15 @@ def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[
     refused = biases + (heads if server == "vllm" else [])
     if biases and not leave_out:
         raise DeltaError(
-            f"{len(biases)} biases or buffers of the base have changed, such as {biases[0]}, and a LoRA adapter cannot hold them: export the merged model, "
-            "or leave them out (leave_out=True, --leave-out), which changes the outputs"
+            f"{len(biases)} biases or buffers of the base have changed, such as {biases[0]}, and a"
+            " LoRA adapter cannot hold them: export the merged model, or leave them out"
+            " (leave_out=True, --leave-out), which changes the outputs"
         )
     if heads and server == "vllm" and not leave_out:
         raise DeltaError(
-            f"the head trained whole ({', '.join(heads[:3])}), and vLLM takes no modules_to_save: serve the merged model, or "
-            "leave the head out (leave_out=True, --leave-out) and put it into the base model"
+            f"the head trained whole ({', '.join(heads[:3])}), and vLLM takes no modules_to_save:"
+            " serve the merged model, or leave the head out (leave_out=True, --leave-out) and put"
+            " it into the base model"
         )
     return [key for key in heads if key not in refused], refused
 
@@ -214,11 +251,16 @@ def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[
 def _out_of_reach(delta: Delta) -> list[str]:
     """Keys of weights that are multiplied with, somewhere, without calling a linear layer.
 
-    nn.MultiheadAttention reads even its ``out_proj.weight`` itself, and nn.TransformerEncoderLayer ``linear1`` and ``linear2`` on its
+    nn.MultiheadAttention reads even its ``out_proj.weight`` itself, and nn.TransformerEncoderLayer
+    ``linear1`` and ``linear2`` on its
     fast path, which it takes for inference.
     """
     known = {*delta.base.get("tensors", ()), *delta.weights, *delta.whole}
-    packed = {_module_of(key) for key in known if key.endswith((".in_proj_weight", ".in_proj_bias", ".q_proj_weight"))}
+    packed = {
+        _module_of(key)
+        for key in known
+        if key.endswith((".in_proj_weight", ".in_proj_bias", ".q_proj_weight"))
+    }
     fast = {
         f"{_module_of(name)}.{linear}"
         for name in packed
@@ -226,7 +268,9 @@ def _out_of_reach(delta: Delta) -> list[str]:
         for linear in ("linear1", "linear2")
     }
     inside = {f"{name}.out_proj" for name in packed} | fast
-    return [key for key in delta.weights if not key.endswith(".weight") or _module_of(key) in inside]
+    return [
+        key for key in delta.weights if not key.endswith(".weight") or _module_of(key) in inside
+    ]
 
 
 def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, Any]:
@@ -234,21 +278,33 @@ def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, 
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     transposed = {_module_of(key) for key, weight in delta.weights.items() if weight.transposed}
     heads = sorted({_module_of(key) for key in whole})
-    everything = {_module_of(key) for key in (*delta.base.get("tensors", ()), *delta.weights)} - set(heads)
+    everything = {
+        _module_of(key) for key in (*delta.base.get("tensors", ()), *delta.weights)
+    } - set(heads)
     if hit := sorted(name for name in everything if any(name.endswith(head) for head in heads)):
         raise DeltaError(
-            f"peft matches modules_to_save by the end of a name, so {', '.join(heads)} would replace {', '.join(hit)} too: "
-            "export the merged model"
+            f"peft matches modules_to_save by the end of a name, so {', '.join(heads)} would"
+            f" replace {', '.join(hit)} too: export the merged model"
         )
     return {
-        "peft_type": "LORA", "base_model_name_or_path": delta.base.get("model"), "task_type": None, "inference_mode": True,
-        "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern),  # alpha = rank: the scale is 1
-        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "base_model_name_or_path": delta.base.get("model"),
+        "task_type": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),  # alpha = rank: the scale is 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
         "fan_in_fan_out": ranks.keys() <= transposed,
         # a regex of whole names: a list would match suffixes, and could hit more than what trained
         "target_modules": "(" + "|".join(re.escape(name) for name in ranks) + ")",
         "modules_to_save": heads or None,
-    }  # fmt: skip
+    }
 
 
 def _module_of(key: str) -> str:

@@ -11,28 +11,43 @@ from slicefine.deltas.delta import Delta, DeltaError, Patch, WeightDelta, WholeD
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """old + sum of weights times (new - old) for every entry that any of the deltas changes, in float64, rounded once.
+    """old + sum of weights times (new - old) for every entry that any of the deltas changes, in
+    float64, rounded once.
 
-    Entries that one delta alone changes, with weight 1, are copied. Raises DeltaError unless all deltas have the same base and
+    Entries that one delta alone changes, with weight 1, are copied. Raises DeltaError unless all
+    deltas have the same base and
     whole modules (heads) come from one of them only.
     """
     first = deltas[0]
     for other in deltas[1:]:
         if other.base.get("sha256") != first.base.get("sha256"):
-            raise DeltaError("the adapters were made for different base models; they cannot be combined")
+            raise DeltaError(
+                "the adapters were made for different base models; they cannot be combined"
+            )
     combined = {}
     for key in dict.fromkeys(key for delta in deltas for key in delta.weights):
-        parts = [(d.weights[key], w) for d, w in zip(deltas, weights, strict=True) if key in d.weights]
+        parts = [
+            (d.weights[key], w) for d, w in zip(deltas, weights, strict=True) if key in d.weights
+        ]
         combined[key] = _weight(key, parts)
     whole: dict[str, WholeDelta] = {}
     for delta, scale in zip(deltas, weights, strict=True):
         for key, entry in delta.whole.items():
             if key in whole:
-                raise DeltaError(f"{key} trains whole in several of the adapters; it can come from one of them only")
+                raise DeltaError(
+                    f"{key} trains whole in several of the adapters; it can come from one of them"
+                    " only"
+                )
             whole[key] = (
-                entry if scale == 1 else WholeDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
+                entry
+                if scale == 1
+                else WholeDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
             )
-    info = {"combined": [{"sha256": d.sha256, "weight": w} for d, w in zip(deltas, weights, strict=True)]}
+    info = {
+        "combined": [
+            {"sha256": d.sha256, "weight": w} for d, w in zip(deltas, weights, strict=True)
+        ]
+    }
     return Delta(combined, whole, first.config, first.base, info)
 
 
@@ -42,8 +57,9 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
         for b, _ in parts[:i]:
             if any(meet(p, q) and _strip(p) != _strip(q) for p in a.patches for q in b.patches):
                 raise DeltaError(
-                    f"two adapters change {key} along different axes (rows of one cross columns of another, or blocks overlap in part); "
-                    "only what neither touches is known there. Apply them with set_adapter([...], stack=True) instead"
+                    f"two adapters change {key} along different axes (rows of one cross columns of"
+                    " another, or blocks overlap in part); only what neither touches is known"
+                    " there. Apply them with set_adapter([...], stack=True) instead"
                 )
     strips: dict[tuple[int, ...] | str, list[tuple[Patch, float]]] = {}
     for weight, scale in parts:
@@ -54,8 +70,16 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
 
 
 def _strip(patch: Patch) -> tuple[int, ...] | str:
-    """What patches must have in common to be one: whole columns, whole rows, or for blocks the same rows."""
-    return "columns" if patch.rows is None else "rows" if patch.cols is None else tuple(patch.rows.tolist())
+    """What patches must have in common to be one: whole columns, whole rows, or for blocks the same
+    rows.
+    """
+    return (
+        "columns"
+        if patch.rows is None
+        else "rows"
+        if patch.cols is None
+        else tuple(patch.rows.tolist())
+    )
 
 
 def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
@@ -72,7 +96,9 @@ def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
     count = torch.zeros(len(union), dtype=torch.int64)
     for place in where:
         count[place] += 1
-    for (patch, scale), place in zip(patches, where, strict=True):  # alone in its features: nothing to add up
+    for (patch, scale), place in zip(
+        patches, where, strict=True
+    ):  # alone in its features: nothing to add up
         alone = count[place] == 1
         values = _blend(patch.old, [(patch.new, scale)])
         new.index_copy_(dim, place[alone], values.index_select(dim, alone.nonzero().flatten()))

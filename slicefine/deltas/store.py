@@ -1,7 +1,10 @@
-"""The delta store: a folder with an append-only log of events and the deltas that they speak of, named by their SHA-256.
+"""The delta store: a folder with an append-only log of events and the deltas that they speak of,
+named by their SHA-256.
 
-``index.jsonl`` holds one JSON object a line, each with its own SHA-256 and that of the line before it, so a changed, removed or
-inserted line is found. ``blobs/<sha256>.safetensors`` are delta files. Writers take a lock; a crash leaves at most a torn last line, which is
+``index.jsonl`` holds one JSON object a line, each with its own SHA-256 and that of the line before
+it, so a changed, removed or
+inserted line is found. ``blobs/<sha256>.safetensors`` are delta files. Writers take a lock; a crash
+leaves at most a torn last line, which is
 said, and files that nothing names.
 """
 
@@ -20,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicefine import files
+from slicefine import atomic
 from slicefine.deltas.delta import FILE, Delta, DeltaError
 
 INDEX, BLOBS, LOCK = "index.jsonl", "blobs", "lock"
@@ -35,7 +38,9 @@ class StoreError(DeltaError):
 
 @dataclass
 class Entry:
-    """One saved delta as the log tells it. stages: those it is the current one of. revoked: why, if it is."""
+    """One saved delta as the log tells it. stages: those it is the current one of. revoked: why, if
+    it is.
+    """
 
     name: str
     version: int
@@ -58,7 +63,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Log:
-    """events: all whole lines. torn: what a crash left of a last line. head: SHA-256 of the last whole line."""
+    """events: all whole lines. torn: what a crash left of a last line. head: SHA-256 of the last
+    whole line.
+    """
 
     events: list[dict[str, Any]]
     torn: bytes
@@ -66,16 +73,19 @@ class Log:
 
 
 class Store:
-    """path: the folder; `save` makes it. A reference to a delta is ``name`` (its newest version), ``name:2``, ``name@stage`` or
+    """path: the folder; `save` makes it. A reference to a delta is ``name`` (its newest version),
+    ``name:2``, ``name@stage`` or
     the first 8 or more digits of its SHA-256."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # Reading
 
     def log(self) -> Log:
-        """Read the events and check their chain. Raises StoreError naming the first line that is not as it was written."""
+        """Read the events and check their chain. Raises StoreError naming the first line that is
+        not as it was written.
+        """
         self._require_folder()
         try:
             content = (self.path / INDEX).read_bytes()
@@ -91,8 +101,8 @@ class Store:
             event = _intact(line, number, head)
             if event is None:
                 raise StoreError(
-                    f"{self.path / INDEX}, line {number} is not as it was written (its hash, or the chain of hashes, does not hold). "
-                    "Take a copy of the store that verifies."
+                    f"{self.path / INDEX}, line {number} is not as it was written (its hash, or the"
+                    " chain of hashes, does not hold). Take a copy of the store that verifies."
                 )
             events.append(event)
             head = event["sha256"]
@@ -110,7 +120,9 @@ class Store:
         return self.path / BLOBS / f"{entry.sha256}.safetensors"
 
     def load(self, entry: Entry) -> Delta:
-        """Read and check a delta. Raises StoreError if its file is gone, damaged, or another delta's."""
+        """Read and check a delta. Raises StoreError if its file is gone, damaged, or another
+        delta's.
+        """
         path = self.blob(entry)
         if not path.is_file():
             raise StoreError(f"{entry.label}: its file {path} is missing")
@@ -122,7 +134,8 @@ class Store:
     def verify(self, head: str | None = None) -> list[str]:
         """Check the log and every file; returns what is wrong, in words, or nothing.
 
-        head: SHA-256 of a line of the log that was noted outside of the store: whole lines cut off behind it are found too.
+        head: SHA-256 of a line of the log that was noted outside of the store: whole lines cut off
+            behind it are found too.
         """
         try:
             log = self.log()
@@ -130,39 +143,57 @@ class Store:
             return [str(error)]
         problems = []
         if log.torn:
-            with contextlib.suppress(OSError), self._locked() as settled:  # somebody may just have been writing
+            with (
+                contextlib.suppress(OSError),
+                self._locked() as settled,
+            ):  # somebody may just have been writing
                 log = settled
         if log.torn:
             problems.append(_torn_line(self.path, log))
         heads = [event["previous"] for event in log.events] + [log.head]
         if head is not None and head not in heads:
             problems.append(
-                f"{self.path / INDEX}: the line with SHA-256 {head} is gone; the log has been cut or replaced"
+                f"{self.path / INDEX}: the line with SHA-256 {head} is gone; the log has been cut"
+                " or replaced"
             )
         for entry in {entry.sha256: entry for entry in _replay(log.events)}.values():
             try:
                 self.load(entry)
             except DeltaError as error:
-                problems.append(f"{entry.label}: {error}" if entry.label not in str(error) else str(error))
+                problems.append(
+                    f"{entry.label}: {error}" if entry.label not in str(error) else str(error)
+                )
         named = {entry.sha256 for entry in _replay(log.events)}
         for path in sorted((self.path / BLOBS).glob("*.safetensors")):
             if path.stem not in named:
-                problems.append(f"{path} is named by no event: a save that was interrupted, or a log that was cut")
+                problems.append(
+                    f"{path} is named by no event: a save that was interrupted, or a log that"
+                    " was cut"
+                )
         return problems
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # Writing
 
     def save(
-        self, name: str, delta: Delta | str | os.PathLike[str], *, parents: list[str] | None = None, note: str | None = None
-    ) -> Entry:  # fmt: skip
-        """Add a delta (or the file or folder of one) under a name; saving a name again makes its next version.
+        self,
+        name: str,
+        delta: Delta | str | os.PathLike[str],
+        *,
+        parents: list[str] | None = None,
+        note: str | None = None,
+    ) -> Entry:
+        """Add a delta (or the file or folder of one) under a name; saving a name again makes its
+        next version.
 
-        parents: references to deltas that this one was made of, beside those that its file names. note: free text.
-        Raises StoreError for a name with other signs than letters, digits, ``.``, ``_`` and ``-``; DeltaError for a damaged file.
+        parents: references to deltas that this one was made of, beside those that its file names.
+            note: free text.
+        Raises StoreError for a name with other signs than letters, digits, ``.``, ``_`` and ``-``;
+        DeltaError for a damaged file.
         """
         if not _NAME.fullmatch(name) or _HEX.fullmatch(name):
             raise StoreError(
-                f"name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit, and not a hash"
+                f"name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter"
+                " or digit, and not a hash"
             )
         source = None if isinstance(delta, Delta) else Path(delta)
         content = delta if isinstance(delta, Delta) else Delta.load(delta)
@@ -175,9 +206,17 @@ class Store:
             version = 1 + max((e.version for e in earlier if e.name == name), default=0)
             ancestors += [sha for sha in parents_of(content) if sha not in ancestors]
             self._append(
-                log, "save", sha256, name=name, version=version, nbytes=content.nbytes, base=content.base.get("model"),
-                base_sha256=content.base.get("sha256"), parents=ancestors, note=note,
-            )  # fmt: skip
+                log,
+                "save",
+                sha256,
+                name=name,
+                version=version,
+                nbytes=content.nbytes,
+                base=content.base.get("model"),
+                base_sha256=content.base.get("sha256"),
+                parents=ancestors,
+                note=note,
+            )
         return self.find(f"{name}:{version}")
 
     def record(self, event: str, entry: Entry, **details: Any) -> None:
@@ -186,7 +225,9 @@ class Store:
             self._append(log, event, entry.sha256, label=entry.label, **details)
 
     def promote(self, reference: str, stage: str) -> Entry:
-        """Make a delta the current one of a stage, such as ``production``, among the versions of its name."""
+        """Make a delta the current one of a stage, such as ``production``, among the versions of
+        its name.
+        """
         entry = self.find(reference)
         if not _NAME.fullmatch(stage):
             raise StoreError(f"stage {stage!r}: expected letters, digits, '.', '_' and '-'")
@@ -195,7 +236,9 @@ class Store:
         return self.find(entry.label)
 
     def revoke(self, reference: str, reason: str) -> Entry:
-        """Mark a delta, under all its names, as not to be used; its file stays, so models that hold it can be reverted."""
+        """Mark a delta, under all its names, as not to be used; its file stays, so models that hold
+        it can be reverted.
+        """
         entry = self.find(reference)
         if entry.revoked is None:
             self.record("revoke", entry, reason=reason)
@@ -204,36 +247,51 @@ class Store:
     def require_usable(self, entry: Entry) -> None:
         """Raise StoreError for a revoked delta."""
         if entry.revoked is not None:
-            raise StoreError(f"{entry.label} is revoked: {entry.revoked}. --force uses it all the same")
+            raise StoreError(
+                f"{entry.label} is revoked: {entry.revoked}. --force uses it all the same"
+            )
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # Inside
 
     def _put(self, delta: Delta, source: Path | None) -> str:
-        """Copy or write a delta's file to the blobs, atomically; a file that is there already and whole stays."""
+        """Copy or write a delta's file to the blobs, atomically; a file that is there already and
+        whole stays.
+        """
         temporary = self.path / BLOBS / ".incoming.safetensors"
         if source is None:
             delta.save(temporary)
         else:
             shutil.copyfile(source if source.suffix == ".safetensors" else source / FILE, temporary)
         try:
-            stored = Delta.load(temporary).sha256  # what is in the store now, not what was read before the copy
+            stored = Delta.load(
+                temporary
+            ).sha256  # what is in the store now, not what was read before the copy
             assert stored is not None
             target = self.path / BLOBS / f"{stored}.safetensors"
-            with files.replacing(target) as fresh:
+            with atomic.replacing(target) as fresh:
                 os.replace(temporary, fresh)
             return stored
         finally:
             temporary.unlink(missing_ok=True)
 
     def _clear_leftovers(self) -> None:
-        """Half-written files of writers that died, safetensors' own among them; the lock is held, so nobody is writing them."""
+        """Half-written files of writers that died, safetensors' own among them; the lock is held,
+        so nobody is writing them.
+        """
         for path in (self.path / BLOBS).glob(".*"):
             path.unlink(missing_ok=True)
 
     def _append(self, log: Log, event: str, sha256: str, **details: Any) -> None:
         number, previous = len(log.events) + 1, log.head
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        body = {"number": number, "time": now, "event": event, "delta": sha256, **details, "previous": previous}
+        body = {
+            "number": number,
+            "time": now,
+            "event": event,
+            "delta": sha256,
+            **details,
+            "previous": previous,
+        }
         line = _line({key: value for key, value in body.items() if value is not None}) + b"\n"
         path = self.path / INDEX
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
@@ -241,7 +299,9 @@ class Store:
             if log.torn:
                 os.ftruncate(handle, os.path.getsize(path) - len(log.torn))
             end = os.lseek(handle, 0, os.SEEK_END)
-            written = os.write(handle, line)  # one call: a kill leaves all of it or nothing; a power cut may tear it
+            written = os.write(
+                handle, line
+            )  # one call: a kill leaves all of it or nothing; a power cut may tear it
             if written < len(line):
                 os.ftruncate(handle, end)
                 raise OSError(f"{path}: no room for the event {event!r}; nothing was recorded")
@@ -251,7 +311,9 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[Log]:
-        """The log, while nobody else can write. The system lets go of the lock when its holder dies."""
+        """The log, while nobody else can write. The system lets go of the lock when its holder
+        dies.
+        """
         self._require_folder()
         with open(self.path / LOCK, "a+b") as file, _exclusive(file.fileno()):
             yield self.log()
@@ -267,7 +329,9 @@ def _line(body: dict[str, Any]) -> bytes:
 
 
 def _intact(line: bytes, number: int, previous: str) -> dict[str, Any] | None:
-    """The event of a line, or None if it is not the ``number``-th line as written behind the line with hash ``previous``."""
+    """The event of a line, or None if it is not the ``number``-th line as written behind the line
+    with hash ``previous``.
+    """
     try:
         event = json.loads(line)
         body = {key: value for key, value in event.items() if key != "sha256"}
@@ -278,15 +342,18 @@ def _intact(line: bytes, number: int, previous: str) -> dict[str, Any] | None:
 
 
 def parents_of(delta: Delta) -> list[str]:
-    """SHA-256 of the deltas that a delta's own file names: those it was trained on top of, and those it was merged from."""
+    """SHA-256 of the deltas that a delta's own file names: those it was trained on top of, and
+    those it was merged from.
+    """
     named = [*delta.info.get("parents", ()), *delta.info.get("combined", ())]
     return [entry["sha256"] for entry in named if isinstance(entry, dict) and entry.get("sha256")]
 
 
 def _torn_line(path: Path, log: Log) -> str:
     return (
-        f"{path / INDEX}: the last line is torn ({len(log.torn)} bytes of event {len(log.events) + 1}): a writer died. "
-        f"The {len(log.events)} events before it are whole; the next write removes it."
+        f"{path / INDEX}: the last line is torn ({len(log.torn)} bytes of event"
+        f" {len(log.events) + 1}): a writer died. The {len(log.events)} events before it are whole;"
+        " the next write removes it."
     )
 
 
@@ -298,11 +365,22 @@ def _replay(events: list[dict[str, Any]]) -> list[Entry]:
         if kind == "save":
             earlier = next((e for e in entries if e.sha256 == event["delta"]), None)
             entry = Entry(
-                event["name"], event["version"], event["delta"], event["time"], event.get("base"), event.get("base_sha256"),
-                event["nbytes"], event.get("parents", []), event.get("note"),
-            )  # fmt: skip
+                event["name"],
+                event["version"],
+                event["delta"],
+                event["time"],
+                event.get("base"),
+                event.get("base_sha256"),
+                event["nbytes"],
+                event.get("parents", []),
+                event.get("note"),
+            )
             if earlier is not None:  # the same delta under another name
-                entry.revoked, entry.signed_by, entry.audits = earlier.revoked, earlier.signed_by, earlier.audits
+                entry.revoked, entry.signed_by, entry.audits = (
+                    earlier.revoked,
+                    earlier.signed_by,
+                    earlier.audits,
+                )
             entries.append(entry)
             continue
         for entry in (e for e in entries if e.sha256 == event["delta"]):
@@ -312,7 +390,9 @@ def _replay(events: list[dict[str, Any]]) -> list[Entry]:
         if kind == "sign" and same and event["key"] not in same[0].signed_by:
             same[0].signed_by.append(event["key"])  # one list, shared by all names of the delta
         elif kind == "audit" and same:
-            same[0].audits.append({key: event[key] for key in ("time", "metric", "recorded", "measured", "passed")})
+            same[0].audits.append(
+                {key: event[key] for key in ("time", "metric", "recorded", "measured", "passed")}
+            )
         elif kind == "promote":
             for entry in (e for e in entries if e.name == event["name"]):
                 with contextlib.suppress(ValueError):
@@ -334,7 +414,9 @@ def _find(entries: list[Entry], reference: str, path: Path) -> Entry:
         if not found and _HEX.fullmatch(reference):
             found = [e for e in entries if e.sha256.startswith(reference)]
             if len({e.sha256 for e in found}) > 1:
-                raise StoreError(f"{reference} is the start of several hashes in {path}; give more digits")
+                raise StoreError(
+                    f"{reference} is the start of several hashes in {path}; give more digits"
+                )
     if not found:
         there = ", ".join(e.label + "".join(f" (@{s})" for s in e.stages) for e in entries[-20:])
         raise StoreError(f"no delta {reference!r} in {path}; it holds {there or 'none'}")

@@ -1,4 +1,5 @@
-"""Look at a pretrained model and a little data before training: spectra, task energy, slice tangents, winning slices,
+"""Look at a pretrained model and a little data before training: spectra, task energy, slice
+tangents, winning slices,
 advice."""
 
 from slicefine.diagnose.advice import Advice, advise

@@ -1,7 +1,9 @@
-"""What runs through the linear layers of a model: features, gradients of one loss, and the same model with random
+"""What runs through the linear layers of a model: features, gradients of one loss, and the same
+model with random
 weights.
 
-Memory beyond the model: a forward pass of one batch, and what the bound given holds (`passes`). Nothing here keeps a
+Memory beyond the model: a forward pass of one batch, and what the bound given holds (`passes`).
+    Nothing here keeps a
 copy of the model.
 """
 
@@ -62,9 +64,15 @@ def linear_layers(model: nn.Module, config: SliceConfig | None = None) -> list[L
 
 
 def linear_layers_of_shapes(model: nn.Module) -> list[Layer]:
-    """The layers of a model on the meta device, whose shapes alone are known: every linear one but the output head."""
+    """The layers of a model on the meta device, whose shapes alone are known: every linear one but
+    the output head.
+    """
     head = output_head(model)
-    return [Layer(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
+    return [
+        Layer(name, module)
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head
+    ]
 
 
 @contextmanager
@@ -84,12 +92,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-# -- features at the inputs of layers -----------------------------------------------------------------------------------
+# Features at the inputs of layers
 
 
 @dataclass
 class Features:
-    """At one layer's input. rows: (n, d) sampled positions (tokens, patches), float32. means: (examples, d) over an
+    """At one layer's input. rows: (n, d) sampled positions (tokens, patches), float32. means:
+    (examples, d) over an
     example's positions; (0, d) where the layer's first dimension is not the examples."""
 
     rows: Tensor
@@ -97,10 +106,12 @@ class Features:
 
 
 def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> list[list[int]]:
-    """Which layers are looked at together, so that their features take at most ``budget`` bytes; more passes where it
+    """Which layers are looked at together, so that their features take at most ``budget`` bytes;
+    more passes where it
     is small.
 
-    widths: input features of each layer. samples, examples: rows of `Features`. out: indices of layers per pass.
+    widths: input features of each layer. samples, examples: rows of `Features`. out: indices of
+        layers per pass.
     Raises ValueError if the features of a single layer exceed the budget.
     """
     size = lambda i: 4 * widths[i] * (samples + examples)
@@ -109,8 +120,8 @@ def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> l
     for i in range(len(widths)):
         if size(i) > budget:
             raise ValueError(
-                f"the features of a layer with {widths[i]:,d} inputs take {size(i):,d} bytes and the budget is {budget:,d}; "
-                "raise the budget or sample fewer rows"
+                f"the features of a layer with {widths[i]:,d} inputs take {size(i):,d} bytes and"
+                f" the budget is {budget:,d}; raise the budget or sample fewer rows"
             )
         if held + size(i) > budget:
             groups.append([])
@@ -124,9 +135,11 @@ def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> l
 def input_features(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], samples: int, seed: int = 0
 ) -> dict[str, Features]:
-    """Features at the input of each layer, of one pass over the data; layers that are never called are left out.
+    """Features at the input of each layer, of one pass over the data; layers that are never called
+    are left out.
 
-    batches: keyword arguments of the model; positions that an ``attention_mask`` of the input's shape hides are left
+    batches: keyword arguments of the model; positions that an ``attention_mask`` of the input's
+        shape hides are left
     out.
     samples: rows kept per layer; layers with the same inputs get one object.
     """
@@ -143,7 +156,9 @@ def input_features(
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         mask = mask.bool()
         weights = mask.to(torch.float32)
-        means = torch.einsum("btd,bt->bd", x.float(), weights) / weights.sum(1, keepdim=True).clamp_min(1.0)
+        means = torch.einsum("btd,bt->bd", x.float(), weights) / weights.sum(
+            1, keepdim=True
+        ).clamp_min(1.0)
         if len(x) != current["batch"]:
             means = means[:0]
         valid = mask.flatten().nonzero().flatten()
@@ -167,33 +182,46 @@ def input_features(
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(hook(layer.name)).remove)
         for number, batch in enumerate(batches):
-            current.update(mask=batch.get("attention_mask"), number=number, batch=len(next(iter(batch.values()))))
+            current.update(
+                mask=batch.get("attention_mask"),
+                number=number,
+                batch=len(next(iter(batch.values()))),
+            )
             model(**batch)
             shared.clear()
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, parts in collected.items():
         alike.setdefault(tuple(id(rows) for rows, _ in parts), []).append(name)
     joined: dict[str, Features] = {}
-    for names in alike.values():  # parts go as they are joined: features are held once and not twice
+    for (
+        names
+    ) in alike.values():  # parts go as they are joined: features are held once and not twice
         lists = [collected.pop(name) for name in names]
         parts = lists[0]
-        features = Features(torch.cat([rows for rows, _ in parts])[:samples], torch.cat([means for _, means in parts]))
+        features = Features(
+            torch.cat([rows for rows, _ in parts])[:samples],
+            torch.cat([means for _, means in parts]),
+        )
         joined.update(dict.fromkeys(names, features))
         del lists, parts
     return {layer.name: joined[layer.name] for layer in layers if layer.name in joined}
 
 
-# -- the same model with random weights ---------------------------------------------------------------------------------
+# The same model with random weights
 
 
 @contextmanager
 def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Inside, every module computes with freshly initialised parameters, which exist only while that module runs.
+    """Inside, every module computes with freshly initialised parameters, which exist only while
+    that module runs.
 
-    So the randomly initialised twin of a model takes the memory of its largest module and not that of a second model.
-    Linear and embedding weights are normal with ``model.config.initializer_range`` where there is one; else modules
+    So the randomly initialised twin of a model takes the memory of its largest module and not that
+    of a second model.
+    Linear and embedding weights are normal with ``model.config.initializer_range`` where there is
+    one; else modules
     initialise themselves (``reset_parameters``). Other
-    parameters: vectors called weight are ones, biases zeros, everything else normal with 0.02. A module whose weights
+    parameters: vectors called weight are ones, biases zeros, everything else normal with 0.02. A
+        module whose weights
     its parent reads without calling it keeps them.
     """
     deviation = getattr(getattr(model, "config", None), "initializer_range", None)
@@ -204,7 +232,9 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
             stack = module.__dict__.setdefault("_slicefine_kept", [])
             stack.append(kept)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+                torch.manual_seed(
+                    seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+                )
                 _draw(module, deviation)
 
         return swap
@@ -213,7 +243,11 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
         module._parameters.update(module.__dict__["_slicefine_kept"].pop())
 
     with ExitStack() as hooks:
-        owners = [(name, m) for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())]
+        owners = [
+            (name, m)
+            for name, m in model.named_modules()
+            if any(p is not None for p in m._parameters.values())
+        ]
         try:
             for name, module in owners:
                 hooks.callback(module.register_forward_pre_hook(before(name), prepend=True).remove)

@@ -2,7 +2,8 @@
 
 Always to be read beside the same quantity of a randomly initialised model
 (`slicefine.diagnose.capture.random_weights`).
-Source: cumulative explained variance of centred features, arXiv 2510.08513; the label-aligned variant is the share of
+Source: cumulative explained variance of centred features, arXiv 2510.08513; the label-aligned
+    variant is the share of
 the centred label matrix inside the span of the first k principal components.
 """
 
@@ -21,10 +22,13 @@ TAUS = (0.9, 0.95, 0.99)
 class Energy:
     """Energy of n feature vectors of width d.
 
-    curve: (min(n, d),) cumulative explained variance after 1, 2, ... components. k: tau -> least number of components
+    curve: (min(n, d),) cumulative explained variance after 1, 2, ... components. k: tau -> least
+        number of components
     with that share.
-    effective_rank: exp of the spectrum's entropy. aligned: (min(n, d),) share of the centred labels' energy within the
-    first components, or None without labels. aligned_k: tau -> least number of components that hold tau of what all of
+    effective_rank: exp of the spectrum's entropy. aligned: (min(n, d),) share of the centred
+        labels' energy within the
+    first components, or None without labels. aligned_k: tau -> least number of components that hold
+    tau of what all of
     them hold.
     dead: number of features that never vary.
     """
@@ -47,29 +51,45 @@ def task_energy(
 ) -> Energy:
     """Cumulative explained variance of centred features.
 
-    features: (n, d). labels: (m,) class numbers or (m, c) targets, for the label-aligned variant. label_features: (m,
-    d), one row per label where features are finer than labels (tokens of a labelled text); ``features`` otherwise.
-    out: an `Energy`. Raises ValueError for fewer than two rows, features that do not vary, labels of another length.
+    features: (n, d). labels: (m,) class numbers or (m, c) targets, for the label-aligned variant.
+        label_features: (m,
+    d), one row per label where features are finer than labels (tokens of a labelled text);
+    ``features`` otherwise.
+    out: an `Energy`. Raises ValueError for fewer than two rows, features that do not vary, labels
+        of another length.
     """
     if features.dim() != 2 or features.shape[0] < 2:
-        raise ValueError(f"features have shape {tuple(features.shape)}; expected (n, d) with at least two rows")
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}; expected (n, d) with at least two rows"
+        )
     if not all(0 < tau <= 1 for tau in taus):
         raise ValueError(f"taus are {tuple(taus)}; expected shares between 0, exclusive, and 1")
     centred = _centred(features)
     energy = centred.square().sum(0)
     if not float(energy.sum()) > 0.0 or not bool(torch.isfinite(energy).all()):
-        raise ValueError("the features do not vary or are not finite; they have no principal components")
+        raise ValueError(
+            "the features do not vary or are not finite; they have no principal components"
+        )
     spectrum, _ = _principal(centred, vectors=False)
     curve = (spectrum.cumsum(0) / spectrum.sum()).clamp_max(1.0)
     share = spectrum / spectrum.sum()
     aligned = aligned_k = None
     if labels is not None:
         held = _aligned(centred if label_features is None else _centred(label_features), labels)
-        aligned, aligned_k = held.tolist(), {tau: _reach(held, tau * float(held[-1])) for tau in taus}
+        aligned, aligned_k = (
+            held.tolist(),
+            {tau: _reach(held, tau * float(held[-1])) for tau in taus},
+        )
     return Energy(
-        features.shape[0], features.shape[1], curve.tolist(), {tau: _reach(curve, tau) for tau in taus},
-        float((-(share * share.clamp_min(1e-300).log()).sum()).exp()), int((energy <= 1e-12 * energy.max()).sum()), aligned, aligned_k,
-    )  # fmt: skip
+        features.shape[0],
+        features.shape[1],
+        curve.tolist(),
+        {tau: _reach(curve, tau) for tau in taus},
+        float((-(share * share.clamp_min(1e-300).log()).sum()).exp()),
+        int((energy <= 1e-12 * energy.max()).sum()),
+        aligned,
+        aligned_k,
+    )
 
 
 def _centred(features: Tensor) -> Tensor:
@@ -78,7 +98,8 @@ def _centred(features: Tensor) -> Tensor:
 
 
 def _principal(centred: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
-    """(eigenvalues, left singular vectors (n, k) if asked for), largest first, from the smaller of the two Gram
+    """(eigenvalues, left singular vectors (n, k) if asked for), largest first, from the smaller of
+    the two Gram
     matrices."""
     n, d = centred.shape
     if n <= d or vectors:
@@ -89,14 +110,18 @@ def _principal(centred: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _reach(curve: Tensor, level: float) -> int:
-    """Least number of components whose share is at least the level; rounding in the last bits does not count."""
+    """Least number of components whose share is at least the level; rounding in the last bits does
+    not count.
+    """
     return min(int((curve < level - 1e-12).sum()) + 1, len(curve))
 
 
 def _aligned(centred: Tensor, labels: Tensor) -> Tensor:
     """||U_k^T Y||^2 / ||Y||^2 of the centred labels Y for every k."""
     if len(labels) != len(centred):
-        raise ValueError(f"{len(labels)} labels for {len(centred)} rows of features; expected one each")
+        raise ValueError(
+            f"{len(labels)} labels for {len(centred)} rows of features; expected one each"
+        )
     targets = torch.nn.functional.one_hot(labels.long()) if labels.dim() == 1 else labels
     targets = _centred(targets)
     total = targets.square().sum()
@@ -104,6 +129,8 @@ def _aligned(centred: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("all labels are the same; there is nothing to align with")
     spectrum, left = _principal(centred, vectors=True)
     assert left is not None
-    left = left[:, spectrum > 1e-12 * spectrum[0]]  # directions without variance hold nothing a linear layer could read
+    left = left[
+        :, spectrum > 1e-12 * spectrum[0]
+    ]  # directions without variance hold nothing a linear layer could read
     held = (left.t() @ targets).square().sum(1).cumsum(0) / total
     return held.clamp_max(1.0)

@@ -1,4 +1,5 @@
-"""A report as one HTML file that needs nothing else: text, tables, matplotlib figures as inline SVG.
+"""A report as one HTML file that needs nothing else: text, tables, matplotlib figures as inline
+SVG.
 
 page = Page("Title", "one line under it")
 page.heading("A section")
@@ -80,44 +81,63 @@ class Page:
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
-        """One row per mapping, columns in the order in which keys first occur; floats in four significant digits."""
+        """One row per mapping, columns in the order in which keys first occur; floats in four
+        significant digits.
+        """
         columns = list(dict.fromkeys(key for row in rows for key in row))
         numeric = {
             c
             for c in columns
-            if all(isinstance(r.get(c), (int, float, type(None))) and not isinstance(r.get(c), bool) for r in rows)
+            if all(
+                isinstance(r.get(c), (int, float, type(None))) and not isinstance(r.get(c), bool)
+                for r in rows
+            )
         }
         mark = lambda c: ' class="number"' if c in numeric else ""
         head = "".join(f"<th{mark(c)}>{html.escape(c)}</th>" for c in columns)
         body = "".join(
-            "<tr>" + "".join(f"<td{mark(c)}>{html.escape(cell(row.get(c)))}</td>" for c in columns) + "</tr>"
+            "<tr>"
+            + "".join(f"<td{mark(c)}>{html.escape(cell(row.get(c)))}</td>" for c in columns)
+            + "</tr>"
             for row in rows
         )
         title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
         self._parts.append(
-            f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            "<div"
+            f' class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
     def figure(self, fig: Any, caption: str = "") -> None:
-        """A `matplotlib.figure.Figure` as inline SVG; build it with `new_figure` and no GUI is ever asked for."""
+        """A `matplotlib.figure.Figure` as inline SVG; build it with `new_figure` and no GUI is ever
+        asked for.
+        """
         self._figures.append(fig)
         title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{_svg(fig, f'f{len(self._figures)}', caption)}{title}</figure>")
+        self._parts.append(
+            f"<figure>{_svg(fig, f'f{len(self._figures)}', caption)}{title}</figure>"
+        )
 
     def html(self) -> str:
         """The whole document."""
-        links = "".join(f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in self._sections)
+        links = "".join(
+            f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in self._sections
+        )
         subtitle = f'<p class="subtitle">{html.escape(self.subtitle)}</p>' if self.subtitle else ""
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            '<!doctype html>\n<html lang="en"><head><meta'
+            f' charset="utf-8"><title>{html.escape(self.title)}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"'
+            ' href="data:,">'
             f"<style>{_STYLE}</style></head><body><main><h1>{html.escape(self.title)}</h1>{subtitle}<nav>{links}</nav>"
             + "\n".join(self._parts)
             + "</main></body></html>\n"
         )
 
-    def write_figures(self, folder: str | os.PathLike[str], stem: str, dpi: int = 110) -> list[Path]:
-        """The figures as PNG files ``stem-1.png``, ``stem-2.png`` and so on, for documents that cannot hold the
+    def write_figures(
+        self, folder: str | os.PathLike[str], stem: str, dpi: int = 110
+    ) -> list[Path]:
+        """The figures as PNG files ``stem-1.png``, ``stem-2.png`` and so on, for documents that
+        cannot hold the
         page."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +154,9 @@ class Page:
 
 
 def new_figure(width: float = 10.0, height: float = 4.0, **grid: Any) -> tuple[Any, Any]:
-    """(figure, axes) of matplotlib in inches, outside of pyplot; grid: rows and columns as for `plt.subplots`."""
+    """(figure, axes) of matplotlib in inches, outside of pyplot; grid: rows and columns as for
+    `plt.subplots`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,8 +1,11 @@
-"""Everything that can be known about a model and a little data before training, as one dictionary for JSON and for the
+"""Everything that can be known about a model and a little data before training, as one dictionary
+for JSON and for the
 HTML report.
 
-Memory beyond the model and a forward and backward pass of one batch: `Options.budget` for features, `PASS_BYTES` for
-slice tangents, one weight's gradient, and for the random twin one module (`bound`). Nothing is trained for keeps: the
+Memory beyond the model and a forward and backward pass of one batch: `Options.budget` for features,
+    `PASS_BYTES` for
+slice tangents, one weight's gradient, and for the random twin one module (`bound`). Nothing is
+trained for keeps: the
 model is the same afterwards, bit for bit.
 """
 
@@ -30,7 +33,14 @@ from slicefine.diagnose.capture import (
     random_weights,
 )
 from slicefine.diagnose.energy import Energy, task_energy
-from slicefine.diagnose.spectra import AXES, Balance, Null, gaussian_null, group_bounds, spectral_balance
+from slicefine.diagnose.spectra import (
+    AXES,
+    Balance,
+    Null,
+    gaussian_null,
+    group_bounds,
+    spectral_balance,
+)
 from slicefine.diagnose.tangent import (
     PASS_BYTES,
     label_alignment,
@@ -39,17 +49,35 @@ from slicefine.diagnose.tangent import (
     slice_grams,
     slice_of,
 )
-from slicefine.diagnose.winning import LEAST_POSITIONS, Loss, Winning, loss_of_output, winning_report
+from slicefine.diagnose.winning import (
+    LEAST_POSITIONS,
+    Loss,
+    Winning,
+    loss_of_output,
+    winning_report,
+)
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 
 NOTES = {
-    "balance": "Spectral balance is an anomaly check: random matrices pass it better than trained ones. A flagged block is one where a contiguous slice would behave "
-    "unlike the others; nothing else follows from it.",
-    "energy": "k(tau) counts the directions that the data's features span; read it beside the same count with random weights. It is a plausible start for r and no law.",
-    "winning": "A non-zero gradient inside a slice makes its loss fall, so almost any slice is a winner in the weak sense. What tells slices apart is how much: the spread of the "
-    "drop over random positions. Exceptions are named.",
-    "tangent": "Ranks at the pretrained weights are quantities of the neural tangent kernel, at a stated tolerance. n_min is the noise-free, local best case: with fewer examples no method "
-    "can pin the slice down, with as many some sets suffice. Plan with 2 R or more.",
+    "balance": (
+        "Spectral balance is an anomaly check: random matrices pass it better than trained ones. A"
+        " flagged block is one where a contiguous slice would behave unlike the others; nothing"
+        " else follows from it."
+    ),
+    "energy": (
+        "k(tau) counts the directions that the data's features span; read it beside the same count"
+        " with random weights. It is a plausible start for r and no law."
+    ),
+    "winning": (
+        "A non-zero gradient inside a slice makes its loss fall, so almost any slice is a winner in"
+        " the weak sense. What tells slices apart is how much: the spread of the drop over random"
+        " positions. Exceptions are named."
+    ),
+    "tangent": (
+        "Ranks at the pretrained weights are quantities of the neural tangent kernel, at a stated"
+        " tolerance. n_min is the noise-free, local best case: with fewer examples no method can"
+        " pin the slice down, with as many some sets suffice. Plan with 2 R or more."
+    ),
 }
 
 
@@ -57,10 +85,14 @@ NOTES = {
 class Options:
     """What to look at, and how closely.
 
-    r, axis: of the slices looked at. tokens: feature rows per layer. draws: of each null of the balance. tried: layers
-    in which slices are trained at ``positions`` random positions for ``steps`` steps with learning rate ``lr``. rank:
-    also slice tangents of those layers, on ``outputs`` ("logits", "contrast" or a number of random projections).
-    budget: bytes of features held at a time. interval, epochs, batch_size: of the training whose coverage is planned.
+    r, axis: of the slices looked at. tokens: feature rows per layer. draws: of each null of the
+        balance. tried: layers
+    in which slices are trained at ``positions`` random positions for ``steps`` steps with learning
+    rate ``lr``. rank:
+    also slice tangents of those layers, on ``outputs`` ("logits", "contrast" or a number of random
+    projections).
+    budget: bytes of features held at a time. interval, epochs, batch_size: of the training whose
+        coverage is planned.
     """
 
     r: int = 16
@@ -93,11 +125,15 @@ def survey(
 ) -> dict[str, Any]:
     """Measure a model on a little data.
 
-    batches: keyword arguments of the model. labels: (examples,) class numbers in the order of the batches, for the
-    label-aligned energy. examples: size of the whole training set, for coverage; what the batches hold unless given.
-    loss, loss_batches: of the winning-slice check; the batches themselves unless given. config: which layers; all
+    batches: keyword arguments of the model. labels: (examples,) class numbers in the order of the
+        batches, for the
+    label-aligned energy. examples: size of the whole training set, for coverage; what the batches
+    hold unless given.
+    loss, loss_batches: of the winning-slice check; the batches themselves unless given. config:
+        which layers; all
     linear ones but the head.
-    out: plain numbers, strings, lists and dictionaries; the keys are those of the report's sections.
+    out: plain numbers, strings, lists and dictionaries; the keys are those of the report's
+        sections.
     """
     options = options or Options()
     layers = linear_layers(model, config)
@@ -120,10 +156,21 @@ def survey(
     winning = timed(
         "winning",
         lambda: winning_report(
-            model, used, loss_batches or batches, options.r, options.axis, tried, options.positions, options.steps, options.lr,
-            options.seed, loss, outliers, track,
+            model,
+            used,
+            loss_batches or batches,
+            options.r,
+            options.axis,
+            tried,
+            options.positions,
+            options.steps,
+            options.lr,
+            options.seed,
+            loss,
+            outliers,
+            track,
         ),
-    )  # fmt: skip
+    )
     tangents = (
         timed("tangent", lambda: tangent_rows(model, used, tried, batches, options, track, labels))
         if options.rank
@@ -132,7 +179,10 @@ def survey(
     by_name = {w.name: w for w in winning}
     held = sum(len(next(iter(batch.values()))) for batch in batches)
     return {
-        "layers": [_layer_row(layer, balance[layer.name], energy.get(layer.name), by_name.get(layer.name)) for layer in layers],
+        "layers": [
+            _layer_row(layer, balance[layer.name], energy.get(layer.name), by_name.get(layer.name))
+            for layer in layers
+        ],
         "winning": [_winning_row(w) for w in winning],
         "tangent": tangents,
         "coverage": coverage(used, options, examples or held),
@@ -142,14 +192,16 @@ def survey(
         "examples": held,
         "bound_bytes": bound(layers, options, model),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-    }  # fmt: skip
+    }
 
 
 def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = None) -> int:
     """Bytes that a survey takes beyond the model and a pass of one batch, at the most.
 
-    Features of one pass, and beside them the largest of: float64 copies while one layer is decomposed, the largest
-    module's random parameters (with a model), three times the largest weight in float32 (its gradient, or a null of its
+    Features of one pass, and beside them the largest of: float64 copies while one layer is
+        decomposed, the largest
+    module's random parameters (with a model), three times the largest weight in float32 (its
+    gradient, or a null of its
     shape), slice tangents.
     """
     widest = max(layer.in_features for layer in layers)
@@ -157,10 +209,14 @@ def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = N
     decomposed = 8 * (3 * options.tokens * widest + 3 * min(options.tokens, widest) ** 2)
     own = lambda module: sum(4 * p.numel() for p in module._parameters.values() if p is not None)
     module = max(map(own, model.modules())) if model is not None else 0
-    return options.budget + max(decomposed, 3 * 4 * largest, module, 3 * PASS_BYTES if options.rank else 0)
+    return options.budget + max(
+        decomposed, 3 * 4 * largest, module, 3 * PASS_BYTES if options.rank else 0
+    )
 
 
-def balances(layers: Sequence[Layer], options: Options, track: Track = quietly) -> dict[str, dict[str, Balance]]:
+def balances(
+    layers: Sequence[Layer], options: Options, track: Track = quietly
+) -> dict[str, dict[str, Balance]]:
     """Spectral balance of every layer on both axes; the Gaussian null once per shape."""
     gaussian: dict[Any, dict[str, Null]] = {}
     found: dict[str, dict[str, Balance]] = {}
@@ -174,7 +230,9 @@ def balances(layers: Sequence[Layer], options: Options, track: Track = quietly) 
             key = tuple(weight.shape), axis
             if key not in gaussian:
                 gaussian[key] = gaussian_null(key[0], axis, groups, options.draws, options.seed)
-            row[axis] = spectral_balance(weight, axis, groups, options.draws, options.seed, gaussian[key])
+            row[axis] = spectral_balance(
+                weight, axis, groups, options.draws, options.seed, gaussian[key]
+            )
         found[layer.name] = row
     return found
 
@@ -187,7 +245,9 @@ def energies(
     labels: Tensor | None,
     track: Track,
 ) -> dict[str, tuple[Energy, Energy]]:
-    """(own, with random weights) of every layer that is called, in as many passes as the budget asks for."""
+    """(own, with random weights) of every layer that is called, in as many passes as the budget
+    asks for.
+    """
     held = sum(len(next(iter(batch.values()))) for batch in batches)
     groups = passes([layer.in_features for layer in layers], options.tokens, held, options.budget)
     found: dict[str, tuple[Energy, Energy]] = {}
@@ -198,7 +258,9 @@ def energies(
         if null:
             with random_weights(model, options.seed):
                 features = input_features(model, chosen, batches, options.tokens, options.seed)
-            found.update({name: (own[name], value) for name, value in _decomposed(features, None).items()})
+            found.update(
+                {name: (own[name], value) for name, value in _decomposed(features, None).items()}
+            )
         else:
             features = input_features(model, chosen, batches, options.tokens, options.seed)
             own = _decomposed(features, labels)
@@ -212,13 +274,16 @@ def _decomposed(features: dict[str, Features], labels: Tensor | None) -> dict[st
         if id(feature) not in known:
             aligned = labels is not None and len(feature.means) == len(labels)
             known[id(feature)] = task_energy(
-                feature.rows, labels=labels if aligned else None, label_features=feature.means if aligned else None
+                feature.rows,
+                labels=labels if aligned else None,
+                label_features=feature.means if aligned else None,
             )
     return {name: known[id(feature)] for name, feature in features.items()}
 
 
 def kind_of(name: str) -> tuple[str, int]:
-    """A layer's kind and depth: ("self_attn.q_proj", 12) for "model.layers.12.self_attn.q_proj"; depth -1 where there
+    """A layer's kind and depth: ("self_attn.q_proj", 12) for "model.layers.12.self_attn.q_proj";
+    depth -1 where there
     is no number."""
     found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
     return (found[2], int(found[1])) if found else (name, -1)
@@ -242,10 +307,16 @@ def spread_over(layers: Sequence[Layer], count: int) -> list[str]:
 
 
 def tangent_rows(
-    model: nn.Module, layers: Sequence[Layer], tried: Sequence[str], batches: Sequence[Batch], options: Options, track: Track = quietly,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    tried: Sequence[str],
+    batches: Sequence[Batch],
+    options: Options,
+    track: Track = quietly,
     labels: Tensor | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One row for each layer tried and one for all of them together: ranks on a pool of half the examples, at most 48,
+) -> list[dict[str, Any]]:
+    """One row for each layer tried and one for all of them together: ranks on a pool of half the
+    examples, at most 48,
     and what training sets of growing size leave invisible."""
     by_name = {layer.name: layer for layer in layers}
     few = _first_examples(batches, 96)
@@ -254,11 +325,17 @@ def tangent_rows(
     slices = {}
     for name in tried:
         layer = by_name[name]
-        width = min(options.r, layer.in_features if options.axis == "column" else layer.out_features)
+        width = min(
+            options.r, layer.in_features if options.axis == "column" else layer.out_features
+        )
         slices[name] = slice_of(layer, width, options.axis)
     rows, total, parameters = [], None, 0
-    for name, gram in track(slice_grams(model, slices, few, outputs), "slice tangents", len(slices)):
-        size = (by_name[name].out_features if options.axis == "column" else by_name[name].in_features) * options.r
+    for name, gram in track(
+        slice_grams(model, slices, few, outputs), "slice tangents", len(slices)
+    ):
+        size = (
+            by_name[name].out_features if options.axis == "column" else by_name[name].in_features
+        ) * options.r
         rows.append(_tangent_row(name, gram, held, size, labels))
         total, parameters = gram.clone() if total is None else total.add_(gram), parameters + size
     if total is not None and len(rows) > 1:
@@ -275,16 +352,24 @@ def _first_examples(batches: Sequence[Batch], most: int) -> list[Batch]:
     return chosen
 
 
-def _tangent_row(name: str, gram: Tensor, held: int, parameters: int, labels: Tensor | None) -> dict[str, Any]:
+def _tangent_row(
+    name: str, gram: Tensor, held: int, parameters: int, labels: Tensor | None
+) -> dict[str, Any]:
     outputs = len(gram) // held
     pool = held // 2
     sizes = [n for n in (2, 4, 8, 16, 32, 48) if n <= held - pool]
     curve, reports = {}, {}
     for n in sizes:
         keep = torch.arange((pool + n) * outputs)
-        reports[n] = report_from_gram(gram[keep][:, keep], pool, outputs, parameters, tolerance=1e-6)
+        reports[n] = report_from_gram(
+            gram[keep][:, keep], pool, outputs, parameters, tolerance=1e-6
+        )
         curve[n] = reports[n].invisible
-    last = reports[sizes[-1]] if sizes else report_from_gram(gram, held, outputs, parameters, tolerance=1e-6)
+    last = (
+        reports[sizes[-1]]
+        if sizes
+        else report_from_gram(gram, held, outputs, parameters, tolerance=1e-6)
+    )
     loose = int((torch.tensor(last.spectrum) > 1e-3).sum())
     row = asdict(last)
     row["label_alignment"] = None
@@ -303,7 +388,9 @@ def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[s
     points = sorted({1, total, *(1 + (options.interval or 0) * i for i in range(0, moves, each))})
     shapes: dict[tuple[int, int], int] = {}
     for layer in layers:
-        shapes[layer.out_features, layer.in_features] = shapes.get((layer.out_features, layer.in_features), 0) + 1
+        shapes[layer.out_features, layer.in_features] = (
+            shapes.get((layer.out_features, layer.in_features), 0) + 1
+        )
     entries = sum(o * i * n for (o, i), n in shapes.items())
     curve = []
     for steps in points:
@@ -314,17 +401,31 @@ def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[s
             share = planned_coverage(SliceSchedule(spec, interval=options.interval), steps)[1]
             covered += share * out_features * in_features * count
         curve.append(covered / entries)
-    return {"steps": points, "share": curve, "total_steps": total, "r": options.r, "interval": options.interval}
+    return {
+        "steps": points,
+        "share": curve,
+        "total_steps": total,
+        "r": options.r,
+        "interval": options.interval,
+    }
 
 
 def _layer_row(
-    layer: Layer, balance: dict[str, Balance], energy: tuple[Energy, Energy] | None, winning: Winning | None
+    layer: Layer,
+    balance: dict[str, Balance],
+    energy: tuple[Energy, Energy] | None,
+    winning: Winning | None,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "name": layer.name, "out_features": layer.out_features, "in_features": layer.in_features,
-        "balance": {axis: _balance_row(found) for axis, found in balance.items()}, "energy": None, "random_energy": None,
-        "gradient_norm": None, "share_cv": None,
-    }  # fmt: skip
+        "name": layer.name,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "balance": {axis: _balance_row(found) for axis, found in balance.items()},
+        "energy": None,
+        "random_energy": None,
+        "gradient_norm": None,
+        "share_cv": None,
+    }
     if energy is not None:
         row["energy"], row["random_energy"] = _energy_row(energy[0]), _energy_row(energy[1])
     if winning is not None:
@@ -344,8 +445,13 @@ def _energy_row(energy: Energy) -> dict[str, Any]:
 def _balance_row(balance: Balance) -> dict[str, Any]:
     row = asdict(balance)
     row.pop("spectra")
-    row["effective_rank_min"], row["effective_rank_max"] = min(balance.effective_ranks), max(balance.effective_ranks)
-    row["flagged"] = [{"group": g, "start": a, "stop": b, "why": why} for g, a, b, why in balance.flagged]
+    row["effective_rank_min"], row["effective_rank_max"] = (
+        min(balance.effective_ranks),
+        max(balance.effective_ranks),
+    )
+    row["flagged"] = [
+        {"group": g, "start": a, "stop": b, "why": why} for g, a, b, why in balance.flagged
+    ]
     return row
 
 

@@ -1,14 +1,20 @@
-"""The slice tangent: how a model's outputs answer to the entries of slices, and what that says about the examples
+"""The slice tangent: how a model's outputs answer to the entries of slices, and what that says
+about the examples
 needed.
 
-J, ((n C), P), holds the derivative of output c of example i by each entry of the slices. It is built from one hook per
-sliced layer, which keeps the layer's input (its slice for a column slice) and the gradient at its output; no gradient
-of a whole weight exists. Where only inner products are needed, `slice_gram` adds up J J^T over chunks of parameters and
+J, ((n C), P), holds the derivative of output c of example i by each entry of the slices. It is
+built from one hook per
+sliced layer, which keeps the layer's input (its slice for a column slice) and the gradient at its
+output; no gradient
+of a whole weight exists. Where only inner products are needed, `slice_gram` adds up J J^T over
+chunks of parameters and
 J never exists.
 
-At the pretrained weights the rank of J is a quantity of the neural tangent kernel; at fine-tuned weights it is that of
+At the pretrained weights the rank of J is a quantity of the neural tangent kernel; at fine-tuned
+weights it is that of
 local linear recovery. Say which.
-Source: local linear recovery, arXiv 2406.18035 (lemma 7: a sample recovers locally where the rank on it equals the rank
+Source: local linear recovery, arXiv 2406.18035 (lemma 7: a sample recovers locally where the rank
+    on it equals the rank
 at all); its restriction to slices is ours.
 """
 
@@ -38,15 +44,23 @@ def slice_of(layer: Layer, r: int, axis: str = "column", position: int = 0) -> S
 
 
 def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, Batch], Tensor]:
-    """What of a model's output J is the derivative of: (model's return value, batch) -> (examples, C).
+    """What of a model's output J is the derivative of: (model's return value, batch) -> (examples,
+    C).
 
-    kind: "logits"; "contrast", logits less their mean over classes, less the last, which follows from the others; or a
-    number k of random ±1 projections over sqrt(classes), for many classes. Logits with a position (examples, T,
+    kind: "logits"; "contrast", logits less their mean over classes, less the last, which follows
+        from the others; or a
+    number k of random ±1 projections over sqrt(classes), for many classes. Logits with a position
+    (examples, T,
     classes) are taken at each example's last visible position.
     Raises ValueError for another kind.
     """
-    if not (kind in ("logits", "contrast") or (isinstance(kind, int) and not isinstance(kind, bool) and kind > 0)):
-        raise ValueError(f"outputs is {kind!r}; expected 'logits', 'contrast' or a number of random projections")
+    if not (
+        kind in ("logits", "contrast")
+        or (isinstance(kind, int) and not isinstance(kind, bool) and kind > 0)
+    ):
+        raise ValueError(
+            f"outputs is {kind!r}; expected 'logits', 'contrast' or a number of random projections"
+        )
 
     def outputs(result: Any, batch: Batch) -> Tensor:
         logits = result if isinstance(result, Tensor) else result.logits
@@ -60,7 +74,9 @@ def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, B
             return (logits - logits.mean(1, keepdim=True))[:, :-1]
         if isinstance(kind, int):
             generator = torch.Generator().manual_seed(seed)
-            signs = torch.randint(2, (logits.shape[1], kind), generator=generator).to(logits) * 2 - 1
+            signs = (
+                torch.randint(2, (logits.shape[1], kind), generator=generator).to(logits) * 2 - 1
+            )
             return logits @ signs / math.sqrt(logits.shape[1])
         return logits
 
@@ -68,7 +84,8 @@ def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, B
 
 
 class _Recorder:
-    """Hooks on the sliced layers: the inputs of their calls, and a zero added to each output whose gradient is the
+    """Hooks on the sliced layers: the inputs of their calls, and a zero added to each output whose
+    gradient is the
     output's."""
 
     def __init__(self, layers: Mapping[str, Layer], slices: Mapping[str, Slice]) -> None:
@@ -80,33 +97,52 @@ class _Recorder:
 
     def _hook(self, name: str) -> Any:
         def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # an output that is overwritten in place later would take its gradient with it; this zero stays what it is
-            zero = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape).requires_grad_()
+            # an output that is overwritten in place later would take its gradient with it; this
+            # zero stays what it is
+            zero = (
+                torch.zeros((), dtype=output.dtype, device=output.device)
+                .expand(output.shape)
+                .requires_grad_()
+            )
             cols = self.slices[name][1]
             x = args[0].detach()
-            self.calls[name].append((x if cols is None else x.index_select(-1, cols.to(x.device)), zero))
+            self.calls[name].append(
+                (x if cols is None else x.index_select(-1, cols.to(x.device)), zero)
+            )
             return output + zero
 
         return after
 
 
 def _terms(
-    model: nn.Module, layers: Mapping[str, Layer], slices: Mapping[str, Slice], batch: Batch, outputs: Any
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    slices: Mapping[str, Slice],
+    batch: Batch,
+    outputs: Any,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of one batch, per layer: inputs (n, T, k) and output gradients (n, C, T, m), whose products summed over T are
+    """Of one batch, per layer: inputs (n, T, k) and output gradients (n, C, T, m), whose products
+    summed over T are
     J."""
     recorder = _Recorder(layers, slices)
     with recorder.stack, torch.enable_grad():
         result = outputs(model(**batch), batch)
         if result.dim() != 2:
-            raise ValueError(f"the outputs have shape {tuple(result.shape)}; expected (examples, C)")
+            raise ValueError(
+                f"the outputs have shape {tuple(result.shape)}; expected (examples, C)"
+            )
         never = [name for name, calls in recorder.calls.items() if not calls]
         if never:
-            raise ValueError(f"layers that the model never calls have no tangent: {', '.join(never)}; leave them out")
+            raise ValueError(
+                f"layers that the model never calls have no tangent: {', '.join(never)}; leave"
+                " them out"
+            )
         zeros = [zero for calls in recorder.calls.values() for _, zero in calls]
         count = result.shape[1]
         grads = [
-            torch.autograd.grad(result[:, c].sum(), zeros, retain_graph=c + 1 < count, materialize_grads=True)
+            torch.autograd.grad(
+                result[:, c].sum(), zeros, retain_graph=c + 1 < count, materialize_grads=True
+            )
             for c in range(count)
         ]
     terms, position = {}, 0
@@ -116,10 +152,12 @@ def _terms(
         for x, zero in calls:
             if len(zero) != len(result):
                 raise ValueError(
-                    f"layer {name} gets an input whose first dimension is {len(zero)} and not the {len(result)} examples; "
-                    "its derivatives cannot be told apart by example"
+                    f"layer {name} gets an input whose first dimension is {len(zero)} and not the"
+                    f" {len(result)} examples; its derivatives cannot be told apart by example"
                 )
-            delta = torch.stack([g[position] for g in grads], 1).unflatten(0, (len(result),))  # [n, C, ..., out]
+            delta = torch.stack([g[position] for g in grads], 1).unflatten(
+                0, (len(result),)
+            )  # [n, C, ..., out]
             position += 1
             delta = delta if rows is None else delta.index_select(-1, rows.to(delta.device))
             inputs.append(x.reshape(len(x), -1, x.shape[-1]))
@@ -131,10 +169,14 @@ def _terms(
 def _prepared(model: nn.Module, slices: Mapping[str, Slice]) -> dict[str, Layer]:
     layers = {layer.name: layer for layer in linear_layers(model)}
     layers |= {
-        n: Layer(n, m) for n, m in model.named_modules() if n in slices and n not in layers and isinstance(m, nn.Linear)
+        n: Layer(n, m)
+        for n, m in model.named_modules()
+        if n in slices and n not in layers and isinstance(m, nn.Linear)
     }
     if missing := sorted(slices.keys() - layers.keys()):
-        raise ValueError(f"no linear layers called {', '.join(missing)}; there are {', '.join(list(layers)[:8])}")
+        raise ValueError(
+            f"no linear layers called {', '.join(missing)}; there are {', '.join(list(layers)[:8])}"
+        )
     return layers
 
 
@@ -143,10 +185,12 @@ def slice_jacobian(
 ) -> Tensor:
     """J of the outputs by the entries of slices.
 
-    slices: layer name -> (rows, cols) of its weight, None for all. batches: keyword arguments of the model, which runs
+    slices: layer name -> (rows, cols) of its weight, None for all. batches: keyword arguments of
+        the model, which runs
     in evaluation mode.
     outputs: (model's return value, batch) -> (examples, C); `model_outputs` by default.
-    out: (examples * C, P), examples outer, in the order of ``slices`` with each slice in row-major order, in the
+    out: (examples * C, P), examples outer, in the order of ``slices`` with each slice in row-major
+        order, in the
     model's dtype.
     """
     layers = _prepared(model, slices)
@@ -156,7 +200,13 @@ def slice_jacobian(
         for batch in batches:
             terms = _terms(model, layers, slices, batch, outputs)
             parts.append(
-                torch.cat([torch.einsum("ncto,ntk->ncok", d, x).flatten(2).flatten(0, 1) for x, d in terms.values()], 1)
+                torch.cat(
+                    [
+                        torch.einsum("ncto,ntk->ncok", d, x).flatten(2).flatten(0, 1)
+                        for x, d in terms.values()
+                    ],
+                    1,
+                )
             )
     return torch.cat(parts)
 
@@ -168,7 +218,8 @@ def slice_gram(
     outputs: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """J J^T without J: (examples * C, examples * C), float64; the sum of `slice_grams` over the layers. Raises
+    """J J^T without J: (examples * C, examples * C), float64; the sum of `slice_grams` over the
+    layers. Raises
     ValueError without a slice."""
     total: Tensor | None = None
     for _, gram in slice_grams(model, slices, batches, outputs, chunk_bytes):
@@ -187,8 +238,10 @@ def slice_grams(
 ) -> Iterator[tuple[str, Tensor]]:
     """(layer, J J^T of its slice alone), one after the other.
 
-    As many layers share a pass over the data as `PASS_BYTES` hold, by the size of the first; of a layer with one
-    position per example it is the product of two Gram matrices, of others a sum over chunks of at most ``chunk_bytes``
+    As many layers share a pass over the data as `PASS_BYTES` hold, by the size of the first; of a
+    layer with one
+    position per example it is the product of two Gram matrices, of others a sum over chunks of at
+    most ``chunk_bytes``
     of J (at least one row of a slice). Arguments otherwise as for `slice_jacobian`.
     """
     layers = _prepared(model, slices)
@@ -197,7 +250,10 @@ def slice_grams(
     while waiting:
         names, waiting = waiting[:together], waiting[together:]
         with evaluating(model):
-            parts = [_terms(model, layers, {n: slices[n] for n in names}, batch, outputs) for batch in batches]
+            parts = [
+                _terms(model, layers, {n: slices[n] for n in names}, batch, outputs)
+                for batch in batches
+            ]
         for name in names:
             mine = [part.pop(name) for part in parts]
             if len(names) == 1:
@@ -223,26 +279,36 @@ def _gram_of(x: Tensor, delta: Tensor, chunk_bytes: int) -> Tensor:
     rows = max(1, chunk_bytes // (8 * n * count * x.shape[-1]))
     gram = torch.zeros(n * count, n * count, dtype=torch.float64, device=x.device)
     for start in range(0, m, rows):
-        part = torch.einsum("ncto,ntk->ncok", delta[..., start : start + rows], x).double().reshape(n * count, -1)
+        part = (
+            torch.einsum("ncto,ntk->ncok", delta[..., start : start + rows], x)
+            .double()
+            .reshape(n * count, -1)
+        )
         gram += part @ part.t()
     return gram.cpu()
 
 
-# -- ranks and examples -------------------------------------------------------------------------------------------------
+# Ranks and examples
 
 
 @dataclass(frozen=True)
 class TangentReport:
-    """What slices can tell apart on a pool of examples, and how much of it a training set pins down.
+    """What slices can tell apart on a pool of examples, and how much of it a training set pins
+    down.
 
-    parameters: P. examples, outputs: n and C of the pool. rank: of J on the pool, at ``tolerance`` of its largest
-    singular value. train_rank: the same on the training set, None without one. saturated: the rank equals n C, so the
+    parameters: P. examples, outputs: n and C of the pool. rank: of J on the pool, at ``tolerance``
+        of its largest
+    singular value. train_rank: the same on the training set, None without one. saturated: the rank
+    equals n C, so the
     pool bounds it and a larger one may find more.
-    invisible: share, in [0, 1], of the pool's tangent (Frobenius norm) outside the span of the training set's.
-    effective_rank: exp of the entropy of the squared singular values. per_example: largest rank that one example adds,
+    invisible: share, in [0, 1], of the pool's tangent (Frobenius norm) outside the span of the
+        training set's.
+    effective_rank: exp of the entropy of the squared singular values. per_example: largest rank
+        that one example adds,
     min(C, r) for a row slice.
     n_min: ceil(rank / per_example), the noise-free, local best case. advised: 2 rank examples.
-    spectrum: singular values over the largest. top_share: of the five largest squared singular values in the sum of
+    spectrum: singular values over the largest. top_share: of the five largest squared singular
+        values in the sum of
     all.
     """
 
@@ -266,8 +332,10 @@ class TangentReport:
 def sample_size(rank: int, outputs: int, r: int | None = None) -> tuple[int, int]:
     """(n_min, advised): ceil(rank / min(C, r)) examples at best, 2 rank as advice.
 
-    r: width of a row slice, which one example at one position cannot exceed; None for other slices. The first number is
-    that of the noise-free, local case: with fewer no method can tell the slice's directions apart, with as many some
+    r: width of a row slice, which one example at one position cannot exceed; None for other slices.
+        The first number is
+    that of the noise-free, local case: with fewer no method can tell the slice's directions apart,
+    with as many some
     sets suffice. Source: lemma 7 and corollary 1 of arXiv 2406.18035, restricted to a slice.
     """
     if rank < 1 or outputs < 1:
@@ -286,13 +354,17 @@ def tangent_rank(
 ) -> TangentReport:
     """Rank of the slices' tangent on a pool and on a training set, from one Gram matrix.
 
-    pool, train: batches; no labels are needed. tolerance: singular values below it, relative to the largest, count as
-    zero; a Gram matrix in float64 tells apart what is above about 1e-7. r: width, where the slices are row slices seen
+    pool, train: batches; no labels are needed. tolerance: singular values below it, relative to the
+        largest, count as
+    zero; a Gram matrix in float64 tells apart what is above about 1e-7. r: width, where the slices
+    are row slices seen
     at one position.
     out: a `TangentReport`. Raises ValueError for a tolerance that the Gram matrix cannot resolve.
     """
     if not 1e-7 <= tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}; expected 1e-7 (what float64 resolves in J J^T) to 1")
+        raise ValueError(
+            f"tolerance is {tolerance}; expected 1e-7 (what float64 resolves in J J^T) to 1"
+        )
     gram = slice_gram(model, slices, [*pool, *train], outputs)
     examples = sum(len(next(iter(batch.values()))) for batch in pool)
     total = examples + sum(len(next(iter(batch.values()))) for batch in train)
@@ -302,7 +374,12 @@ def tangent_rank(
 
 
 def report_from_gram(
-    gram: Tensor, examples: int, outputs: int, parameters: int, tolerance: float = 1e-6, r: int | None = None
+    gram: Tensor,
+    examples: int,
+    outputs: int,
+    parameters: int,
+    tolerance: float = 1e-6,
+    r: int | None = None,
 ) -> TangentReport:
     """A `TangentReport` from J J^T of the pool's examples followed by the training set's."""
     split = examples * outputs
@@ -319,22 +396,37 @@ def report_from_gram(
         train_rank, invisible = _seen(gram, split, tolerance)
     saturated = rank == min(split, parameters) and split < parameters
     return TangentReport(
-        parameters, examples, outputs, rank, tolerance, saturated, float((-(share * share.clamp_min(1e-300).log()).sum()).exp()),
-        min(outputs, r or outputs), n_min, advised, singular.tolist(), float(share[:5].sum()), train_rank, invisible,
+        parameters,
+        examples,
+        outputs,
+        rank,
+        tolerance,
+        saturated,
+        float((-(share * share.clamp_min(1e-300).log()).sum()).exp()),
+        min(outputs, r or outputs),
+        n_min,
+        advised,
+        singular.tolist(),
+        float(share[:5].sum()),
+        train_rank,
+        invisible,
         _verdict(rank, saturated, train_rank, invisible),
-    )  # fmt: skip
+    )
 
 
 def label_alignment(gram: Tensor, targets: Tensor) -> float:
-    """yᵀ K y / (‖y‖² ‖K‖) in [0, 1]: how much the labels lie where the slices move the outputs most.
+    """yᵀ K y / (‖y‖² ‖K‖) in [0, 1]: how much the labels lie where the slices move the outputs
+    most.
 
-    gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centred one-hot labels. ‖K‖ is the largest
+    gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centred one-hot labels. ‖K‖ is
+        the largest
     eigenvalue.
     """
     y = targets.to("cpu", torch.float64).flatten()
     if len(y) != len(gram) or not float(y.square().sum()) > 0.0:
         raise ValueError(
-            f"targets have {len(y)} entries and the Gram matrix {len(gram)} rows; expected as many, not all zero"
+            f"targets have {len(y)} entries and the Gram matrix {len(gram)} rows; expected as many,"
+            " not all zero"
         )
     return float(y @ gram @ y / (y @ y) / torch.linalg.eigvalsh(gram)[-1])
 
@@ -354,11 +446,15 @@ def _verdict(rank: int, saturated: bool, train_rank: int | None, invisible: floa
         return "the pool is too small to bound the rank" if saturated else ""
     if saturated:
         return (
-            f"the pool is too small to bound the rank; {invisible:.0%} of its tangent is invisible to the training set"
+            f"the pool is too small to bound the rank; {invisible:.0%} of its tangent is invisible"
+            " to the training set"
         )
     if train_rank >= rank:
         return "the training set pins the slices down on this pool, in the local, noise-free case"
-    return f"the training set leaves {rank - train_rank} of {rank} directions open; {invisible:.0%} of the tangent is invisible to it"
+    return (
+        f"the training set leaves {rank - train_rank} of {rank} directions open; {invisible:.0%} of"
+        " the tangent is invisible to it"
+    )
 
 
 def _entries(layers: Mapping[str, Layer], slices: Mapping[str, Slice]) -> int:

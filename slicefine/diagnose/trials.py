@@ -1,4 +1,5 @@
-"""Short trainings on the user's data that are taken back afterwards: the learning-rate range test, and candidates side
+"""Short trainings on the user's data that are taken back afterwards: the learning-rate range test,
+and candidates side
 by side."""
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from slicefine.optim import SliceAdamW
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear decay to 0 after it.
+    """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear
+    decay to 0 after it.
     clip: gradient norm, 0 for none."""
 
     head_lr: float = 2e-3
@@ -33,7 +35,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ShortRun:
-    """losses: of the training batches, before each step. held_loss: mean over the held-out batches afterwards, None
+    """losses: of the training batches, before each step. held_loss: mean over the held-out batches
+    afterwards, None
     without them."""
 
     losses: list[float]
@@ -42,11 +45,14 @@ class ShortRun:
 
 @dataclass(frozen=True)
 class RangeTest:
-    """A learning-rate range test. lrs, losses, smoothed: (steps,), smoothed with an exponential average.
+    """A learning-rate range test. lrs, losses, smoothed: (steps,), smoothed with an exponential
+    average.
 
-    low: where the smoothed loss has made a tenth of its fall. high: where it is lowest. suggested: a tenth of high, at
+    low: where the smoothed loss has made a tenth of its fall. high: where it is lowest. suggested:
+        a tenth of high, at
     least low.
-    diverged: whether it was stopped by a loss above its start. usable: whether the smoothed loss fell at all.
+    diverged: whether it was stopped by a loss above its start. usable: whether the smoothed loss
+        fell at all.
     """
 
     lrs: list[float]
@@ -72,10 +78,12 @@ def short_training(
     stop: Callable[[list[float]], bool] = lambda losses: False,
     ticks: Iterable[Any] | None = None,
 ) -> ShortRun:
-    """Train slices at their first positions for a few steps, look at the held-out loss, and take everything back bit
+    """Train slices at their first positions for a few steps, look at the held-out loss, and take
+    everything back bit
     for bit.
 
-    config: its slices do not move during the run, so that what is to be taken back is known. batches: used in turn. lr:
+    config: its slices do not move during the run, so that what is to be taken back is known.
+        batches: used in turn. lr:
     peak of warm-up and linear decay, or a function of the step.
     stop: losses so far -> whether to end early.
     """
@@ -88,19 +96,28 @@ def short_training(
     whole = [p for p in trained if p not in slices]
     originals = {p: p.detach().clone() for p in trained}
     buffers = {
-        name: b.detach().clone() for name, b in model.named_buffers() if not name.split(".")[-1].startswith("slice_")
+        name: b.detach().clone()
+        for name, b in model.named_buffers()
+        if not name.split(".")[-1].startswith("slice_")
     }
-    groups = [{"params": list(slices), "lr": 1.0}, *([{"params": whole, "lr": 1.0}] if whole else [])]
+    groups = [
+        {"params": list(slices), "lr": 1.0},
+        *([{"params": whole, "lr": 1.0}] if whole else []),
+    ]
     losses: list[float] = []
     try:
         optimizer = SliceAdamW(groups, lr=1.0, seed=recipe.seed)
         model.train()
-        for step, _ in zip(range(steps), ticks if ticks is not None else range(steps), strict=False):
+        for step, _ in zip(
+            range(steps), ticks if ticks is not None else range(steps), strict=False
+        ):
             factor = _shape(step, steps, recipe.warmup)
             optimizer.param_groups[0]["lr"] = lr(step) if callable(lr) else lr * factor
             for group in optimizer.param_groups[1:]:
                 group["lr"] = recipe.head_lr * (
-                    min(1.0, (step + 1) / max(1, round(recipe.warmup * steps))) if callable(lr) else factor
+                    min(1.0, (step + 1) / max(1, round(recipe.warmup * steps)))
+                    if callable(lr)
+                    else factor
                 )
             torch.manual_seed(recipe.seed + step)
             with recipe.context():
@@ -158,27 +175,34 @@ def lr_range_test(
     loss: Loss = loss_of_output,
     track: Track = quietly,
 ) -> RangeTest:
-    """Raise the learning rate of the slices from step to step and watch the loss; the model is the same afterwards.
+    """Raise the learning rate of the slices from step to step and watch the loss; the model is the
+    same afterwards.
 
-    lowest, highest: geometric ends of the range. It stops where the smoothed loss exceeds its start by as much as it
+    lowest, highest: geometric ends of the range. It stops where the smoothed loss exceeds its start
+        by as much as it
     had fallen, and by a tenth at least.
     Source: Smith, arXiv 1506.01186.
     """
     if not 0 < lowest < highest or steps < 10:
         raise ValueError(
-            f"lowest is {lowest}, highest {highest}, steps {steps}; expected 0 < lowest < highest and at least 10 steps"
+            f"lowest is {lowest}, highest {highest}, steps {steps}; expected 0 < lowest < highest"
+            " and at least 10 steps"
         )
     at = lambda step: lowest * (highest / lowest) ** (step / (steps - 1))
 
     def diverged(losses: list[float]) -> bool:
         smooth = smoothed(losses)
-        return len(losses) > 5 and smooth[-1] > smooth[0] + max(0.1 * abs(smooth[0]), smooth[0] - min(smooth))
+        return len(losses) > 5 and smooth[-1] > smooth[0] + max(
+            0.1 * abs(smooth[0]), smooth[0] - min(smooth)
+        )
 
     ticks = track(range(steps), "learning-rate range test", steps)
     run = short_training(model, config, batches, at, steps, (), recipe, loss, diverged, ticks)
     losses = [value for value in run.losses if math.isfinite(value)]
     return read_range(
-        [at(i) for i in range(len(losses))], losses, len(run.losses) < steps or len(losses) < len(run.losses)
+        [at(i) for i in range(len(losses))],
+        losses,
+        len(run.losses) < steps or len(losses) < len(run.losses),
     )
 
 
@@ -202,8 +226,13 @@ def read_range(lrs: Sequence[float], losses: Sequence[float], diverged: bool) ->
     notes = []
     if not usable:
         notes.append(
-            "the loss never fell below its start: no learning rate in this range trains these slices, or the batches are too noisy"
+            "the loss never fell below its start: no learning rate in this range trains these"
+            " slices, or the batches are too noisy"
         )
     if not diverged:
-        notes.append("the loss had not risen again at the highest learning rate; the upper end is not known")
-    return RangeTest(list(lrs), list(losses), smooth, low, high, max(high / 10, low), diverged, usable, notes)
+        notes.append(
+            "the loss had not risen again at the highest learning rate; the upper end is not known"
+        )
+    return RangeTest(
+        list(lrs), list(losses), smooth, low, high, max(high / 10, low), diverged, usable, notes
+    )

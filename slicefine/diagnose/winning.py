@@ -1,8 +1,11 @@
-"""Is any slice as good as another? Shares of the gradient, and what training a slice at random positions does to the
+"""Is any slice as good as another? Shares of the gradient, and what training a slice at random
+positions does to the
 loss.
 
-A non-zero restricted gradient makes every slice a "winner" in the weak sense of a falling loss; what tells slices apart
-is how much it falls. The universal winning-slice hypothesis (arXiv 2510.08513) is checked on the user's own model by
+A non-zero restricted gradient makes every slice a "winner" in the weak sense of a falling loss;
+what tells slices apart
+is how much it falls. The universal winning-slice hypothesis (arXiv 2510.08513) is checked on the
+user's own model by
 the spread of that fall over positions, and exceptions are named.
 """
 
@@ -36,9 +39,11 @@ def loss_of_output(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class GradientShares:
-    """How the squared gradient norm of one weight is spread over its features. norm: of the whole gradient.
+    """How the squared gradient norm of one weight is spread over its features. norm: of the whole
+    gradient.
 
-    columns: (in,) share of each input feature; rows: (out,) of each output feature; each sums to 1 (to 0 for a zero
+    columns: (in,) share of each input feature; rows: (out,) of each output feature; each sums to 1
+        (to 0 for a zero
     gradient).
     dead: (in,) bool, input features that are zero at every position.
     """
@@ -70,10 +75,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Winning:
-    """One layer. shares: (positions,) of the squared gradient norm, to be compared with r / d = ``expected``.
+    """One layer. shares: (positions,) of the squared gradient norm, to be compared with r / d =
+    ``expected``.
 
-    share_cv: their coefficient of variation. trials: at random positions, none where only gradients were asked for.
-    drop_cv, one_step_cv: coefficients of variation of the trials' drops. winners: share of the trials whose loss fell.
+    share_cv: their coefficient of variation. trials: at random positions, none where only gradients
+        were asked for.
+    drop_cv, one_step_cv: coefficients of variation of the trials' drops. winners: share of the
+        trials whose loss fell.
     exceptions: what is unlike the rest, in words.
     """
 
@@ -94,10 +102,12 @@ class Winning:
 def gradient_shares(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], loss: Loss = loss_of_output
 ) -> dict[str, GradientShares]:
-    """Where the gradient of the mean loss of each batch lies, averaged over batches as squared norms; layers never
+    """Where the gradient of the mean loss of each batch lies, averaged over batches as squared
+    norms; layers never
     reached are left out.
 
-    The gradient of one weight at a time exists, for as long as its norms take. A layer that is called several times in
+    The gradient of one weight at a time exists, for as long as its norms take. A layer that is
+    called several times in
     one forward pass counts with the sum of the calls' squared norms.
     """
     sums: dict[str, list[Tensor]] = {}
@@ -108,14 +118,25 @@ def gradient_shares(
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             seen = (x != 0).any(0)
             alive[name] = alive[name] | seen if name in alive else seen
-            zero = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape).requires_grad_()
+            zero = (
+                torch.zeros((), dtype=output.dtype, device=output.device)
+                .expand(output.shape)
+                .requires_grad_()
+            )
 
             def measure(leaf: Tensor) -> None:
-                grad, leaf.grad = leaf.grad, None  # it would keep the gradients of all outputs alive
+                grad, leaf.grad = (
+                    leaf.grad,
+                    None,
+                )  # it would keep the gradients of all outputs alive
                 assert grad is not None
                 square = (grad.reshape(-1, grad.shape[-1]).t().float() @ x.float()).square_()
                 found = [square.sum(0).double().cpu(), square.sum(1).double().cpu()]
-                sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+                sums[name] = (
+                    [a + b for a, b in zip(sums[name], found, strict=True)]
+                    if name in sums
+                    else found
+                )
 
             zero.register_post_accumulate_grad_hook(measure)
             return output + zero
@@ -135,7 +156,10 @@ def gradient_shares(
             columns, rows = sums[layer.name]
             total = columns.sum().clamp_min(1e-300)
             result[layer.name] = GradientShares(
-                math.sqrt(float(columns.sum()) / len(batches)), columns / total, rows / total, ~alive[layer.name].cpu()
+                math.sqrt(float(columns.sum()) / len(batches)),
+                columns / total,
+                rows / total,
+                ~alive[layer.name].cpu(),
             )
     return result
 
@@ -144,7 +168,9 @@ def shares_of_positions(shares: GradientShares, spec: SliceSpec) -> Tensor:
     """(positions,) share of the squared gradient norm inside each slice of a column or row spec."""
     axis = spec.slice_type
     by_feature = shares.columns if axis == "column" else shares.rows
-    index = [spec.features(axis, p)[1 if axis == "column" else 0] for p in range(spec.positions(axis))]
+    index = [
+        spec.features(axis, p)[1 if axis == "column" else 0] for p in range(spec.positions(axis))
+    ]
     return torch.stack([by_feature[i].sum() for i in index if i is not None])
 
 
@@ -165,16 +191,22 @@ def winning_report(
 ) -> list[Winning]:
     """The empirical check of the winning-slice hypothesis on a model and a few batches.
 
-    layers: whose gradient shares are measured. tried: names of those in which slices are trained too, one at a time, at
-    ``positions`` random positions (all where there are fewer) for ``steps`` steps of `SliceAdamW` with ``lr`` on the
+    layers: whose gradient shares are measured. tried: names of those in which slices are trained
+        too, one at a time, at
+    ``positions`` random positions (all where there are fewer) for ``steps`` steps of `SliceAdamW`
+    with ``lr`` on the
     first batch; weights are put back bit for bit. Layers narrower than r get a slice of all.
-    outliers: layer -> (first feature, past the last, why) of blocks flagged by `slicefine.diagnose.spectra`, named
+    outliers: layer -> (first feature, past the last, why) of blocks flagged by
+        `slicefine.diagnose.spectra`, named
     where they meet a slice.
-    Raises ValueError for fewer than 8 positions, for an axis that is neither "column" nor "row", for unknown names in
+    Raises ValueError for fewer than 8 positions, for an axis that is neither "column" nor "row",
+    for unknown names in
     ``tried``.
     """
     if positions < LEAST_POSITIONS:
-        raise ValueError(f"positions is {positions}; a spread over fewer than {LEAST_POSITIONS} says nothing")
+        raise ValueError(
+            f"positions is {positions}; a spread over fewer than {LEAST_POSITIONS} says nothing"
+        )
     if axis not in ("column", "row"):
         raise ValueError(f"axis is {axis!r}; expected 'column' or 'row'")
     if unknown := sorted(set(tried) - {layer.name for layer in layers}):
@@ -182,16 +214,31 @@ def winning_report(
     shares = gradient_shares(model, layers, batches, loss)
     reached = [layer for layer in layers if layer.name in shares]
     trials: dict[str, list[Trial]] = {}
-    for layer in track([layer for layer in reached if layer.name in tried], "slices at random positions", len(tried)):
+    for layer in track(
+        [layer for layer in reached if layer.name in tried],
+        "slices at random positions",
+        len(tried),
+    ):
         by_position = shares_of_positions(shares[layer.name], _spec(layer, r, axis))
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(by_position), generator=generator)[:positions].tolist()
         trials[layer.name] = [
-            Trial(p, float(by_position[p]), *_train_slice(model, layer, r, axis, p, batches[0], steps, lr, loss))
+            Trial(
+                p,
+                float(by_position[p]),
+                *_train_slice(model, layer, r, axis, p, batches[0], steps, lr, loss),
+            )
             for p in sorted(chosen)
         ]
     return [
-        _summary(layer, shares[layer.name], r, axis, trials.get(layer.name, []), (outliers or {}).get(layer.name, ()))
+        _summary(
+            layer,
+            shares[layer.name],
+            r,
+            axis,
+            trials.get(layer.name, []),
+            (outliers or {}).get(layer.name, ()),
+        )
         for layer in reached
     ]
 
@@ -202,14 +249,28 @@ def _spec(layer: Layer, r: int, axis: str) -> SliceSpec:
 
 
 def _train_slice(
-    model: nn.Module, layer: Layer, r: int, axis: str, position: int, batch: Batch, steps: int, lr: float, loss: Loss
+    model: nn.Module,
+    layer: Layer,
+    r: int,
+    axis: str,
+    position: int,
+    batch: Batch,
+    steps: int,
+    lr: float,
+    loss: Loss,
 ) -> tuple[float, float, float]:
-    """Losses before, after one and after all steps of training one slice of one layer; the weight is put back."""
+    """Losses before, after one and after all steps of training one slice of one layer; the weight
+    is put back.
+    """
     width = _spec(layer, r, axis).r
     modes = {module: module.training for module in model.modules()}
     model.eval()
     config = SliceConfig(
-        r=width, slice_type=axis, start_position=position, switch_interval=None, target_modules=[layer.name]
+        r=width,
+        slice_type=axis,
+        start_position=position,
+        switch_interval=None,
+        target_modules=[layer.name],
     )
     get_slice_model(model, config)
     sliced = dict(named_slice_layers(model))[layer.name]
@@ -238,7 +299,8 @@ def _train_slice(
 
 
 def _keep_module(model: nn.Module, layer: Layer) -> None:
-    """Put the layer's own module back in place of the one that merging made: others may hold hooks on it, or a
+    """Put the layer's own module back in place of the one that merging made: others may hold hooks
+    on it, or a
     reference."""
     merged = model.get_submodule(layer.name)
     for parent in model.modules():
@@ -267,16 +329,30 @@ def _summary(
     expected = spec.r / features
     fell = [t.drop > 0 for t in trials]
     return Winning(
-        layer.name, axis, spec.r, expected, shares.norm, by_position.tolist(), _cv(by_position.tolist()) or 0.0, trials,
-        _cv([t.one_step_drop for t in trials]) if trials else None, _cv([t.drop for t in trials]) if trials else None,
-        sum(fell) / len(fell) if fell else None, _exceptions(shares, spec, axis, by_position, expected, trials, outliers),
-    )  # fmt: skip
+        layer.name,
+        axis,
+        spec.r,
+        expected,
+        shares.norm,
+        by_position.tolist(),
+        _cv(by_position.tolist()) or 0.0,
+        trials,
+        _cv([t.one_step_drop for t in trials]) if trials else None,
+        _cv([t.drop for t in trials]) if trials else None,
+        sum(fell) / len(fell) if fell else None,
+        _exceptions(shares, spec, axis, by_position, expected, trials, outliers),
+    )
 
 
 def _exceptions(
-    shares: GradientShares, spec: SliceSpec, axis: str, by_position: Tensor, expected: float, trials: list[Trial],
+    shares: GradientShares,
+    spec: SliceSpec,
+    axis: str,
+    by_position: Tensor,
+    expected: float,
+    trials: list[Trial],
     outliers: Sequence[tuple[int, int, str]],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     if shares.norm == 0.0:
         return ["no gradient reaches this layer"]
     said = []
@@ -289,16 +365,24 @@ def _exceptions(
         ]
         said.append(
             f"{len(dead)} of {len(shares.dead)} input features are zero on this data"
-            + (f"; slices at positions {_list(whole)} hold nothing else and cannot learn" if whole else "")
+            + (
+                f"; slices at positions {_list(whole)} hold nothing else and cannot learn"
+                if whole
+                else ""
+            )
         )
     low, high = (
         (by_position < _LITTLE * expected).nonzero().flatten(),
         (by_position > _MUCH * expected).nonzero().flatten(),
     )
     if len(low):
-        said.append(f"{_positions(low.tolist())} less than {_LITTLE:g} times the share r/d of the gradient")
+        said.append(
+            f"{_positions(low.tolist())} less than {_LITTLE:g} times the share r/d of the gradient"
+        )
     if len(high):
-        said.append(f"{_positions(high.tolist())} more than {_MUCH:g} times the share r/d of the gradient")
+        said.append(
+            f"{_positions(high.tolist())} more than {_MUCH:g} times the share r/d of the gradient"
+        )
     if worse := [t.position for t in trials if t.drop <= 0]:
         said.append(f"the loss did not fall at positions {_list(worse)}")
     said += [f"features {start} to {stop - 1}: {why}" for start, stop, why in outliers]

@@ -9,7 +9,8 @@ from torch import nn
 def renew_hook(module: nn.Module) -> None:
     """Bind the device map's hook to a module that has taken over another one's attributes.
 
-    The hook works by a ``forward`` on the instance, which would go on calling the module it was made for.
+    The hook works by a ``forward`` on the instance, which would go on calling the module it was
+    made for.
     """
     hook = module.__dict__.pop("_hf_hook")
     for name in ("_old_forward", "forward"):

@@ -9,25 +9,35 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from slicefine.plan import Method
+from slicefine.plan.estimate import Method
 
 _CONFIGS = {
-    "LoRA": (peft.LoraConfig, {}), "DoRA": (peft.LoraConfig, {"use_dora": True}), "LoRA-FA": (peft.LoraConfig, {}),
-    "MiSS": (peft.MissConfig, {}), "VeRA": (peft.VeraConfig, {}), "IA3": (peft.IA3Config, {}),
-}  # fmt: skip
+    "LoRA": (peft.LoraConfig, {}),
+    "DoRA": (peft.LoraConfig, {"use_dora": True}),
+    "LoRA-FA": (peft.LoraConfig, {}),
+    "MiSS": (peft.MissConfig, {}),
+    "VeRA": (peft.VeraConfig, {}),
+    "IA3": (peft.IA3Config, {}),
+}
 
 
-def method(name: str, r: int, targets: str | list[str] = "all-linear", float32: bool = True) -> Method:
+def method(
+    name: str, r: int, targets: str | list[str] = "all-linear", float32: bool = True
+) -> Method:
     """One of peft's methods with torch.optim.AdamW(fused=True).
 
-    name: LoRA, DoRA, LoRA-FA, MiSS, VeRA or IA3 (SHiRA trains through sparse tensors, whose gradients fake tensors do not have). float32: adapters in float32, peft's default; else in the model's dtype.
+    name: LoRA, DoRA, LoRA-FA, MiSS, VeRA or IA3 (SHiRA trains through sparse tensors, whose
+        gradients fake tensors do not have). float32: adapters in float32, peft's default; else in
+        the model's dtype.
     """
     if name not in _CONFIGS:
         raise ValueError(f"no method {name!r}; expected one of {', '.join(_CONFIGS)}")
     kind, options = _CONFIGS[name]
 
     def on_meta(model: nn.Module) -> nn.Module:
-        return peft.get_peft_model(model, _config(kind, r, targets, options), autocast_adapter_dtype=float32)
+        return peft.get_peft_model(
+            model, _config(kind, r, targets, options), autocast_adapter_dtype=float32
+        )
 
     def prepare(model: Any) -> Optimizer:
         if name == "LoRA-FA":  # A stays as it was drawn
@@ -38,7 +48,9 @@ def method(name: str, r: int, targets: str | list[str] = "all-linear", float32: 
 
     shown = targets if isinstance(targets, str) else ",".join(targets)
     title = f"{name} r={r}" if name != "IA3" else name
-    return Method(title + ("" if float32 else ", low precision"), prepare, on_meta=on_meta, targets=shown, r=r)
+    return Method(
+        title + ("" if float32 else ", low precision"), prepare, on_meta=on_meta, targets=shown, r=r
+    )
 
 
 def _config(kind: Any, r: int, targets: str | list[str], options: dict[str, Any]) -> Any:

@@ -8,19 +8,22 @@ import timm as _timm
 import torch
 from torch import Tensor, nn
 
-from slicefine.plan import Workload
+from slicefine.plan.estimate import Workload
 
 timm: Any = _timm  # its names are attached at import, where no type checker sees them
 
 
 def workload(model: str, dtype: torch.dtype) -> Workload:
-    """A `slicefine.plan.Workload` of an image model by its name in timm; no weights are read.
+    """A `slicefine.plan.estimate.Workload` of an image model by its name in timm; no weights are
+    read.
 
     Raises ValueError naming models like it if timm knows none of that name.
     """
     if not timm.is_model(model):
         like = timm.list_models(f"*{model.split('_')[0]}*")[:5]
-        raise ValueError(f"timm has no model {model!r}" + (f"; some like it: {', '.join(like)}" if like else ""))
+        raise ValueError(
+            f"timm has no model {model!r}" + (f"; some like it: {', '.join(like)}" if like else "")
+        )
 
     def build() -> Any:
         with torch.device("meta"):

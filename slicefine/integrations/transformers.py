@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slicefine.linear import SliceLinear
 from slicefine.optim import SliceAdamW, load_slice_state_dict, slice_state_dict
-from slicefine.plan import Workload
+from slicefine.plan.estimate import Workload
 
 
 def conv1d(out_features: int, in_features: int) -> nn.Module:
@@ -26,15 +26,21 @@ def conv1d(out_features: int, in_features: int) -> nn.Module:
         return Conv1D(out_features, in_features)
 
 
-# What a configuration is trained as: its own architecture if it names one of these, else the first that exists for it, a
+# What a configuration is trained as: its own architecture if it names one of these, else the first
+# that exists for it, a
 # classifier before a language model for encoders.
-_AUTO = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForImageClassification")
+_AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+)
 
 
 def workload(model: str, dtype: torch.dtype) -> Workload:
-    """A `slicefine.plan.Workload` from a configuration alone: no weights are read.
+    """A `slicefine.plan.estimate.Workload` from a configuration alone: no weights are read.
 
-    model: a config.json, a folder that holds one, or an id of the hub (whose configuration is downloaded).
+    model: a config.json, a folder that holds one, or an id of the hub (whose configuration is
+        downloaded).
     Raises ValueError for a configuration that no auto class takes.
     """
     path = Path(model)
@@ -43,15 +49,18 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model!r} is no config.json, no folder that holds one, and no id whose configuration can be read: {error}"
+            f"{model!r} is no config.json, no folder that holds one, and no id whose configuration"
+            f" can be read: {error}"
         ) from error
     return workload_of(config, model, dtype)
 
 
 def workload_of(config: Any, name: str, dtype: torch.dtype, auto: str | None = None) -> Workload:
-    """A `slicefine.plan.Workload` of a configuration that is at hand, such as a loaded model's.
+    """A `slicefine.plan.estimate.Workload` of a configuration that is at hand, such as a loaded
+    model's.
 
-    auto: name of the auto class that it is trained as, of those in _AUTO; by the configuration unless given.
+    auto: name of the auto class that it is trained as, of those in _AUTO; by the configuration
+        unless given.
     """
     kind = _auto_class(config) if auto is None else getattr(transformers, auto)
     attention = "sdpa"
@@ -62,15 +71,25 @@ def workload_of(config: Any, name: str, dtype: torch.dtype, auto: str | None = N
 
     image = kind is transformers.AutoModelForImageClassification
     return Workload(
-        name, build, _image_inputs(config, dtype) if image else _text_inputs(kind), lambda output, inputs: output.loss,
-        _first_features, None if image else config.get_text_config().vocab_size, _one_sequence_in_a_row,
-    )  # fmt: skip
+        name,
+        build,
+        _image_inputs(config, dtype) if image else _text_inputs(kind),
+        lambda output, inputs: output.loss,
+        _first_features,
+        None if image else config.get_text_config().vocab_size,
+        _one_sequence_in_a_row,
+    )
 
 
 def _one_sequence_in_a_row() -> AbstractContextManager[Any]:
-    """transformers looks at positions for several sequences packed into a row; it finds none in ordinary batches, and then needs no
-    attention mask. Fake tensors have no values to look at, and it would play safe with masks and copies of keys and values."""
-    return mock.patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    """transformers looks at positions for several sequences packed into a row; it finds none in
+    ordinary batches, and then needs no
+    attention mask. Fake tensors have no values to look at, and it would play safe with masks and
+    copies of keys and values.
+    """
+    return mock.patch.object(
+        transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None
+    )
 
 
 def _auto_class(config: Any) -> Any:
@@ -79,19 +98,26 @@ def _auto_class(config: Any) -> Any:
         for name, auto in ending.items():
             if architecture.endswith(name.removeprefix("AutoModel")):
                 return auto
-    encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping  # many can decode too; few do
+    encoder = (
+        type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    )  # many can decode too; few do
     for auto in list(ending.values())[1 if encoder else 0 :]:
         if type(config) in auto._model_mapping:
             return auto
     raise ValueError(
-        f"a {type(config).__name__} is for none of {', '.join(_AUTO)}; plan takes causal language models and classifiers of text or images"
+        f"a {type(config).__name__} is for none of {', '.join(_AUTO)}; plan takes causal language"
+        " models and classifiers of text or images"
     )
 
 
 def _text_inputs(auto: Any) -> Any:
     def inputs(batch: int, length: int) -> dict[str, Any]:
         ids = torch.zeros(batch, length, dtype=torch.int64)
-        labels = ids if auto is transformers.AutoModelForCausalLM else torch.zeros(batch, dtype=torch.int64)
+        labels = (
+            ids
+            if auto is transformers.AutoModelForCausalLM
+            else torch.zeros(batch, dtype=torch.int64)
+        )
         return {"input_ids": ids, "labels": labels}
 
     return inputs
@@ -115,11 +141,15 @@ def _first_features(model: Any) -> nn.Module:
 
 
 class SliceCallback(transformers.TrainerCallback):
-    """Optional callback of Trainer, for logs and for checkpoints with an optimizer other than SliceAdamW.
+    """Optional callback of Trainer, for logs and for checkpoints with an optimizer other than
+    SliceAdamW.
 
-    Every log gains ``slice_coverage`` (share of the sliced weights' entries that has trained, 0 to 1), ``slice_moves`` (of the layer that
-    moved most often) and ``slice_grad_norm`` (of all trained parameters at the last optimizer step, after clipping). SliceAdamW's checkpoints hold
-    the slices; for Trainer's own optimizers they are written beside them (slices.pt) and read back on resume. Training needs no callback.
+    Every log gains ``slice_coverage`` (share of the sliced weights' entries that has trained, 0 to
+    1), ``slice_moves`` (of the layer that
+    moved most often) and ``slice_grad_norm`` (of all trained parameters at the last optimizer step,
+    after clipping). SliceAdamW's checkpoints hold
+    the slices; for Trainer's own optimizers they are written beside them (slices.pt) and read back
+    on resume. Training needs no callback.
     """
 
     FILE = "slices.pt"
@@ -127,11 +157,20 @@ class SliceCallback(transformers.TrainerCallback):
     def __init__(self) -> None:
         self._norm: torch.Tensor | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:  # fmt: skip
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
         if not layers:
             warnings.warn(
-                "SliceCallback: the model has no slices; call get_slice_model(model, ...) first", stacklevel=2
+                "SliceCallback: the model has no slices; call get_slice_model(model, ...) first",
+                stacklevel=2,
             )
         if not state.global_step or _holds_slices(optimizer):
             return
@@ -139,12 +178,20 @@ class SliceCallback(transformers.TrainerCallback):
         if path.exists():
             load_slice_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        gradients = [p.grad for p in model.parameters() if p.requires_grad and type(p.grad) is torch.Tensor]
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        gradients = [
+            p.grad for p in model.parameters() if p.requires_grad and type(p.grad) is torch.Tensor
+        ]
         self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
-        layers = [m for m in model.modules() if isinstance(m, SliceLinear)] if model is not None else []
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any
+    ) -> None:
+        layers = (
+            [m for m in model.modules() if isinstance(m, SliceLinear)] if model is not None else []
+        )
         if not layers or logs is None:
             return
         sizes = [(m.out_features * m.in_features, m.schedule.coverage()) for m in layers]
@@ -158,7 +205,15 @@ class SliceCallback(transformers.TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(extra)  # Trainer has written its copy of ``logs`` already
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+    def on_save(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         if _holds_slices(optimizer) or not state.is_world_process_zero:
             return
         folder = _checkpoint(args, state)

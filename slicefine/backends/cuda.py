@@ -1,0 +1,327 @@
+"""The `cuda` backend: precompiled kernels for machines where no compiler may run; turns tensors
+into addresses for them.
+
+The module knows nothing of torch and carries its own CUDA runtime, so a build serves every torch
+release. If it is missing, the
+reason is kept in ``unavailable`` and the package works without it. Nothing here waits for the
+device, and all of it can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+unavailable: str | None = None
+try:
+    _CUDA: Any = importlib.import_module("slicefine._CUDA")
+except ImportError as error:
+    _CUDA = None
+    unavailable = (
+        f"the compiled module slicefine._CUDA does not import ({error}); install the CUDA toolkit,"
+        " 12.1 or newer, and reinstall slicefine (SLICEFINE_CUDA=1 pip install --force-reinstall"
+        " --no-deps .)"
+    )
+if torch.version.hip:
+    unavailable = "torch is built for ROCm, the kernels for CUDA"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/numeric.h, DType
+_OLDEST = (8, 0)  # capability: cp.async, bfloat16 on tensor cores
+
+
+def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    """See `slicefine.backends.reference.slice_grad`."""
+    _check("slice_grad", {"grad_output": grad_output, "input": input}, {"rows": rows})
+    height = grad_output.shape[1] if rows is None else rows.numel()
+    out = grad_output.new_empty((height, input.shape[1]), dtype=torch.float32)
+    arguments, _keep = _grad_inputs(grad_output, input, rows)
+    launch = _launch(input)
+    partials, counters = _workspace(launch)
+    _CUDA.slice_grad(arguments, out.data_ptr(), (*launch, partials.data_ptr(), counters.data_ptr()))
+    return out
+
+
+def slice_adamw(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.backends.reference.slice_adamw`; one launch for up to 300 slices."""
+    grads = [g.to(torch.float32).contiguous() for g in grads]
+    slices = _slices("slice_adamw", masters, grads, weights, rows, cols, steps)
+    states = [
+        _state("slice_adamw", weight, exp_avg=m, exp_avg_sq=v)
+        for weight, m, v in zip(weights, exp_avgs, exp_avg_sqs, strict=True)
+    ]
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    if slices:
+        _CUDA.slice_adamw(slices, states, options, (*_launch(weights[0]), 0, 0))
+
+
+def slice_adamw_8bit(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    codebook: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.backends.reference.slice_adamw_8bit`; one launch for up to 270 slices."""
+    op = "slice_adamw_8bit"
+    grads = [g.to(torch.float32).contiguous() for g in grads]
+    slices = _slices(op, masters, grads, weights, rows, cols, steps)
+    states = [
+        (
+            *_state(op, w, torch.uint8, exp_avg=m, exp_avg_sq=v),
+            *_state(op, w, exp_avg_scale=ms, exp_avg_sq_scale=vs),
+        )
+        for w, m, v, ms, vs in zip(
+            weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, strict=True
+        )
+    ]
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    if slices:
+        if codebook.shape != (2, 256):
+            raise ValueError(
+                f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)"
+            )
+        (book,) = _state(op, weights[0], codebook=codebook)
+        _CUDA.slice_adamw_8bit(slices, states, book, options, (*_launch(weights[0]), 0, 0))
+
+
+def slice_grad_adamw(
+    grad_output: Tensor,
+    input: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """See `slicefine.backends.reference.slice_grad_adamw`; the gradient stays on the chip, but for
+    the partial sums of split tiles.
+    """
+    _check("slice_grad_adamw", {"grad_output": grad_output, "input": input}, {"rows": rows})
+    place = _slice("slice_grad_adamw", master, None, weight, rows, cols, step)
+    state = _state("slice_grad_adamw", weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if weight.device != input.device:
+        raise ValueError(
+            f"slice_grad_adamw: the input is on {input.device}, the weight on {weight.device}"
+        )
+    arguments, _keep = _grad_inputs(grad_output, input, rows)
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+    launch = _launch(input)
+    partials, counters = _workspace(launch)
+    _CUDA.slice_grad_adamw(
+        arguments, place, state, options, (*launch, partials.data_ptr(), counters.data_ptr())
+    )
+
+
+def _check(op: str, tensors: dict[str, Tensor], indices: dict[str, Tensor | None]) -> None:
+    """Before a launch: an address on another device, or of another type, would be a memory fault or
+    worse.
+    """
+    present = {name: index for name, index in indices.items() if index is not None}
+    device = next(iter(tensors.values())).device
+    for name, tensor in (tensors | present).items():
+        if not _on_gpu(tensor):
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}; the cuda backend takes tensors on a CUDA"
+                " device"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, {next(iter(tensors))} on {device}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}; the cuda backend takes"
+                f" {', '.join(map(str, _DTYPES))} (the reference backend takes float64)"
+            )
+    for name, index in present.items():
+        if index.dtype != torch.int64 or not index.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is {index.dtype} with strides {index.stride()}; expected a"
+                " contiguous int64 tensor"
+            )
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
+    """The kernel's view of the operands, and the tensors that must outlive the launch."""
+    grad_output, input = (
+        t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (grad_output, input)
+    )
+    arguments = (
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        input.data_ptr(),
+        input.stride(0),
+        input.shape[0],
+        0 if rows is None else rows.data_ptr(),
+        grad_output.shape[1] if rows is None else rows.numel(),
+        input.shape[1],
+        _DTYPES[grad_output.dtype],
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
+    )
+    return arguments, (grad_output, input)
+
+
+def _slices(
+    op: str,
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *rest: Sequence,
+) -> list:
+    """`_slice` of each, all on one device; rest: rows, cols, steps."""
+    for i, weight in enumerate(weights):
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"{op}: weight 0 is on {weights[0].device}, weight {i} on {weight.device}; expected"
+                " one device"
+            )
+    return [_slice(op, *tensors) for tensors in zip(masters, grads, weights, *rest, strict=True)]
+
+
+def _slice(
+    op: str,
+    master: Tensor,
+    grad: Tensor | None,
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    step: Tensor,
+) -> tuple:
+    _check(op, {"weight": weight}, {"rows": rows, "cols": cols})
+    addresses = _state(op, weight, master=master, step=step)
+    return (
+        addresses[0],
+        0 if grad is None else _state(op, weight, grad=grad)[0],
+        weight.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        0 if cols is None else cols.data_ptr(),
+        addresses[1],
+        weight.stride(0),
+        weight.stride(1),
+        *master.shape,
+        _DTYPES[weight.dtype],
+    )
+
+
+def _state(
+    op: str, weight: Tensor, dtype: torch.dtype = torch.float32, **tensors: Tensor
+) -> tuple[int, ...]:
+    """Addresses of tensors of this type on the weight's device."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != weight.device:
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+                f" for shape {tuple(tensor.shape)}; expected contiguous"
+                f" {str(dtype).removeprefix('torch.')} on {weight.device}"
+            )
+    return tuple(tensor.data_ptr() for tensor in tensors.values())
+
+
+def refuses_a_device() -> str | None:
+    """Why a GPU of this machine is too old; asks only where CUDA is in use, because asking starts
+    it.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    return next(filter(None, map(_too_old, range(torch.cuda.device_count()))), None)
+
+
+@functools.cache
+def _too_old(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= _OLDEST:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
+        f"the cuda backend needs {_OLDEST[0]}.{_OLDEST[1]} or newer"
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device that the kernels run on."""
+    properties = torch.cuda.get_device_properties(device)
+    if reason := _too_old(device.index):
+        raise RuntimeError(reason)
+    return properties.multi_processor_count
+
+
+def _launch(tensor: Tensor) -> tuple[int, int, int]:
+    """Device, stream and processors of a launch."""
+    processors = _processors(tensor.device)
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, processors
+
+
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(launch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Partial sums and tickets of a stream; 64 KiB per processor. Every call leaves the tickets at
+    zero, so they are cleared once.
+    """
+    device, stream, processors = launch
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        return _new_workspace(
+            f"cuda:{device}", processors
+        )  # in the graph's own memory, cleared again by every replay
+    if (device, stream) not in _workspaces:
+        _workspaces[device, stream] = _new_workspace(f"cuda:{device}", processors)
+    return _workspaces[device, stream]
+
+
+def _new_workspace(device: str, processors: int) -> tuple[Tensor, Tensor]:
+    values = torch.empty(_CUDA.workspace_values(processors), dtype=torch.float32, device=device)
+    return values, torch.zeros(
+        _CUDA.workspace_counters(processors), dtype=torch.int32, device=device
+    )

@@ -1,0 +1,260 @@
+"""Every op in plain PyTorch: the oracle of the other backends, and what runs where they do not.
+
+Same signatures as the ops in `slicefine.ops`. A slice of W (out, in) is given by ``rows`` (R,) and
+``cols`` (K,), int64,
+None for all. Arithmetic is float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slicefine.slices import write_slice
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+    """The columns of a slice's input that its gradient needs: ``input[..., cols]`` with one row per
+    token.
+
+    input: (..., in). cols: (K,) int64.
+    out: (n, K), contiguous, a copy.
+    """
+    return input.index_select(-1, cols).reshape(-1, cols.shape[0])
+
+
+def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Gradient of a slice of W: ``grad_output[:, rows].T @ input``.
+
+    grad_output: (n, out). input: (n, K), already the columns of the slice.
+    out: (R, K), float32 or float64.
+    """
+    if rows is not None:
+        grad_output = grad_output.index_select(1, rows)
+    dtype = accumulation_dtype(grad_output.dtype)
+    return grad_output.to(dtype).t() @ input.to(dtype)
+
+
+def slice_adamw(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """AdamW on each master (R, K), in place, then ``weight[rows][:, cols] = cast(master)``.
+
+    steps: (), the number of this update, counted from 1. seed: round to bfloat16 stochastically;
+        None rounds to nearest.
+    Source: Loshchilov & Hutter 2019, algorithm 2, in the order of operations of torch.optim.AdamW.
+    """
+    for i, (p, g, m, v, step) in enumerate(
+        zip(masters, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ):
+        t = float(step)
+        p.mul_(1 - lr * weight_decay)
+        g = -g if maximize else g
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
+        p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
+        write_slice(weights[i], rows[i], cols[i], round_to(p, weights[i].dtype, seed, i))
+
+
+def slice_adamw_8bit(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    codebook: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """`slice_adamw` with moments in 8 bits: exp_avgs, exp_avg_sqs (R, K) uint8, a scale per
+    BLOCK_8BIT of them in order.
+
+    codebook: (2, 256) float32, `dynamic_codebook`. The update uses the new moments before they are
+        rounded.
+    Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+    """
+    for i, master in enumerate(masters):
+        m = dequantize_blockwise(exp_avgs[i], exp_avg_scales[i], codebook[0])
+        v = dequantize_blockwise(exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1])
+        slice_adamw(
+            [master],
+            [grads[i]],
+            [m],
+            [v],
+            [weights[i]],
+            [rows[i]],
+            [cols[i]],
+            [steps[i]],
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            maximize,
+            None,
+        )
+        if seed is not None:
+            write_slice(weights[i], rows[i], cols[i], round_to(master, weights[i].dtype, seed, i))
+        for values, codes, scales, book in (
+            (m, exp_avgs[i], exp_avg_scales[i], codebook[0]),
+            (v, exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1]),
+        ):
+            new_codes, new_scales = quantize_blockwise(values, book)
+            codes.copy_(new_codes)
+            scales.copy_(new_scales)
+
+
+def slice_grad_adamw(
+    grad_output: Tensor,
+    input: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+) -> None:
+    """`slice_grad` followed by `slice_adamw` for one slice."""
+    grad = slice_grad(grad_output, input, rows)
+    slice_adamw(
+        [master],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [weight],
+        [rows],
+        [cols],
+        [step],
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+        seed,
+    )
+
+
+BLOCK_8BIT = 256
+
+
+def dynamic_codebook() -> Tensor:
+    """(2, 256) float32, ascending in [-1, 1] and [0, 1]: the values of 8-bit codes for signed and
+    for unsigned moments.
+
+    A dynamic exponent: values of decade 10**-e are spaced linearly, finer decades get fewer of
+        them. Source: Dettmers 2016, 8-bit
+    Approximations for Parallelism in Deep Learning; Dettmers et al. 2022.
+    """
+    books = []
+    for signed in (True, False):
+        values = [0.0, 1.0]
+        for exponent in range(7):
+            count = 2**exponent if signed else 2 ** (exponent + 1)
+            edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+            middles = (10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
+            values += middles + ([-x for x in middles] if signed else [])
+        books.append(sorted(values))
+    return torch.tensor(books, dtype=torch.float64).float()
+
+
+def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest
+    magnitude of the block; a positive
+    value of an unsigned book is never zero."""
+    flat = values.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
+    scales = blocks.abs().amax(1)
+    ratios = blocks * torch.where(scales > 0, 1.0 / scales, 0.0).unsqueeze(1)
+    codes = torch.bucketize(ratios, (book[:-1] + book[1:]) / 2)
+    # A second moment that rounds to zero beside a first moment that does not makes the next step
+    # tens of times too large.
+    codes = torch.where((codes == 0) & (blocks > 0), 1, codes)
+    return codes.to(torch.uint8).flatten()[: len(flat)].view(values.shape), scales
+
+
+def dequantize_blockwise(codes: Tensor, scales: Tensor, book: Tensor) -> Tensor:
+    """Counterpart of `quantize_blockwise`, float32."""
+    spread = scales.repeat_interleave(BLOCK_8BIT)[: codes.numel()].view(codes.shape)
+    return book[codes.long()] * spread
+
+
+def round_to(
+    values: Tensor, dtype: torch.dtype, seed: int | None = None, slice_id: int = 0
+) -> Tensor:
+    """Cast to nearest, or with a seed stochastically to bfloat16: up with probability = the
+    fraction that is cut off.
+    """
+    if seed is None or dtype != torch.bfloat16:
+        return values.to(dtype)
+    bits = values.float().view(torch.int32).to(torch.int64)
+    index = torch.arange(values.numel(), device=values.device).view(values.shape)
+    up = (bits + (philox(seed, index, slice_id) & 0xFFFF)) & 0xFFFF0000
+    rounded = (
+        torch.where(up >= 2**31, up - 2**32, up)
+        .to(torch.int32)
+        .view(torch.float32)
+        .to(torch.bfloat16)
+    )
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
+
+
+def philox(seed: int, c0: Tensor, c1: int) -> Tensor:
+    """First word of Philox4x32-10 with counter (c0, c1, 0, 0), as int64 in [0, 2^32). Source:
+    Salmon et al. 2011.
+    """
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    one, two, three = torch.full_like(c0, c1), torch.zeros_like(c0), torch.zeros_like(c0)
+    c0 = c0 & 0xFFFFFFFF
+    for _ in range(10):
+        high_a, low_a = _multiply_32(0xD2511F53, c0)
+        high_b, low_b = _multiply_32(0xCD9E8D57, two)
+        c0, one, two, three = high_b ^ one ^ k0, low_b, high_a ^ three ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0
+
+
+def _multiply_32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product in int64 without overflow, by 16-bit halves of a."""
+    low, high = (a & 0xFFFF) * b, (a >> 16) * b
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

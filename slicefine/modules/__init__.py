@@ -1,0 +1,1 @@
+"""Slices inside modules that are no linear layers."""

@@ -1,0 +1,1 @@
+"""Peak memory, measured and planned."""

@@ -1,0 +1,1 @@
+"""`slicefine train` without the command line."""

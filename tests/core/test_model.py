@@ -1,0 +1,269 @@
+"""Swapping slices in and out of whole models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
+
+
+class Net(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12))
+        self.alias = self.body[2]  # one module under two names
+        self.twin = nn.Linear(12, 12)
+        if tied:
+            self.twin.weight = self.body[2].weight
+        self.classifier = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.classifier(self.twin(self.alias(self.body(x))))
+
+
+def train(model, steps=5):
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    for i in range(steps):
+        optimizer.zero_grad()
+        model(
+            torch.randn(4, 6, generator=torch.Generator().manual_seed(i))
+        ).square().sum().backward()
+        optimizer.step()
+
+
+CONFIG = SliceConfig(r=3, switch_interval=2, modules_to_save=["classifier"])
+
+
+def test_the_model_stays_what_it_was():
+    model = Net()
+    keys, x = list(model.state_dict()), torch.randn(4, 6)
+    before = model(x)
+    assert get_slice_model(model, CONFIG) is model
+    assert (
+        isinstance(model, Net)
+        and type(model).__name__ == "Net"
+        and list(model.state_dict()) == keys
+    )
+    assert torch.equal(model(x), before)
+    assert model.alias is model.body[2] and isinstance(model.alias, SliceLinear)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {
+        "body.0.slice_weight",
+        "body.2.slice_weight",
+        "twin.slice_weight",
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_trainable_parameters_are_counted_and_printed(capsys):
+    model = get_slice_model(Net(), CONFIG)
+    total = sum(p.numel() for p in Net().parameters())
+    assert model.get_nb_trainable_parameters() == (12 * 3 * 3 + 12 * 3 + 3, total)
+    model.print_trainable_parameters()
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: 147 || all params: {total} || trainable%: {100 * 147 / total:.4f}\n"
+    )
+
+
+def test_merging_is_bit_equal_and_gives_plain_layers():
+    model = get_slice_model(Net(), CONFIG)
+    train(model)
+    x = torch.randn(4, 6)
+    trained = model(x)
+    assert model.merge_and_unload() is model
+    assert type(model) is Net and torch.equal(model(x), trained)
+    assert (
+        not any(isinstance(m, SliceLinear) for m in model.modules())
+        and model.alias is model.body[2]
+    )
+    assert all(p.requires_grad for p in model.parameters())  # as before get_slice_model
+    assert (
+        repr(model) == repr(Net())
+        and model.body[0].__dict__.keys() == nn.Linear(6, 12).__dict__.keys()
+    )
+    train(get_slice_model(model, CONFIG))  # and again
+
+
+def test_state_dicts_load_both_ways():
+    model, plain = get_slice_model(Net(), CONFIG), Net()
+    train(model)
+    x = torch.randn(4, 6)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
+    fresh = get_slice_model(Net(), CONFIG)
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_copies_and_pickles():
+    model = get_slice_model(Net(), CONFIG)
+    train(model)
+    x = torch.randn(4, 6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model) and torch.equal(twin(x), model(x))
+        train(twin)
+        assert not torch.equal(twin(x), model(x))
+        assert type(twin.merge_and_unload()) is Net
+
+
+def test_coverage_while_training():
+    model = get_slice_model(Net(), CONFIG)
+    assert set(model.coverage().values()) == {0.0}
+    train(model, 5)  # positions 0, 1 and 2: 9 of 12 and 6 of 6 features
+    assert model.coverage() == {"body.0": 1.0, "body.2": 0.75, "twin": 0.75}
+    assert (
+        model.planned_coverage(5)
+        == "5 steps, interval 2, r 3: 2 positions, 100 % of each 6-wide weight (1 layer)\n5 steps,"
+        " interval 2, r 3: 3 positions, 75 % of each 12-wide weight (2 layers)"
+    )
+
+
+def test_tied_weights_are_skipped_with_a_warning():
+    advice = "untie them, or tied_weights='share' where all of them are linear layers"
+    with pytest.warns(UserWarning, match="its weight is tied to") as warned:
+        model = get_slice_model(Net(tied=True), CONFIG)
+    assert [str(w.message) for w in warned] == [
+        "body.2 stays as it is: its weight is tied to twin; " + advice,
+        "twin stays as it is: its weight is tied to body.2; " + advice,
+    ]
+    assert (
+        type(model.twin) is nn.Linear
+        and type(model.body[2]) is nn.Linear
+        and isinstance(model.body[0], SliceLinear)
+    )
+
+
+def test_tied_weights_can_share_one_slice():
+    config = SliceConfig(
+        r=3, switch_interval=2, modules_to_save=["classifier"], tied_weights="share"
+    )
+    model = get_slice_model(Net(tied=True), config)
+    assert (
+        model.twin.slice_weight is model.body[2].slice_weight
+        and model.twin.weight is model.body[2].weight
+    )
+    for make in (lambda m: m, copy.deepcopy):
+        twin = make(model)
+        train(twin)
+        assert twin.twin.weight is twin.body[2].weight
+        assert (
+            torch.equal(twin.twin.slice_cols, twin.body[2].slice_cols)
+            and twin.twin.schedule is twin.body[2].schedule
+        )
+        assert torch.equal(twin.twin.slice_weight, twin.twin.weight[:, twin.twin.slice_cols])
+
+
+def test_a_failing_config_changes_nothing():
+    model = Net()
+    with pytest.raises(ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"):
+        get_slice_model(model, SliceConfig(r=7))
+    assert (
+        type(model) is Net
+        and all(type(m) is not SliceLinear for m in model.modules())
+        and all(p.requires_grad for p in model.parameters())
+    )
+
+
+def test_mistakes_are_named():
+    model = get_slice_model(Net(), CONFIG)
+    with pytest.raises(ValueError, match="has slices already; call model.merge_and_unload"):
+        get_slice_model(model, CONFIG)
+    with pytest.raises(
+        ValueError,
+        match=(
+            "modules_to_save names 'head', which the model does not have; its children are: body,"
+            " alias"
+        ),
+    ):
+        get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["head"]))
+    with pytest.warns(UserWarning, match="fan_in_fan_out is True, but no target"):
+        get_slice_model(
+            Net(), SliceConfig(r=3, fan_in_fan_out=True, modules_to_save=["classifier"])
+        )
+
+
+@pytest.mark.parametrize("bias", ["none", "slice_only", "all"])
+def test_biases(bias):
+    model = get_slice_model(Net(), SliceConfig(r=3, bias=bias, target_modules=["0"]))
+    free = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    assert len(free) == {"none": 0, "slice_only": 1, "all": 4}[bias]
+
+
+def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=50,
+        num_labels=2,
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    get_slice_model(model, SliceConfig(r=4, modules_to_save=["classifier"]))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.query.slice_weight.add_(1.0)
+    ids = torch.arange(8).view(2, 4)
+    model.save_pretrained(tmp_path, whole_model=True)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_a_new_head_that_would_stay_frozen_is_pointed_out():
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"classifier stays as it is: 'all-linear' leaves out the head;"
+            r" modules_to_save=\['classifier'\]"
+        ),
+    ):
+        get_slice_model(Net(), SliceConfig(r=3))
+
+
+def test_every_layer_that_does_not_fit_is_named():
+    with pytest.raises(ValueError) as error:
+        get_slice_model(Net(), SliceConfig(r=13, modules_to_save=["classifier"]))
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "body.0",
+        "body.2",
+        "twin",
+    ]
+    with pytest.raises(TypeError, match="config is a dict; expected a SliceConfig"):
+        get_slice_model(Net(), {"r": 3})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match="the model is a single Linear; use SliceLinear.from_linear"
+    ):
+        get_slice_model(nn.Linear(8, 8), SliceConfig(r=2))
+
+
+def test_the_class_of_a_sliced_model_makes_ordinary_models():
+    fresh = type(get_slice_model(Net(), CONFIG))()
+    get_slice_model(fresh, CONFIG)
+    train(fresh)
+    fresh.merge_and_unload()
+    assert type(fresh) is Net
+
+
+def test_ddp_is_told_to_leave_positions_alone():
+    """It reads this list from the module it wraps; what somebody else has put there stays."""
+    model = Net()
+    model._ddp_params_and_buffers_to_ignore = ["other"]
+    get_slice_model(model, CONFIG)
+    positions = [
+        n for n, _ in model.named_buffers() if n.rsplit(".", 1)[-1] in ("slice_rows", "slice_cols")
+    ]
+    assert positions and model._ddp_params_and_buffers_to_ignore == ["other", *positions]
+    model.merge_and_unload()
+    assert model._ddp_params_and_buffers_to_ignore == ["other"]
+    plain = get_slice_model(Net(), CONFIG)
+    plain.merge_and_unload()
+    assert not hasattr(plain, "_ddp_params_and_buffers_to_ignore")

@@ -1,0 +1,188 @@
+"""PEFT's matching rules, against PEFT itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from slicefine import SliceConfig, get_slice_model, list_targets
+from slicefine.targets import find_targets
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=40,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20)
+    )
+
+
+CASES = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": ["self_attn.q_proj"]},
+    {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    {"target_modules": r".*\.layers\.[02]\..*proj"},
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"},
+    {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3},
+    },
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_layers_and_ranks_as_peft(case):
+    peft = pytest.importorskip("peft")
+    ours = {t.name: t.r for t in find_targets(llama(), SliceConfig(r=4, **case))}
+    lora = peft.get_peft_model(llama(), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **case))
+    theirs = {}
+    for name, module in lora.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            theirs[name] = module.r["default"]
+    assert ours == theirs
+
+
+def test_conv1d_is_linear_and_the_head_is_left_out():
+    peft = pytest.importorskip("peft")
+    model = gpt2()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    names = {t.name for t in find_targets(model, SliceConfig(r=4))}
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        lora = peft.get_peft_model(
+            gpt2(), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    assert names == {
+        n
+        for n, m in lora.base_model.model.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+
+
+@pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
+def test_conv1d_trains_and_comes_back(slice_type):
+    from slicefine import SliceAdamW, SliceLinear
+
+    torch.manual_seed(0)
+    model = gpt2().eval()
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).logits
+    keys = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    get_slice_model(model, SliceConfig(r=4, slice_type=slice_type, switch_interval=2))
+    attention = model.transformer.h[0].attn.c_attn
+    assert (
+        isinstance(attention, SliceLinear)
+        and attention.fan_in_fan_out
+        and (attention.out_features, attention.in_features) == (48, 16)
+    )
+    assert torch.equal(model(ids).logits, before) or torch.allclose(
+        model(ids).logits, before, atol=1e-6
+    )
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == keys
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    trained = model(ids).logits
+    model.merge_and_unload()
+    assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    torch.testing.assert_close(model(ids).logits, trained, rtol=1e-5, atol=1e-5)
+
+
+def test_every_unmatched_entry_is_named_with_its_nearest():
+    with pytest.raises(ValueError) as error:
+        find_targets(llama(), SliceConfig(target_modules=["q_prj", "v_proj", "zzz"]))
+    message = str(error.value)
+    assert (
+        "'q_prj': nothing matches; nearest names: q_proj" in message
+        and "'zzz': nothing matches" in message
+        and "'v_proj'" not in message
+    )
+
+
+def test_a_pattern_that_leaves_nothing():
+    with pytest.raises(
+        ValueError,
+        match=(
+            "leaves no layer of LlamaForCausalLM. Linear layers there:"
+            " model.layers.0.self_attn.q_proj"
+        ),
+    ):
+        find_targets(llama(), SliceConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+
+
+def test_the_dry_run_lists_shapes_and_changes_nothing():
+    model = llama()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    rows = list_targets(model, SliceConfig(r=4, target_modules=["q_proj", "k_proj"]))
+    assert [(m.name, m.out_features, m.in_features, m.r, m.parameters) for m in rows[:2]] == [
+        ("model.layers.0.self_attn.q_proj", 16, 16, 4, 64),
+        ("model.layers.0.self_attn.k_proj", 8, 16, 4, 32),
+    ]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """A subclass, which may compute anything."""
+
+
+class WithAttention(nn.Module):
+    def __init__(self, kind=OwnAttention):
+        super().__init__()
+        self.attention, self.out = kind(8, 2), nn.Linear(8, 8)
+
+
+def test_layers_that_would_never_train_are_refused_or_skipped():
+    with pytest.raises(
+        ValueError,
+        match="a subclass of nn.MultiheadAttention, which may read its weight without calling it",
+    ):
+        find_targets(WithAttention(), SliceConfig(r=2, target_modules=["out_proj"]))
+    skipped = {t.name: t.skipped for t in find_targets(WithAttention(), SliceConfig(r=2))}
+    assert skipped["out"] is None and "MultiheadAttention" in skipped["attention.out_proj"]
+    with pytest.raises(ValueError, match="is a LayerNorm; only nn.Linear"):
+        find_targets(nn.Sequential(nn.LayerNorm(4)), SliceConfig(target_modules=["0"]))
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    with pytest.raises(ValueError, match="with a forward of its own"):
+        find_targets(nn.Sequential(Odd(4, 4)), SliceConfig(r=2, target_modules=["0"]))
+    patched = nn.Sequential(nn.Linear(4, 4))
+    patched[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="has been replaced on the instance"):
+        find_targets(patched, SliceConfig(r=2))
+
+
+def test_quantised_and_meta_weights_are_named():
+    quantised = nn.Sequential(nn.Linear(4, 4))
+    quantised[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="0 is a Linear with a quantised weight"):
+        find_targets(quantised, SliceConfig(r=2))
+    with pytest.raises(ValueError, match="meta device, without values; load the weights first"):
+        find_targets(nn.Sequential(nn.Linear(4, 4, device="meta")), SliceConfig(r=2))
