@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slicefine.config import SliceConfig
-from slicefine.deltas import adapters
+from slicefine.deltas import adapters, live
 from slicefine.deltas.adapters import DEFAULT, AdapterModel
 from slicefine.deltas.delta import Delta
 from slicefine.linear import SliceLinear
@@ -103,7 +103,7 @@ def get_slice_model(
     for module in saved:
         module.requires_grad_(True)
     _free_biases(model, config.bias)
-    adapters.begin(model, adapter_name, _trained_whole(model, config), config.keep_originals)
+    live.register_slices(model, adapter_name, _trained_whole(model, config), config.keep_originals)
     _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
 
     model.__dict__["slice_config"] = config
@@ -219,7 +219,7 @@ class SliceModel(AdapterModel):
         Adapters that are applied stay in the weights; the others are forgotten.
         """
         assert isinstance(self, nn.Module)
-        if "slice_config" in self.__dict__ and self._adapters.live not in self.active_adapters:
+        if "slice_config" in self.__dict__ and self._adapters.trainable not in self.active_adapters:
             raise RuntimeError(
                 "the slices in training are switched off; leave disable_adapter() or set_adapter"
                 " them first"
@@ -312,7 +312,7 @@ def _with_delta(
     delta = path if isinstance(path, Delta) else Delta.load(adapters.local_path(path))
     fresh = "_adapters" not in model.__dict__
     if fresh:
-        model.__dict__["_adapters"] = adapters.new_register()
+        model.__dict__["_adapters"] = live.AdapterRegister()
         model.__class__ = _with_slices(_own_class(model))
     try:
         if not is_trainable:
@@ -323,7 +323,7 @@ def _with_delta(
         delta.check_base(model, everything=verify)
         config = SliceConfig.from_dict(delta.config)
         get_slice_model(model, config, adapter_name)
-        adapters.go_on_from(model, delta)
+        live.resume_from(model, delta)
     except BaseException:
         if "slice_config" in model.__dict__:
             sliced: Any = model

@@ -14,9 +14,8 @@ from torch import nn
 from slicefine.atomic import write_text
 from slicefine.capacity.exact import Bumps, Zigzags
 from slicefine.capacity.side import AdditiveSide, _linears
-from slicefine.deltas import format as file
 from slicefine.deltas.delta import base_hashes, combined_hash
-from slicefine.deltas.format import CONFIG_FILE, FILE
+from slicefine.deltas.format import CONFIG_FILE, FILE, read_file, write_file
 
 KIND = ("slicefine-side", 1)  # name and version of the format
 _EXACT = {"Bumps": Bumps, "Zigzags": Zigzags}
@@ -54,7 +53,7 @@ def save_side(
         "feature": side.feature,
         "output": side.output,
     }
-    identity = file.write(folder / FILE, manifest, tensors, KIND)
+    identity = write_file(folder / FILE, manifest, tensors, KIND)
     config = {
         "peft_type": "ADDITIVE_SIDE",
         "base_model_name_or_path": base.get("model"),
@@ -72,7 +71,7 @@ def load_side(folder: str | os.PathLike[str]) -> tuple[AdditiveSide, dict[str, A
     """(side, manifest), every byte checked. Raises DeltaError for a damaged file,
     FileNotFoundError.
     """
-    manifest, tensors = file.read(Path(folder) / FILE, KIND)
+    manifest, tensors = read_file(Path(folder) / FILE, KIND)
     kind = manifest["network"]["kind"]
     if kind in _EXACT:
         network: nn.Module = _EXACT[kind](*(tensors[n] for n in _BUFFERS[kind]))

@@ -315,21 +315,13 @@ def keygen(
     path: Annotated[
         Path, typer.Argument(help="file for the private key; the public one gets .pub behind it")
     ],
-    publish: Annotated[
-        bool, typer.Option("--publish", help="a P-256 key, for sign --publish; else Ed25519")
-    ] = False,
     password: Password = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a pair of keys."""
+    """Make a pair of Ed25519 keys."""
     from slicefine.deltas import signing
 
-    if publish:
-        from slicefine.deltas import model_signing
-
-        public = model_signing.new_key(path, password)
-    else:
-        public = signing.new_key(path, password)
+    public = signing.new_key(path, password)
     tables.show(
         {"private": str(path), "public": str(public)},
         as_json,
@@ -341,27 +333,11 @@ def keygen(
 def sign(
     target: str,
     key: Annotated[Path, typer.Option(help="private key in PEM")],
-    publish: Annotated[
-        bool,
-        typer.Option(
-            "--publish",
-            help="OpenSSF model signing of a whole folder: a delta's or a merged model's",
-        ),
-    ] = False,
     password: Password = None,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Sign a delta (Ed25519, beside its file), or with --publish a folder (OpenSSF, model.sig in
-    it).
-    """
-    if publish:
-        from slicefine.deltas import model_signing
-
-        path = model_signing.sign(target, key, password)
-        return tables.show(
-            {"folder": target, "signature": str(path)}, as_json, f"signed {target}: {path}"
-        )
+    """Sign a delta: Ed25519, beside its file."""
     from slicefine.deltas import signing
 
     found = _Target(store, target)
@@ -379,14 +355,11 @@ def sign(
 def verify(
     target: Annotated[
         str | None,
-        typer.Argument(help="a delta, or with --publish a folder; default: the whole store"),
+        typer.Argument(help="a delta; default: the whole store"),
     ] = None,
     public_key: Annotated[
         Path | None, typer.Option(help="PEM file of a key that you trust")
     ] = None,
-    publish: Annotated[
-        bool, typer.Option("--publish", help="check the OpenSSF signature of a folder")
-    ] = False,
     model: Annotated[
         str | None, typer.Option(help="also check that this model is the delta's base")
     ] = None,
@@ -412,13 +385,6 @@ def verify(
                 for entry in opened.entries():
                     signing.verify(opened.blob(entry), public_key)
                 checked.append(f"signatures of key {public_key}")
-        elif publish:
-            if public_key is None:
-                raise typer.BadParameter("needs the signer's public key", param_hint="--public-key")
-            from slicefine.deltas import model_signing
-
-            model_signing.verify(target, public_key)
-            checked.append(f"every file of {target}, signed by the owner of {public_key}")
         else:
             checked += _verify_one(store, target, public_key, model)
     except (DeltaError, UserError) as error:

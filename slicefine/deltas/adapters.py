@@ -15,26 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slicefine import atomic
-from slicefine.deltas.delta import (
-    CONFIG_FILE,
-    FILE,
-    Delta,
-    DeltaError,
-    WeightDelta,
-    WholeDelta,
-    base_hashes,
-    combined_hash,
-    patches_of,
-    tensor_of,
-    whole_state,
-)
+from slicefine.deltas import live
+from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError
 from slicefine.deltas.format import SUFFIX
-from slicefine.linear import SliceLinear
-from slicefine.originals import same_bits, set_version
+from slicefine.deltas.live import AdapterRegister
 
 DEFAULT = "default"
 # arguments of PreTrainedModel.save_pretrained and PeftModel.save_pretrained that change nothing
@@ -50,32 +37,10 @@ _OF_WHOLE_MODELS = {
 }
 
 
-class _Adapters:
-    """What a model knows of its adapters. stack: applied ones, the lowest first, each with what it
-    has written over.
-    """
-
-    def __init__(self) -> None:
-        self.deltas: dict[str, Delta] = {}
-        self.live: str | None = None  # the name of the slices in training
-        self.whole: dict[
-            str, WholeDelta
-        ] = {}  # what trains whole beside them; ``new`` is current while they are off
-        self.versions: dict[str, int] = {}  # of what trains whole, before it was taken off
-        self.stack: list[tuple[str, Delta | None]] = []
-        self.parents: list[
-            dict[str, Any]
-        ] = []  # the delta that the slices in training went on from
-
-    @property
-    def active(self) -> list[str]:
-        return [name for name, _ in self.stack]
-
-
 class AdapterModel:
     """Mixed into the class of a model that has slices or loaded deltas."""
 
-    _adapters: _Adapters
+    _adapters: AdapterRegister
 
     # What there is
 
@@ -92,8 +57,8 @@ class AdapterModel:
     @property
     def adapters(self) -> list[str]:
         """Names of all adapters, applied or not."""
-        live = [self._adapters.live] if self._adapters.live is not None else []
-        return [*live, *self._adapters.deltas]
+        name = self._adapters.trainable
+        return [*([] if name is None else [name]), *self._adapters.deltas]
 
     def delta(self, adapter_name: str | None = None, info: dict[str, Any] | None = None) -> Delta:
         """A loaded adapter, or what the slices in training have changed so far (the default, where
@@ -103,9 +68,9 @@ class AdapterModel:
             kept.
         """
         adapters = self._adapters
-        name = adapter_name or adapters.live or self.active_adapter
-        if name is not None and name == adapters.live:
-            return _live_delta(self, info or {})
+        name = adapter_name or adapters.trainable or self.active_adapter
+        if name is not None and name == adapters.trainable:
+            return live.trained_delta(self, info or {})
         delta = self._adapters.deltas[self._known(name)]
         return replace(delta, info={**delta.info, **info}, sha256=None) if info else delta
 
@@ -151,8 +116,8 @@ class AdapterModel:
         try:
             self._unapply_all()
             for name in names:
-                if name == self._adapters.live:
-                    _check_originals(self, names[:-1])
+                if name == self._adapters.trainable:
+                    live.check_originals(self, names[:-1])
                 self._apply_one(name)
         except BaseException:
             self._unapply_all()
@@ -164,7 +129,7 @@ class AdapterModel:
         """Take an adapter off if it is applied, and forget it. Raises DeltaError where slices have
         trained on top of its values.
         """
-        if self._known(adapter_name) == self._adapters.live:
+        if self._known(adapter_name) == self._adapters.trainable:
             raise DeltaError(
                 f"{adapter_name!r} are the slices in training; revert() or merge_and_unload() ends"
                 " them"
@@ -197,17 +162,9 @@ class AdapterModel:
         """
         self._unapply_all()
         adapters = self._adapters
-        if adapters.live is not None:
-            for layer in _layers(self):
-                layer._trained = None  # what was trained is given up
-                # the base's values are the originals from here on, also where it trained on top of
-                # an adapter
-                layer.required_ledger("be reverted").take(layer.weight_matrix)
-                layer.read_back()
-            for whole in adapters.whole.values():
-                whole.new = whole.old
-            adapters.versions.clear()
-            adapters.stack.append((adapters.live, None))
+        if adapters.trainable is not None:
+            live.restart_from_base(self)
+            adapters.stack.append((adapters.trainable, None))
 
     def add_weighted_adapter(
         self,
@@ -271,7 +228,7 @@ class AdapterModel:
         if not kwargs.get("is_main_process", True):
             return None
         names = selected_adapters or (
-            [self._adapters.live] if self._adapters.live else self.active_adapters
+            [self._adapters.trainable] if self._adapters.trainable else self.active_adapters
         )
         if not names:
             raise DeltaError(
@@ -308,12 +265,12 @@ class AdapterModel:
         """Refuse overlaps. Slices in training are not looked at: they may lie over adapters that
         they started from.
         """
-        live, deltas = self._adapters.live, self._adapters.deltas
-        if live in names and names[-1] != live:
+        slices, deltas = self._adapters.trainable, self._adapters.deltas
+        if slices in names and names[-1] != slices:
             raise DeltaError(
-                f"{live!r} are the slices in training; they must be the last of {names}"
+                f"{slices!r} are the slices in training; they must be the last of {names}"
             )
-        loaded = [name for name in names if name != live]
+        loaded = [name for name in names if name != slices]
         for i, upper in enumerate(loaded):
             below = self._below(deltas[upper])
             if below != [name for name in loaded[:i] if name in below]:
@@ -343,34 +300,27 @@ class AdapterModel:
 
     def _apply_one(self, name: str) -> None:
         adapters = self._adapters
-        if name == adapters.live:
-            for layer in _layers(self):
-                layer.enable()
-            _write_whole(self, "new")
-            for key, version in adapters.versions.items():
-                set_version(tensor_of(_module(self), key), version)
+        if name == adapters.trainable:
+            live.switch_on(self)
             adapters.stack.append((name, None))
             return
         delta = adapters.deltas[name]
-        covered = delta.read(_module(self))
+        overwritten = delta.read(_module(self))
         delta.write(_module(self), "new")
-        adapters.stack.append((name, covered))
+        adapters.stack.append((name, overwritten))
 
     def _unapply_all(self) -> None:
         adapters = self._adapters
         while adapters.stack:
-            _, covered = adapters.stack[-1]
-            if covered is None:
-                _note_whole(self)
-                for layer in _layers(self):
-                    layer.disable()
-                _write_whole(self, "old")
+            _, overwritten = adapters.stack[-1]
+            if overwritten is None:
+                live.switch_off(self)
             else:
-                covered.write(_module(self), "new")
+                overwritten.write(_module(self), "new")
             adapters.stack.pop()
 
 
-# The slices in training
+# Names and paths
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -386,181 +336,16 @@ def check_name(model: nn.Module, name: str) -> None:
         raise DeltaError(
             f"an adapter cannot be called {name!r}: a folder of that name is made when it is saved"
         )
-    known: _Adapters | None = model.__dict__.get("_adapters")
-    if known is not None and (name == known.live or name in known.deltas):
+    known: AdapterRegister | None = model.__dict__.get("_adapters")
+    if known is not None and (name == known.trainable or name in known.deltas):
         raise DeltaError(
             f"there is an adapter {name!r} already; choose another adapter_name, or"
             " delete_adapter it"
         )
 
 
-def begin(model: Any, name: str, whole: dict[str, bool], keep: bool) -> None:
-    """Make the slices of a model an adapter. whole: key of what trains whole -> whether it is part
-    of the base.
-    """
-    adapters = model.__dict__.setdefault("_adapters", _Adapters())
-    adapters.live = name
-    adapters.whole, adapters.parents = {}, []
-    for key, replaces in whole.items() if keep else ():
-        value = tensor_of(model, key).detach().to("cpu", copy=True)
-        adapters.whole[key] = WholeDelta(value, value, replaces)
-    adapters.stack.append((name, None))
-
-
-def new_register() -> _Adapters:
-    return _Adapters()
-
-
-@torch.no_grad()
-def go_on_from(model: Any, delta: Delta) -> None:
-    """Give slices that have just been made the values of a delta, and its old values as their
-    originals.
-    """
-    layers = {layer.state_key(name): layer for name, layer in _named_layers(model)}
-    if missing := delta.weights.keys() - layers.keys():
-        raise DeltaError(
-            f"the delta changes {', '.join(sorted(missing)[:3])}, which its own SliceConfig does"
-            " not train here"
-        )
-    for key, weight in delta.weights.items():
-        layer = layers[key]
-        ledger = layer.required_ledger("go on from a delta")
-        for patch in weight.patches:
-            ledger.record(patch.old, patch.rows, patch.cols)
-    for key, whole in delta.whole.items():
-        tensor_of(model, key).copy_(whole.new)
-        if not whole.replaces and key in model._adapters.whole:
-            model._adapters.whole[key] = WholeDelta(whole.old, whole.old, False)
-    for key, weight in delta.weights.items():
-        delta.write_one(model, key, weight, "new")
-        layers[key].read_back()
-    model._adapters.parents = [{"name": model._adapters.live, "sha256": delta.sha256}]
-
-
 def _module(model: Any) -> nn.Module:
     return model
-
-
-def _named_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
-    return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear)
-    )
-
-
-def _layers(model: Any) -> Iterator[SliceLinear]:
-    return (layer for _, layer in _named_layers(model))
-
-
-def _check_originals(model: Any, below: list[str]) -> None:
-    """Slices may have moved to entries of an adapter below them: then they only make sense on top
-    of it.
-    """
-    wrong = [
-        name
-        for name, layer in _named_layers(model)
-        if not layer.required_ledger("be switched on").holds(layer.weight_matrix)
-    ]
-    for key, whole in model._adapters.whole.items():
-        now = tensor_of(model, key)
-        wrong += [] if same_bits(now, whole.old.to(now.dtype)) else [key]
-    if wrong:
-        raise DeltaError(
-            f"the slices in training of {', '.join(wrong[:3])} started from other values than are"
-            f" there with {below or 'no adapter'} below them: apply the adapters that they were"
-            " trained on, and no others"
-        )
-
-
-def _note_whole(model: Any) -> None:
-    for key, whole in model._adapters.whole.items():
-        tensor = tensor_of(model, key)
-        whole.new = tensor.detach().to("cpu", copy=True)
-        model._adapters.versions[key] = tensor._version
-
-
-@torch.no_grad()
-def _write_whole(model: Any, which: str) -> None:
-    for key, whole in model._adapters.whole.items():
-        tensor_of(model, key).copy_(getattr(whole, which))
-
-
-def _live_delta(model: Any, info: dict[str, Any]) -> Delta:
-    """Made of the ledgers and what stands in the weights; the base is hashed with the originals in
-    their places.
-    """
-    adapters: _Adapters = model._adapters
-    if adapters.live not in adapters.active:
-        raise DeltaError(
-            f"the slices in training ({adapters.live!r}) are not applied;"
-            f" set_adapter({adapters.live!r}) first"
-        )
-    whole_state(model)
-    weights: dict[str, WeightDelta] = {}
-    layers: dict[int, SliceLinear] = {}
-    for name, layer in _named_layers(model):
-        if id(layer.weight) in layers:
-            continue
-        layers[id(layer.weight)] = layer
-        layer.synchronise()
-        ledger = layer.required_ledger("be saved as a delta")
-        ledger.join()
-        weights[layer.state_key(name)] = WeightDelta(
-            (layer.out_features, layer.in_features),
-            layer.fan_in_fan_out,
-            "",
-            patches_of(ledger.pieces, ledger.read(layer.weight_matrix)),
-        )
-    _note_whole(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    parameters.update({layer.state_key(name): layer.weight for name, layer in _named_layers(model)})
-    whole = {
-        key: replace(w)
-        for key, w in adapters.whole.items()
-        if not (w.replaces and same_bits(w.old, w.new))
-    }
-
-    def original(key: str, value: Tensor) -> Tensor:
-        if key in whole:
-            return whole[key].old
-        layer = layers.get(id(parameters.get(key)))
-        if layer is None:
-            return value
-        restored = layer.required_ledger("be saved").restored(layer.weight_matrix)
-        return (restored.t() if layer.fan_in_fan_out else restored).reshape(layer.weight.shape)
-
-    hashes = base_hashes(model, {key for key, w in whole.items() if not w.replaces}, original)
-    for key, weight in weights.items():
-        weight.base_sha256 = hashes[key]
-    base = {
-        "sha256": combined_hash(hashes),
-        "model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "class": type(model).__name__,
-        "tensors": {key: value[:16] for key, value in hashes.items()},
-    }
-    config = model.slice_config.to_dict()
-    progress = {
-        "steps": max((layer.schedule.steps for layer in _layers(model)), default=0),
-        "coverage": _mean_coverage(model),
-    }
-    below = [{"name": n, "sha256": adapters.deltas[n].sha256} for n in adapters.active[:-1]]
-    parents = [*adapters.parents, *below]
-    if below:
-        base["on"] = (
-            below  # the model that these slices started from is the base with those applied
-        )
-    return Delta(
-        weights,
-        whole,
-        config,
-        base,
-        {**progress, **({"parents": parents} if parents else {}), **info},
-    )
-
-
-def _mean_coverage(model: Any) -> float:
-    """Share of the sliced weights' entries that has trained."""
-    sizes = [(layer.weight.numel(), layer.schedule.coverage()) for layer in _layers(model)]
-    return sum(n * share for n, share in sizes) / max(1, sum(n for n, _ in sizes))
 
 
 def _whole_save(model: Any, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:

@@ -20,17 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.atomic import dtype_name, tensor_sha256
-from slicefine.deltas import format as file
-from slicefine.deltas.format import CONFIG_FILE, FILE, DeltaError
+from slicefine.deltas.format import (
+    CONFIG_FILE,
+    FILE,
+    DeltaError,
+    delta_path,
+    from_runs,
+    read_file,
+    to_runs,
+    write_file,
+)
 from slicefine.originals import Piece, same_bits
 from slicefine.sharding import is_sharded
 from slicefine.slices import read_slice, write_slice
 
-__all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "Patch", "WeightDelta", "WholeDelta"]
+__all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "FullDelta", "SliceValues", "WeightDelta"]
 
 
 @dataclass
-class Patch:
+class SliceValues:
     """Entries ``weight[rows][:, cols]``, before and after. rows, cols: int64, ascending, None for
     all; old, new: (R, K).
     """
@@ -51,7 +59,7 @@ class WeightDelta:
     shape: tuple[int, int]
     transposed: bool
     base_sha256: str
-    patches: list[Patch]
+    patches: list[SliceValues]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +84,7 @@ class WeightDelta:
 
 
 @dataclass
-class WholeDelta:
+class FullDelta:
     """A parameter or buffer that trained whole: a new head (``replaces`` nothing of the base), a
     bias.
     """
@@ -96,7 +104,7 @@ class Delta:
     """
 
     weights: dict[str, WeightDelta]
-    whole: dict[str, WholeDelta] = field(default_factory=dict)
+    whole: dict[str, FullDelta] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +119,7 @@ class Delta:
         Raises TypeError for info that JSON cannot hold, ValueError for more patches than a
         safetensors header can.
         """
-        self.sha256 = file.write(file.file_in(path), self._manifest(), dict(self._tensors()))
+        self.sha256 = write_file(delta_path(path), self._manifest(), dict(self._tensors()))
         return self.sha256
 
     @classmethod
@@ -120,8 +128,8 @@ class Delta:
 
         Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
         """
-        path = file.file_in(path)
-        manifest, tensors = file.read(path)
+        path = delta_path(path)
+        manifest, tensors = read_file(path)
         try:
             return cls._from(manifest, tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -150,8 +158,7 @@ class Delta:
                     "transposed": w.transposed,
                     "base_sha256": w.base_sha256,
                     "patches": [
-                        {"rows": file.to_ranges(p.rows), "cols": file.to_ranges(p.cols)}
-                        for p in w.patches
+                        {"rows": to_runs(p.rows), "cols": to_runs(p.cols)} for p in w.patches
                     ],
                 }
                 for key, w in self.weights.items()
@@ -167,18 +174,18 @@ class Delta:
             patches = []
             for i, p in enumerate(entry["patches"]):
                 rows, cols = (
-                    file.from_ranges(p["rows"], out_features),
-                    file.from_ranges(p["cols"], in_features),
+                    from_runs(p["rows"], out_features),
+                    from_runs(p["cols"], in_features),
                 )
                 patches.append(
-                    Patch(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"])
+                    SliceValues(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"])
                 )
             weights[key] = WeightDelta(
                 (out_features, in_features), entry["transposed"], entry["base_sha256"], patches
             )
             weights[key].check(key)
         whole = {
-            key: WholeDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
+            key: FullDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
         }
         for key, entry in whole.items():
@@ -326,10 +333,10 @@ class Delta:
         weights = {}
         for key, w in self.weights.items():
             matrix = _matrix(model, key, w)
-            patches = [Patch(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches]
+            patches = [SliceValues(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches]
             weights[key] = WeightDelta(w.shape, w.transposed, w.base_sha256, patches)
         whole = {
-            key: WholeDelta(w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces)
+            key: FullDelta(w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces)
             for key, w in self.whole.items()
         }
         return Delta(weights, whole, self.config, self.base, self.info)
@@ -417,12 +424,12 @@ def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
     return tensor.t() if weight.transposed else tensor
 
 
-def _read(matrix: Tensor, patch: Patch) -> Tensor:
+def _read(matrix: Tensor, patch: SliceValues) -> Tensor:
     rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
     return read_slice(matrix, rows, cols).to("cpu")
 
 
-def _write(matrix: Tensor, patch: Patch, values: Tensor) -> None:
+def _write(matrix: Tensor, patch: SliceValues, values: Tensor) -> None:
     rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
     write_slice(
         matrix, rows, cols, values.to(matrix.device, matrix.dtype)
@@ -441,16 +448,18 @@ def _load_in(dtype: torch.dtype) -> str:
     return f". Load the model with dtype={dtype}"
 
 
-def meet(a: Patch, b: Patch) -> bool:
+def meet(a: SliceValues, b: SliceValues) -> bool:
     return all(
         x is None or y is None or bool(torch.isin(x, y).any())
         for x, y in ((a.rows, b.rows), (a.cols, b.cols))
     )
 
 
-# Making patches
+# Making slice values
 
 
-def patches_of(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[Patch]:
+def slice_values(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[SliceValues]:
     """Patches from a ledger's pieces and what stands there now."""
-    return [Patch(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)]
+    return [
+        SliceValues(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)
+    ]

@@ -33,7 +33,7 @@ class DeltaError(ValueError):
     """A delta that is damaged, of another base, or in the way of another one."""
 
 
-def write(
+def write_file(
     path: Path,
     manifest: dict[str, Any],
     tensors: Mapping[str, Tensor],
@@ -68,7 +68,7 @@ def write(
     return sha256
 
 
-def read(
+def read_file(
     path: Path, kind: tuple[str, int] | None = (FORMAT, VERSION)
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(manifest, tensors), checked byte for byte. kind: the format that it must be; None: any, for
@@ -91,7 +91,7 @@ def read(
                 raise
 
 
-def file_in(path: str | os.PathLike[str]) -> Path:
+def delta_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path if path.suffix == SUFFIX and not path.is_dir() else path / FILE
 
@@ -176,7 +176,7 @@ def _culprit(manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return "its header is not the one that was saved"
 
 
-def to_ranges(index: Tensor | None) -> list[list[int]] | None:
+def to_runs(index: Tensor | None) -> list[list[int]] | None:
     """Ascending features as [start, length] runs; None for all."""
     if index is None:
         return None
@@ -189,8 +189,8 @@ def to_ranges(index: Tensor | None) -> list[list[int]] | None:
     return runs
 
 
-def from_ranges(runs: list[list[int]] | None, features: int) -> Tensor | None:
-    """Counterpart of `to_ranges`. Raises ValueError unless the runs are ascending, apart and within
+def from_runs(runs: list[list[int]] | None, features: int) -> Tensor | None:
+    """Counterpart of `to_runs`. Raises ValueError unless the runs are ascending, apart and within
     0 to features - 1.
     """
     if runs is None:

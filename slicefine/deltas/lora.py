@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slicefine import atomic
-from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError, Patch, WeightDelta
+from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError, SliceValues, WeightDelta
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PREFIX = "base_model.model."
@@ -163,11 +163,11 @@ def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def _differences(patches: list[Patch]) -> Iterable[tuple[Patch, Tensor]]:
+def _differences(patches: list[SliceValues]) -> Iterable[tuple[SliceValues, Tensor]]:
     """Each patch with new - old (R, K) in float64; an entry that a later patch writes too is zero
     in the earlier one.
     """
-    taken: list[Patch] = []
+    taken: list[SliceValues] = []
     for patch in reversed(patches):
         D = patch.new.double() - patch.old.double()
         for later in taken:
@@ -187,7 +187,7 @@ def _among(mine: Tensor | None, theirs: Tensor | None, length: int) -> Tensor:
     return torch.isin(torch.arange(length) if mine is None else mine, theirs)
 
 
-def _of_patch(patch: Patch, D: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _of_patch(patch: SliceValues, D: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(B, A) of one patch, by its columns or its rows, whichever of those that changed are fewer."""
     out_features, in_features = shape
     rows = torch.arange(out_features) if patch.rows is None else patch.rows

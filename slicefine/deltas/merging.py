@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slicefine.deltas.delta import Delta, DeltaError, Patch, WeightDelta, WholeDelta, meet
+from slicefine.deltas.delta import Delta, DeltaError, FullDelta, SliceValues, WeightDelta, meet
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
@@ -30,7 +30,7 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
             (d.weights[key], w) for d, w in zip(deltas, weights, strict=True) if key in d.weights
         ]
         combined[key] = _weight(key, parts)
-    whole: dict[str, WholeDelta] = {}
+    whole: dict[str, FullDelta] = {}
     for delta, scale in zip(deltas, weights, strict=True):
         for key, entry in delta.whole.items():
             if key in whole:
@@ -41,7 +41,7 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
             whole[key] = (
                 entry
                 if scale == 1
-                else WholeDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
+                else FullDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
             )
     info = {
         "combined": [
@@ -61,7 +61,7 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
                     " another, or blocks overlap in part); only what neither touches is known"
                     " there. Apply them with set_adapter([...], stack=True) instead"
                 )
-    strips: dict[tuple[int, ...] | str, list[tuple[Patch, float]]] = {}
+    strips: dict[tuple[int, ...] | str, list[tuple[SliceValues, float]]] = {}
     for weight, scale in parts:
         for patch in weight.patches:
             strips.setdefault(_strip(patch), []).append((patch, scale))
@@ -69,7 +69,7 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
     return WeightDelta(first.shape, first.transposed, first.base_sha256, combined)
 
 
-def _strip(patch: Patch) -> tuple[int, ...] | str:
+def _strip(patch: SliceValues) -> tuple[int, ...] | str:
     """What patches must have in common to be one: whole columns, whole rows, or for blocks the same
     rows.
     """
@@ -82,7 +82,7 @@ def _strip(patch: Patch) -> tuple[int, ...] | str:
     )
 
 
-def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
+def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
     """Patches of one strip as one, along its columns (dim 1) or rows (dim 0)."""
     indices: list[Tensor] = [p.cols if dim else p.rows for p, _ in patches]  # pyright: ignore[reportAssignmentType]
     union = torch.cat(indices).unique()
@@ -108,7 +108,7 @@ def _union(patches: list[tuple[Patch, float]], dim: int) -> Patch:
             total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
         shared = (count > 1).nonzero().flatten()
         new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))
-    return Patch(patches[0][0].rows if dim else union, union if dim else None, old, new)
+    return SliceValues(patches[0][0].rows if dim else union, union if dim else None, old, new)
 
 
 def _blend(old: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:

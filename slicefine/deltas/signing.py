@@ -26,8 +26,8 @@ except ImportError as error:
     raise ImportError("signatures need cryptography: pip install 'slicefine[sign]'") from error
 
 from slicefine import atomic
-from slicefine.deltas import format as file
 from slicefine.deltas.delta import FILE, DeltaError
+from slicefine.deltas.format import delta_path, read_file
 
 ALGORITHM = "Ed25519"
 _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
@@ -43,11 +43,7 @@ def new_key(path: str | os.PathLike[str], password: str | None = None) -> Path:
 
     password: encrypts the private key. Raises FileExistsError rather than replace a key.
     """
-    return write_key(Ed25519PrivateKey.generate(), path, password)
-
-
-def write_key(key: Any, path: str | os.PathLike[str], password: str | None) -> Path:
-    """`new_key` for a private key of any kind that cryptography makes."""
+    key = Ed25519PrivateKey.generate()
     path = Path(path)
     public = path.with_name(path.name + ".pub")
     for taken in (path, public):
@@ -86,7 +82,7 @@ def sign(
     Raises SignatureError for a file that is no Ed25519 private key, DeltaError for a damaged delta.
     """
     private = _load_key(key, password)
-    sha256: str = file.read(file.file_in(delta), None)[0]["file_sha256"]
+    sha256: str = read_file(delta_path(delta), None)[0]["file_sha256"]
     public = private.public_key()
     entry = {
         "algorithm": ALGORITHM,
@@ -131,7 +127,7 @@ def verify(delta: str | os.PathLike[str], public_key: str | os.PathLike[str]) ->
     damaged delta.
     """
     public = _load_public(public_key)
-    sha256: str = file.read(file.file_in(delta), None)[0]["file_sha256"]
+    sha256: str = read_file(delta_path(delta), None)[0]["file_sha256"]
     entries = read(delta)
     for entry in entries:
         try:

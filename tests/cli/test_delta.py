@@ -514,13 +514,13 @@ def test_asks_10_compact_files_several_on_one_base_and_none_at_all(here):
 
 def test_the_page_about_deltas_does_what_it_says(here):
     pytest.importorskip("peft")
-    pytest.importorskip("slicefine.deltas.model_signing")
+    pytest.importorskip("cryptography")
     blocks = re.findall(
         r"```(sh|python)\n(.*?)```",
         (ROOT / "docs" / "deltas.md").read_text(encoding="utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) >= 9
+    assert len(blocks) >= 8
     names: dict = {}
     (here / "out").unlink()
     shutil.copytree("base", "base-of-its-own")

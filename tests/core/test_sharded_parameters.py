@@ -28,6 +28,7 @@ def attention() -> nn.Module:
 
 def experts(count: int = 4) -> nn.Module:
     import transformers
+
     from tests.families import MOE
 
     torch.manual_seed(0)

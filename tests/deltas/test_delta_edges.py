@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import slicefine
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel
 from slicefine.atomic import replacing, tensor_sha256
-from slicefine.deltas.delta import FILE, Patch, WeightDelta, WholeDelta
+from slicefine.deltas.delta import FILE, FullDelta, SliceValues, WeightDelta
 from slicefine.linear import SliceLinear
 from slicefine.model import named_slice_layers
 from slicefine.originals import Ledger
@@ -455,7 +455,11 @@ def test_merging_deltas_of_blocks(tmp_path):
 def one_patch(rows: list[int] | None, cols: list[int] | None, old: Tensor, new: Tensor) -> Delta:
     index = [None if i is None else torch.tensor(i) for i in (rows, cols)]
     return Delta(
-        {"body.0.weight": WeightDelta((20, 12), False, "x", [Patch(index[0], index[1], old, new)])},
+        {
+            "body.0.weight": WeightDelta(
+                (20, 12), False, "x", [SliceValues(index[0], index[1], old, new)]
+            )
+        },
         base={"sha256": "x"},
     )
 
@@ -496,7 +500,7 @@ def one_patch(rows: list[int] | None, cols: list[int] | None, old: Tensor, new: 
             "has no patches",
         ),
         "whole": (
-            Delta({}, {"b": WholeDelta(torch.zeros(2), torch.ones(1), True)}),
+            Delta({}, {"b": FullDelta(torch.zeros(2), torch.ones(1), True)}),
             "different shape or dtype",
         ),
     }.values(),
@@ -527,7 +531,7 @@ def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkey
 def test_ranges_too_long_for_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
     delta = one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1))
     monkeypatch.setattr(
-        "slicefine.deltas.format.to_ranges", lambda index: None if index is None else [[0, 10**13]]
+        "slicefine.deltas.delta.to_runs", lambda index: None if index is None else [[0, 10**13]]
     )
     delta.save(tmp_path)
     with pytest.raises(DeltaError, match=r"the run of features \[0, 10000000000000\]"):
@@ -548,7 +552,7 @@ def test_ranges_too_long_for_memory_are_refused_before_they_are_made(tmp_path, m
     ],
 )
 def test_keys_that_are_no_tensors_are_refused(tmp_path, key):
-    Delta({}, {key: WholeDelta(torch.zeros(2), torch.ones(2), True)}, base={"sha256": "x"}).save(
+    Delta({}, {key: FullDelta(torch.zeros(2), torch.ones(2), True)}, base={"sha256": "x"}).save(
         tmp_path
     )
     with pytest.raises(DeltaError, match="which the delta changes"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slicefine import DeltaError, SliceAdamW, SliceConfig, get_slice_model
-from slicefine.deltas.delta import Delta, Patch, WeightDelta, WholeDelta
+from slicefine.deltas.delta import Delta, FullDelta, SliceValues, WeightDelta
 from slicefine.deltas.lora import VLLM_RANKS, to_lora
 from tests.models.test_real_model import minilm
 
@@ -278,7 +278,7 @@ def test_beyond_vllms_largest_rank():
         @ torch.randn(520, 600, generator=generator)
         * 1e-2
     )
-    weight = WeightDelta((530, 640), False, "", [Patch(None, torch.arange(600), old, new)])
+    weight = WeightDelta((530, 640), False, "", [SliceValues(None, torch.arange(600), old, new)])
     adapter = to_lora(Delta({"lin.weight": weight}), server="vllm")
     assert adapter.config["r"] == 512 and adapter.modules[0].exact_rank == 530
     change = torch.zeros(530, 640, dtype=torch.float64)
@@ -292,7 +292,9 @@ def test_beyond_vllms_largest_rank():
 @pytest.mark.parametrize("changed", [1, 2, 8, 9, 200, 300, 400])
 def test_vllm_ranks_are_the_next_legal_ones(changed):
     old = torch.zeros(450, changed)
-    weight = WeightDelta((450, 450), False, "", [Patch(None, torch.arange(changed), old, old + 1)])
+    weight = WeightDelta(
+        (450, 450), False, "", [SliceValues(None, torch.arange(changed), old, old + 1)]
+    )
     r = to_lora(Delta({"lin.weight": weight}), server="vllm").config["r"]
     assert (
         r in VLLM_RANKS and r >= changed and not any(changed <= legal < r for legal in VLLM_RANKS)
@@ -383,7 +385,7 @@ def test_attention_that_uses_its_weights_itself_is_refused(tmp_path):
 
 
 def test_experts_are_refused():
-    patch = Patch(None, torch.arange(2), torch.zeros(12, 2), torch.ones(12, 2))
+    patch = SliceValues(None, torch.arange(2), torch.zeros(12, 2), torch.ones(12, 2))
     delta = Delta({"mlp.experts.down_proj": WeightDelta((12, 4), False, "", [patch])})
     with pytest.raises(DeltaError, match="such as mlp.experts.down_proj"):
         to_lora(delta)
@@ -393,9 +395,9 @@ def test_a_head_whose_name_ends_anothers_is_refused():
     """peft's modules_to_save matches ends of names without a dot: ``classifier`` is in
     ``pre_classifier`` (DistilBERT).
     """
-    head = WholeDelta(torch.zeros(2, 4), torch.ones(2, 4), False)
+    head = FullDelta(torch.zeros(2, 4), torch.ones(2, 4), False)
     weight = WeightDelta(
-        (4, 4), False, "", [Patch(None, torch.arange(1), torch.zeros(4, 1), torch.ones(4, 1))]
+        (4, 4), False, "", [SliceValues(None, torch.arange(1), torch.zeros(4, 1), torch.ones(4, 1))]
     )
     delta = Delta({"pre_classifier.weight": weight}, {"classifier.weight": head})
     with pytest.raises(DeltaError, match="classifier would replace pre_classifier too"):
@@ -411,7 +413,10 @@ def test_an_export_never_replaces_a_delta_and_an_empty_one_is_refused(tmp_path):
     Delta.load(tmp_path)  # still whole
     same = {
         k: WeightDelta(
-            w.shape, w.transposed, "", [Patch(p.rows, p.cols, p.old, p.old) for p in w.patches]
+            w.shape,
+            w.transposed,
+            "",
+            [SliceValues(p.rows, p.cols, p.old, p.old) for p in w.patches],
         )
         for k, w in delta.weights.items()
     }

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from slicefine import DeltaError
-from slicefine.deltas.delta import Delta, Patch, WeightDelta
+from slicefine.deltas.delta import Delta, SliceValues, WeightDelta
 from slicefine.deltas.difference import difference
 from slicefine.deltas.store import Store, StoreError
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 def small(value: float, columns=(1, 2), base="b" * 64, **info) -> Delta:
     old = torch.arange(8.0).view(4, 2)
-    patch = Patch(
+    patch = SliceValues(
         None, torch.tensor(columns), old[:, : len(columns)], old[:, : len(columns)] + value
     )
     return Delta(
@@ -211,6 +211,9 @@ def test_two_writers_and_kill_9_lose_nothing(store):
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        # on a busy machine one of them may wait long for its turn
+        told.append([process.stdout.readline().strip() for _ in range(4)])
     deadline = time.monotonic() + 20
     while (
         sum(1 for _ in store.path.glob("blobs/*.safetensors")) < 40 and time.monotonic() < deadline
@@ -218,8 +221,8 @@ def test_two_writers_and_kill_9_lose_nothing(store):
         time.sleep(0.02)
     for process in processes:
         process.send_signal(signal.SIGKILL)
-    for process in processes:
-        told.append(process.communicate()[0].split())
+    for process, lines in zip(processes, told, strict=True):
+        lines += process.communicate()[0].split()
     assert all(len(lines) > 3 for lines in told)
     entries = store.entries()
     assert {sha for lines in told for sha in lines} <= {e.sha256 for e in entries}
@@ -309,7 +312,10 @@ def test_differences_are_counted_by_entry():
     rows = small(0.0)
     rows.weights = {
         "lin.weight": WeightDelta(
-            (4, 6), False, "", [Patch(torch.tensor([3]), None, torch.zeros(1, 6), torch.ones(1, 6))]
+            (4, 6),
+            False,
+            "",
+            [SliceValues(torch.tensor([3]), None, torch.zeros(1, 6), torch.ones(1, 6))],
         )
     }
     assert difference(one, rows)[0].shared == 2  # a row crosses two columns
@@ -379,48 +385,6 @@ def test_an_independent_reader_of_the_signature_agrees(tmp_path):
     path.write_text("{")
     with pytest.raises(signing.SignatureError, match="is damaged"):
         signing.verify(tmp_path / "d", public)
-
-
-def test_publication_by_openssf_model_signing(tmp_path):
-    model_signing = pytest.importorskip("slicefine.deltas.model_signing")
-    from slicefine.deltas import signing
-
-    folder = tmp_path / "d"
-    small(1.0).save(folder)
-    (folder / "README.md").write_text("card")
-    public, other = model_signing.new_key(tmp_path / "k"), model_signing.new_key(tmp_path / "o")
-    signing.new_key(tmp_path / "ed")
-    with pytest.raises(signing.SignatureError, match="is not signed for publication"):
-        model_signing.verify(folder, public)
-    with pytest.raises(signing.SignatureError, match="cannot sign for publication.*P-256"):
-        model_signing.sign(folder, tmp_path / "ed")
-    for _ in range(2):  # signing again is no change
-        model_signing.sign(folder, tmp_path / "k")
-        model_signing.verify(folder, public)
-    with pytest.raises(signing.SignatureError, match="is not as the owner"):
-        model_signing.verify(folder, other)
-    (folder / "README.md").write_text("another card")
-    with pytest.raises(signing.SignatureError, match="README.md"):
-        model_signing.verify(folder, public)
-    (folder / "README.md").write_text("card")
-    (folder / "extra.bin").write_text("")
-    with pytest.raises(signing.SignatureError, match="extra.bin"):
-        model_signing.verify(folder, public)
-    (folder / "extra.bin").unlink()
-    # the standard's own command line agrees
-    command = [
-        "verify",
-        "key",
-        str(folder),
-        "--signature",
-        str(folder / "model.sig"),
-        "--public_key",
-        str(public),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "model_signing", *command], capture_output=True, text=True
-    )
-    assert "Verification succeeded" in done.stdout, done.stderr
 
 
 # Folders

@@ -1,0 +1,291 @@
+"""The slices in training as one of a model's adapters: their delta, and the way off and on.
+
+What they have changed is made of the original values that every layer keeps and of what stands in
+the weights now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slicefine.deltas.delta import (
+    Delta,
+    DeltaError,
+    FullDelta,
+    WeightDelta,
+    base_hashes,
+    combined_hash,
+    slice_values,
+    tensor_of,
+    whole_state,
+)
+from slicefine.linear import SliceLinear
+from slicefine.originals import same_bits, set_version
+
+
+@dataclass
+class AdapterRegister:
+    """What a model knows of its adapters.
+
+    Args:
+        deltas: loaded ones, by name.
+        trainable: name of the slices in training, None where there are none.
+        full: what is fully trained beside them, by state-dict key; ``new`` is up to date while they
+            are off.
+        versions: version counters of those tensors before they were taken off.
+        stack: applied adapters, the lowest first, each with the values that it has overwritten.
+        parents: the delta that the slices in training resumed from.
+        disabled: what `disable_adapters` took off, None where it was not called.
+    """
+
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    trainable: str | None = None
+    full: dict[str, FullDelta] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    stack: list[tuple[str, Delta | None]] = field(default_factory=list)
+    parents: list[dict[str, Any]] = field(default_factory=list)
+    disabled: list[str] | None = None
+
+    @property
+    def active(self) -> list[str]:
+        return [name for name, _ in self.stack]
+
+
+def register_slices(model: Any, name: str, full: dict[str, bool], keep_originals: bool) -> None:
+    """Make the slices of a model an adapter.
+
+    Args:
+        model: a model whose slices have just been made.
+        name: of the adapter.
+        full: state-dict key of what is fully trained -> whether the base model has it too.
+        keep_originals: whether their values are kept for the way back.
+    """
+    register = model.__dict__.setdefault("_adapters", AdapterRegister())
+    register.trainable = name
+    register.full, register.parents = {}, []
+    for key, replaces in full.items() if keep_originals else ():
+        value = tensor_of(model, key).detach().to("cpu", copy=True)
+        register.full[key] = FullDelta(value, value, replaces)
+    register.stack.append((name, None))
+
+
+@torch.no_grad()
+def resume_from(model: Any, delta: Delta) -> None:
+    """Initialize slices that have just been made from a delta; its old values are their originals.
+
+    Raises:
+        DeltaError: the delta changes a weight that has no slices here.
+    """
+    register: AdapterRegister = model._adapters
+    layers = {layer.state_key(name): layer for name, layer in named_layers(model)}
+    if missing := delta.weights.keys() - layers.keys():
+        raise DeltaError(
+            f"the delta changes {', '.join(sorted(missing)[:3])}, which its own SliceConfig does"
+            " not train here"
+        )
+    for key, weight in delta.weights.items():
+        ledger = layers[key].required_ledger("resume from a delta")
+        for patch in weight.patches:
+            ledger.record(patch.old, patch.rows, patch.cols)
+    for key, entry in delta.whole.items():
+        tensor_of(model, key).copy_(entry.new)
+        if not entry.replaces and key in register.full:
+            register.full[key] = FullDelta(entry.old, entry.old, False)
+    for key, weight in delta.weights.items():
+        delta.write_one(model, key, weight, "new")
+        layers[key].read_back()
+    register.parents = [{"name": register.trainable, "sha256": delta.sha256}]
+
+
+# Off and on
+
+
+def switch_on(model: Any) -> None:
+    """Put what the slices have trained back into the model."""
+    register: AdapterRegister = model._adapters
+    for layer in layers_of(model):
+        layer.enable()
+    _write_full(model, "new")
+    for key, version in register.versions.items():
+        set_version(tensor_of(model, key), version)
+
+
+def switch_off(model: Any) -> None:
+    """Take what the slices have trained out of the model, down to the original values."""
+    snapshot_full(model)
+    for layer in layers_of(model):
+        layer.disable()
+    _write_full(model, "old")
+
+
+def restart_from_base(model: Any) -> None:
+    """Give up what the slices have trained; the model's values are their originals from here on."""
+    register: AdapterRegister = model._adapters
+    for layer in layers_of(model):
+        layer._trained = None
+        # also where it trained on top of an adapter
+        layer.required_ledger("be reverted").take(layer.weight_matrix)
+        layer.read_back()
+    for entry in register.full.values():
+        entry.new = entry.old
+    register.versions.clear()
+
+
+def check_originals(model: Any, below: list[str]) -> None:
+    """Raise DeltaError unless the model holds the values that the slices started from.
+
+    Slices may have moved to entries of an adapter below them: then they only make sense on top of
+    it.
+    """
+    wrong = []
+    for name, layer in named_layers(model):
+        if not layer.required_ledger("be switched on").holds(layer.weight_matrix):
+            wrong.append(name)
+    for key, entry in model._adapters.full.items():
+        now = tensor_of(model, key)
+        if not same_bits(now, entry.old.to(now.dtype)):
+            wrong.append(key)
+    if wrong:
+        raise DeltaError(
+            f"the slices in training of {', '.join(wrong[:3])} started from other values than are"
+            f" there with {below or 'no adapter'} below them: apply the adapters that they were"
+            " trained on, and no others"
+        )
+
+
+def snapshot_full(model: Any) -> None:
+    """Note the present values of what is fully trained."""
+    register: AdapterRegister = model._adapters
+    for key, entry in register.full.items():
+        tensor = tensor_of(model, key)
+        # a model that was cast: its originals follow, as those of slices do
+        entry.old = entry.old.to(tensor.dtype)
+        entry.new = tensor.detach().to("cpu", copy=True)
+        register.versions[key] = tensor._version
+
+
+@torch.no_grad()
+def _write_full(model: Any, which: str) -> None:
+    for key, entry in model._adapters.full.items():
+        tensor_of(model, key).copy_(getattr(entry, which))
+
+
+# Their delta
+
+
+def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
+    """What the slices in training have changed so far.
+
+    Args:
+        model: a model with slices that are applied.
+        info: JSON to store with the delta.
+
+    Returns:
+        The delta; its base is hashed with the originals in their places.
+
+    Raises:
+        DeltaError: the slices are off, or spread over processes.
+        RuntimeError: originals were not kept.
+    """
+    register: AdapterRegister = model._adapters
+    if register.trainable not in register.active:
+        raise DeltaError(
+            f"the slices in training ({register.trainable!r}) are not applied;"
+            f" set_adapter({register.trainable!r}) first"
+        )
+    whole_state(model)
+    layers = _one_layer_per_weight(model)
+    weights = {key: _weight_delta(layer) for key, layer in layers.items()}
+    snapshot_full(model)
+    full = {
+        key: replace(entry)
+        for key, entry in register.full.items()
+        if not (entry.replaces and same_bits(entry.old, entry.new))
+    }
+    new_keys = {key for key, entry in full.items() if not entry.replaces}
+    hashes = base_hashes(model, new_keys, _original_values(model, layers.values(), full))
+    for key, weight in weights.items():
+        weight.base_sha256 = hashes[key]
+    below = [{"name": n, "sha256": register.deltas[n].sha256} for n in register.active[:-1]]
+    base = _base(model, hashes)
+    if below:
+        # the model that these slices started from is the base with those applied
+        base["on"] = below
+    content = _progress(model)
+    if parents := [*register.parents, *below]:
+        content["parents"] = parents
+    return Delta(weights, full, model.slice_config.to_dict(), base, {**content, **info})
+
+
+def _one_layer_per_weight(model: Any) -> dict[str, SliceLinear]:
+    """Layers by state-dict key; of layers that share a weight the first."""
+    layers: dict[int, tuple[str, SliceLinear]] = {}
+    for name, layer in named_layers(model):
+        layers.setdefault(id(layer.weight), (layer.state_key(name), layer))
+    return dict(layers.values())
+
+
+def _weight_delta(layer: SliceLinear) -> WeightDelta:
+    layer.synchronise()
+    ledger = layer.required_ledger("be saved as a delta")
+    ledger.join()
+    values = slice_values(ledger.pieces, ledger.read(layer.weight_matrix))
+    shape = (layer.out_features, layer.in_features)
+    return WeightDelta(shape, layer.fan_in_fan_out, "", values)
+
+
+def _original_values(
+    model: Any, layers: Iterable[SliceLinear], full: dict[str, FullDelta]
+) -> Callable[[str, Tensor], Tensor]:
+    """(state-dict key, tensor in the model) -> the value that it had in the base."""
+    by_weight = {id(layer.weight): layer for layer in layers}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters.update({layer.state_key(name): layer.weight for name, layer in named_layers(model)})
+
+    def original(key: str, value: Tensor) -> Tensor:
+        if key in full:
+            return full[key].old
+        layer = by_weight.get(id(parameters.get(key)))
+        if layer is None:
+            return value
+        restored = layer.required_ledger("be saved").restored(layer.weight_matrix)
+        if layer.fan_in_fan_out:
+            restored = restored.t()
+        return restored.reshape(layer.weight.shape)
+
+    return original
+
+
+def _base(model: Any, hashes: dict[str, str]) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {
+        "sha256": combined_hash(hashes),
+        "model": getattr(config, "_name_or_path", None) or None,
+        "class": type(model).__name__,
+        "tensors": {key: value[:16] for key, value in hashes.items()},
+    }
+
+
+def _progress(model: Any) -> dict[str, Any]:
+    """Steps taken, and the share of the sliced weights' entries that has trained."""
+    layers = list(layers_of(model))
+    entries = sum(layer.weight.numel() for layer in layers)
+    covered = sum(layer.weight.numel() * layer.schedule.coverage() for layer in layers)
+    steps = max((layer.schedule.steps for layer in layers), default=0)
+    return {"steps": steps, "coverage": covered / max(1, entries)}
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, SliceLinear]]:
+    """Layers with slices, by module name."""
+    for name, module in model.named_modules():
+        if isinstance(module, SliceLinear):
+            yield name, module
+
+
+def layers_of(model: nn.Module) -> Iterator[SliceLinear]:
+    return (layer for _, layer in named_layers(model))
