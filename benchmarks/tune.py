@@ -271,12 +271,12 @@ class Bench:
         import torch
 
         from slicefine import ops
+        from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
         state = [torch.zeros(dy.shape[1], x.shape[1], device=self.device) for _ in range(3)]
         weight, step = state[0].to(dy.dtype), torch.ones((), device=self.device)
-        ops.slice_grad_adamw(
-            dy, x, *state, weight, None, None, step, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, None
-        )
+        active = AdamWSlice(state[0], None, *state[1:], weight, None, None, step)
+        ops.slice_grad_adamw(dy, x, active, AdamWOptions(1e-3, 0.9, 0.999, 1e-8, 0.0))
         return bool(state[0].isfinite().all()) and bool((state[1] != 0).any())
 
 

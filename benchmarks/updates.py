@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import quantiles, where
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 from slicefine.model import named_slice_layers
 from slicefine.slices import write_slice
 
@@ -95,18 +96,22 @@ def compare(
     for layer, weight in zip(slices, theirs.weights, strict=True):
         torch.testing.assert_close(layer.weight, weight)
     states = [ours.state[layer.slice_weight] for layer in slices]
-    operands = (
-        [layer.slice_weight.detach() for layer in slices],
-        [layer.slice_weight.grad for layer in slices],
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
-        [layer.weight for layer in slices],
-        [layer.rows for layer in slices],
-        [layer.cols for layer in slices],
-        [s["step"] for s in states],
-    )
+    operands = [
+        AdamWSlice(
+            master=layer.slice_weight.detach(),
+            grad=layer.slice_weight.grad,
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            weight=layer.weight,
+            rows=layer.rows,
+            cols=layer.cols,
+            step=state["step"],
+        )
+        for layer, state in zip(slices, states, strict=True)
+    ]
+    options = AdamWOptions(1e-3, 0.9, 0.999, 1e-8, 0.0)
     functions = {
-        "op": lambda: ops.slice_adamw(*operands, 1e-3, 0.9, 0.999, 1e-8, 0.0),
+        "op": lambda: ops.slice_adamw(operands, options),
         "step": ours.step,
         "foreach": theirs.step,
     }

@@ -1,4 +1,4 @@
-// Python bindings: addresses as integers, no torch header. slicefine/_native.py checks every argument before it comes here.
+// Python bindings: addresses as integers, no torch header. slicefine/backends/cpu.py checks every argument before it comes here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
 // Python bindings of the CUDA ops: addresses as integers, no torch header.
-// slicefine/_native_cuda.py checks every argument before it comes here.
+// slicefine/backends/cuda.py checks every argument before it comes here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

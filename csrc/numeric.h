@@ -7,9 +7,9 @@ namespace slicefine {
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-enum class DType { f32 = 0, f64 = 1, bf16 = 2, fp16 = 3 };  // slicefine/_native.py holds the same numbers
+enum class DType { f32 = 0, f64 = 1, bf16 = 2, fp16 = 3 };  // slicefine/backends/cpu.py holds the same numbers
 
-constexpr int64_t kQuantum = 256;  // moments in 8 bits that share a scale; slicefine/reference.py holds the same number
+constexpr int64_t kQuantum = 256;  // moments in 8 bits that share a scale; slicefine/backends/operands.py holds the same number
 
 template <typename T> struct Accumulate { using type = float; };
 template <> struct Accumulate<double> { using type = double; };

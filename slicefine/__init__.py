@@ -18,7 +18,8 @@ _HOME = {
     "get_slice_model": "model",
     "list_targets": "model",
     "track_memory": "plan.tracker",
-    "use_backend": "ops",
+    "available_backends": "backends.select",
+    "use_backend": "backends.select",
 }
 __all__ = [
     "Delta",
@@ -28,6 +29,7 @@ __all__ = [
     "SliceLinear",
     "SliceModel",
     "__version__",
+    "available_backends",
     "get_slice_model",
     "list_targets",
     "load_slice_state_dict",
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from slicefine.backends.select import available_backends as available_backends
+    from slicefine.backends.select import use_backend as use_backend
     from slicefine.config import SliceConfig as SliceConfig
     from slicefine.deltas.delta import Delta as Delta
     from slicefine.deltas.delta import DeltaError as DeltaError
@@ -44,7 +48,6 @@ if TYPE_CHECKING:
     from slicefine.model import SliceModel as SliceModel
     from slicefine.model import get_slice_model as get_slice_model
     from slicefine.model import list_targets as list_targets
-    from slicefine.ops import use_backend as use_backend
     from slicefine.optim import SliceAdamW as SliceAdamW
     from slicefine.optim import load_slice_state_dict as load_slice_state_dict
     from slicefine.optim import slice_state_dict as slice_state_dict

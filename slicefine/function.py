@@ -92,7 +92,7 @@ def _slice_gradient(
     if layer is not None and layer.updater is not None:
         layer.updater.update_in_backward(layer, grad_output, kept)
         return None
-    grad = ops.gradient_of_slice(grad_output, kept, rows)
+    grad = ops.slice_grad(grad_output, kept, rows)
     if grad.shape == ctx.slice_shape:
         return grad
     flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail

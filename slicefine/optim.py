@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from slicefine import ops
-from slicefine.backends.reference import BLOCK_8BIT, dynamic_codebook
+from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
+from slicefine.backends.reference import dynamic_codebook
 from slicefine.linear import SliceLinear, note_agreement
 from slicefine.moves import finish_step, layers_of, slices_of
 from slicefine.sharding import is_sharded
@@ -183,7 +184,7 @@ class SliceAdamW(Optimizer):
                 )
         return state
 
-    def _hyperparameters(self, group: dict[str, Any], layer: SliceLinear) -> tuple:
+    def _options(self, group: dict[str, Any], layer: SliceLinear) -> AdamWOptions:
         # A new seed for every update and layer, within the 63 bits that a schema's int holds.
         seed = (
             self.seed * 0x9E3779B97F4A7C15
@@ -191,13 +192,15 @@ class SliceAdamW(Optimizer):
             + layer.spec.seed * 0x94D049BB133111EB
         )
         seed &= 0x7FFFFFFFFFFFFFFF
-        return (
-            float(group["lr"]),
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-            seed if self.bf16_stochastic_round else None,
+        beta1, beta2 = group["betas"]
+        return AdamWOptions(
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            seed=seed if self.bf16_stochastic_round else None,
         )
 
     def _update_slices(
@@ -227,17 +230,16 @@ class SliceAdamW(Optimizer):
             )
             places.setdefault(parameter.device, []).append(place)
         for device, entries in places.items():
-            *operands, chosen = map(list, zip(*entries, strict=True))
-            torch._foreach_add_(operands[-1], 1.0)  # pyright: ignore[reportPrivateImportUsage]
-            hyperparameters = self._hyperparameters(group, chosen[0])
+            steps = [entry[-2] for entry in entries]
+            torch._foreach_add_(steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+            options = self._options(group, entries[0][-1])
             if self.optim_bits == 32:
-                ops.slice_adamw(*operands, *hyperparameters)
+                ops.slice_adamw([AdamWSlice(*entry[:-1]) for entry in entries], options)
                 continue
             if device not in self._codebooks:
                 self._codebooks[device] = dynamic_codebook().to(device)
-            ops.slice_adamw_8bit(
-                *operands[:6], self._codebooks[device], *operands[6:], *hyperparameters
-            )
+            eight = [AdamWSlice8bit(*entry[:-1]) for entry in entries]
+            ops.slice_adamw_8bit(eight, self._codebooks[device], options)
         for parameter, layers in slices.items():
             self._mark_trained(parameter, layers)
 
@@ -348,18 +350,17 @@ class SliceAdamW(Optimizer):
         else:
             state, group = self._state(parameter), self._group_of(parameter)
             state["step"] += 1
-            ops.slice_grad_adamw(
-                grad_output,
-                input,
-                layer.active(parameter.detach()),
-                layer.active(state["exp_avg"]),
-                layer.active(state["exp_avg_sq"]),
-                layer.weight_matrix.detach(),
-                layer.rows,
-                layer.cols,
-                state["step"],
-                *self._hyperparameters(group, layer),
+            active = AdamWSlice(
+                master=layer.active(parameter.detach()),
+                grad=None,
+                exp_avg=layer.active(state["exp_avg"]),
+                exp_avg_sq=layer.active(state["exp_avg_sq"]),
+                weight=layer.weight_matrix.detach(),
+                rows=layer.rows,
+                cols=layer.cols,
+                step=state["step"],
             )
+            ops.slice_grad_adamw(grad_output, input, active, self._options(group, layer))
             self._mark_trained(parameter, layers_of(parameter))
         parameter.grad = _AppliedGradient(parameter)
 

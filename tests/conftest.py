@@ -12,23 +12,24 @@ os.environ.setdefault(
 import pytest
 import torch
 
-from slicefine import ops
+from slicefine import use_backend
+from slicefine.backends.select import BACKENDS
 
 torch.set_num_threads(1)
 
 
-def available_backends() -> list[str]:
+def backends_here() -> list[str]:
     """Backends that run on this machine's CPU tensors; Triton by its interpreter."""
     return [
         name
-        for name, backend in ops.BACKENDS.items()
+        for name, backend in BACKENDS.items()
         if backend.refusal("cpu", {torch.float32}) is None
     ]
 
 
-@pytest.fixture(params=available_backends())
+@pytest.fixture(params=backends_here())
 def backend(request):
-    with ops.use_backend(request.param):
+    with use_backend(request.param):
         yield request.param
 
 

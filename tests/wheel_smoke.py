@@ -10,10 +10,10 @@ import torch
 
 import slicefine
 from slicefine import ops
-from slicefine.backends import cpu as _native
+from slicefine.backends import cpu
 
 backend = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-assert backend != "cpu" or _native.unavailable is None, _native.unavailable
+assert backend != "cpu" or cpu.unavailable is None, cpu.unavailable
 device = "cuda" if backend in ("triton", "cuda") else "cpu"
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):

@@ -151,13 +151,13 @@ def build(job: Job) -> None:
 
 def sanitizer(job: Job) -> None:
     """memcheck, then racecheck, on a short run of the CUDA ops (benchmarks/gpu/sanitized.py)."""
-    from slicefine import ops
+    from slicefine.backends.select import BACKENDS
 
     tool = find_tool("compute-sanitizer")
     if tool is None:
         job.missing = "compute-sanitizer is neither on PATH nor in a CUDA toolkit"
         return
-    backend = ops.BACKENDS.get("cuda")
+    backend = BACKENDS.get("cuda")
     reason = (
         backend.refusal("cuda", set(backend.dtypes))
         if backend

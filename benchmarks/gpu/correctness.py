@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.job import Job
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 from slicefine.backends import reference
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
+from slicefine.backends.select import BACKENDS
 from slicefine.slices import read_slice, write_slice
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -35,7 +37,7 @@ def refusal(job: Job, name: str) -> str | None:
     """Why a backend's kernels cannot run here, or None."""
     if name in job.broken:
         return "its correctness part ended in an error"
-    backend = ops.BACKENDS.get(name)
+    backend = BACKENDS.get(name)
     return (
         backend.refusal(job.device, set(DTYPES.values()))
         if backend
@@ -313,31 +315,22 @@ def update_row(
     ]
     weight, step = surrounded(out, width, dtype, device), torch.tensor(3.0, device=device)
     assert weight._base is not None
-    before, options = weight._base.clone(), tuple(HYPERPARAMETERS.values())
+    before, nearest = weight._base.clone(), AdamWOptions(**HYPERPARAMETERS)
     exact = [t.double() for t in start]
     gradient = reference.slice_grad(dy.double(), x.double(), rows)
-    lists = lambda state, grad, w: (
-        [state[0]],
-        [grad],
-        [state[1]],
-        [state[2]],
-        [w],
-        [rows],
-        [cols],
-        [step],
-    )
-    reference.slice_adamw(
-        *lists(exact, gradient, torch.zeros_like(weight, dtype=torch.float64)), *options, None
-    )
+    active = lambda state, grad, w: AdamWSlice(state[0], grad, *state[1:], w, rows, cols, step)
+    scratch = torch.zeros_like(weight, dtype=torch.float64)
+    reference.slice_adamw([active(exact, gradient, scratch)], nearest)
     plain = [t.clone() for t in start]
     plain_gradient = plain_product(dy, x, rows) if fused else gradient.float()
-    reference.slice_adamw(*lists(plain, plain_gradient, torch.zeros_like(weight)), *options, None)
+    reference.slice_adamw([active(plain, plain_gradient, torch.zeros_like(weight))], nearest)
     found = [t.clone() for t in start]
+    options = AdamWOptions(**HYPERPARAMETERS, seed=seed)
     with poisoned(device):
         if fused:
-            ops.slice_grad_adamw(dy, x, *found, weight, rows, cols, step, *options, seed)
+            ops.slice_grad_adamw(dy, x, active(found, None, weight), options)
         else:
-            ops.slice_adamw(*lists(found, gradient.float(), weight), *options, seed)
+            ops.slice_adamw([active(found, gradient.float(), weight)], options)
     errors = [float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)]
     # what `gradient_row` allows the gradient, through m's and v's share of it
     unsure = (

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from benchmarks.gpu.correctness import HYPERPARAMETERS, available
 from benchmarks.gpu.job import Job
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
-OPTIONS = tuple(HYPERPARAMETERS.values())
+OPTIONS = AdamWOptions(**HYPERPARAMETERS, seed=7)
 Buffers = dict[str, Tensor]
 
 
@@ -65,19 +66,8 @@ def run_slice_grad(b: Buffers) -> Tensor:
 
 
 def run_slice_grad_adamw(b: Buffers) -> None:
-    ops.slice_grad_adamw(
-        b["dy"],
-        b["x"],
-        b["master"],
-        b["exp_avg"],
-        b["exp_avg_sq"],
-        b["weight"],
-        None,
-        b["cols"],
-        b["step"],
-        *OPTIONS,
-        7,
-    )
+    active = AdamWSlice(*(b.get(name) for name in AdamWSlice._fields))
+    ops.slice_grad_adamw(b["dy"], b["x"], active._replace(grad=None, rows=None), OPTIONS)
 
 
 def run_slice_adamw(b: Buffers) -> None:
@@ -85,19 +75,12 @@ def run_slice_adamw(b: Buffers) -> None:
     sent.
     """
     half = len(b["master"]) // 2
-    parts = lambda name: [b[name][:half], b[name][half:]]
-    ops.slice_adamw(
-        parts("master"),
-        parts("grad"),
-        parts("exp_avg"),
-        parts("exp_avg_sq"),
-        parts("weight"),
-        [None, None],
-        [b["cols"], b["cols"]],
-        [b["step"], b["step"]],
-        *OPTIONS,
-        7,
-    )
+    halves = [
+        [b[name][part] for name in ("master", "grad", "exp_avg", "exp_avg_sq", "weight")]
+        for part in (slice(half), slice(half, None))
+    ]
+    slices = [AdamWSlice(*tensors, None, b["cols"], b["step"]) for tensors in halves]
+    ops.slice_adamw(slices, OPTIONS)
 
 
 RUNS = {

@@ -22,6 +22,7 @@ from benchmarks.record import quantiles
 from benchmarks.roofline import op_bytes
 from benchmarks.updates import CopyBack
 from slicefine import ops
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
 L2 = 256 * 2**20  # bytes; operands that rotate through more than this come from memory
 SHARE = 0.85  # the bar: of the measured bandwidth of a copy
@@ -187,7 +188,9 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
     state = [[torch.randn(out, r, device=device) for _ in range(layers)] for _ in range(2)]
     moments = [[torch.zeros(out, r, device=device) for _ in range(layers)] for _ in range(2)]
     steps = [torch.ones((), device=device) for _ in range(layers)]
-    arguments = (*state, *moments, weights, [None] * layers, cols, steps, *HYPERPARAMETERS.values())
+    columns = (*state, *moments, weights, [None] * layers, cols, steps)
+    slices = [AdamWSlice(*tensors) for tensors in zip(*columns, strict=True)]
+    hyperparameters = AdamWOptions(**HYPERPARAMETERS)
     moved = layers * op_bytes("slice_adamw", 0, out, r, 2)
     label = {"op": "slice_adamw", "dtype": "bf16", "R": out, "K": r, "layers": layers}
 
@@ -203,7 +206,7 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
         )
 
     for name in names:
-        call = lambda: ops.slice_adamw(*arguments)
+        call = lambda: ops.slice_adamw(slices, hyperparameters)
         with job.attempt(**label, backend=name), ops.use_backend(name):
             add(name, "eager", milliseconds(call, device, 1, rounds))
             add(name, "graph", milliseconds(captured(call, device), device, 1, rounds))

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.worker import use_modules
 
 SHAPES = ((1, 1, 1), (63, 129, 1), (70, 33, 16), (300, 130, 64), (0, 16, 4))
-OPTIONS = (1e-2, 0.9, 0.999, 1e-8, 0.1, False)
+OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "seed": 5}
 
 
 def differences(device: str, backend: str) -> float:
@@ -24,7 +24,10 @@ def differences(device: str, backend: str) -> float:
     """
     from slicefine import ops
     from slicefine.backends import reference
+    from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
+    options = AdamWOptions(**OPTIONS)
+    active = lambda state, grad, place: AdamWSlice(state[0], grad, *state[1:], *place)
     worst = 0.0
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for n, out, width in SHAPES:
@@ -47,10 +50,10 @@ def differences(device: str, backend: str) -> float:
                 with ops.use_backend(backend):
                     grad = ops.slice_grad(there(dy), there(x), there(rows))
                     place = (there(rows), there(cols), there(step))
-                    ops.slice_grad_adamw(there(dy), there(x), *mine[0], *place, *OPTIONS, 5)
-                    p, m, v, w = mine[1]
-                    ops.slice_adamw([p], [grad], [m], [v], [w], *[[t] for t in place], *OPTIONS, 5)
-                reference.slice_grad_adamw(dy, x, *theirs, rows, cols, step, *OPTIONS, 5)
+                    ops.slice_grad_adamw(there(dy), there(x), active(mine[0], None, place), options)
+                    ops.slice_adamw([active(mine[1], grad, place)], options)
+                expected = active(theirs, None, (rows, cols, step))
+                reference.slice_grad_adamw(dy, x, expected, options)
                 pairs = [(grad, reference.slice_grad(dy, x, rows))]
                 pairs += [
                     (a, b) for found in mine for a, b in zip(found[:3], theirs[:3], strict=True)

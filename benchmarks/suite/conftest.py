@@ -15,7 +15,7 @@ import torch
 from benchmarks.record import where
 from benchmarks.suite.registry import CASES, Case, quick_cases
 from benchmarks.suite.turns import measure, peak_memory, roofs, row_of
-from slicefine import ops
+from slicefine.backends.select import BACKENDS, backend_for
 
 
 class Replay:
@@ -100,9 +100,9 @@ def machine(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[s
         place["peft"] = version("peft")
     except PackageNotFoundError:
         place["peft"] = None
-    module = ops.select(device, {torch.float32})
+    module = backend_for(device, {torch.float32})
     place["backend"] = next(
-        name for name, backend in ops.BACKENDS.items() if backend.load()[0] is module
+        name for name, backend in BACKENDS.items() if backend.load()[0] is module
     )
     return device, place, roofs(device)
 

@@ -12,8 +12,9 @@ from benchmarks.suite.turns import DTYPES, Contestant
 from benchmarks.updates import CopyBack
 from slicefine import ops
 from slicefine.backends import reference
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
-ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.0, False, None)  # lr, betas, eps, decay, maximize, seed
+ADAMW = AdamWOptions(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
 LAYERS = 8  # slices that slice_adamw updates in one call
 
 
@@ -40,6 +41,10 @@ class Slice:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.step = torch.zeros((), device=device)
 
+    def active(self) -> AdamWSlice:
+        moments = self.exp_avg, self.exp_avg_sq
+        return AdamWSlice(self.master, self.grad, *moments, self.weight, None, self.cols, self.step)
+
     def state(self) -> tuple[Tensor, ...]:
         return self.master, self.exp_avg, self.exp_avg_sq
 
@@ -47,18 +52,12 @@ class Slice:
 def adamw(slices: list[Slice], implementation: Any) -> None:
     for s in slices:
         s.step += 1
-    lists = [
-        [getattr(s, n) for s in slices]
-        for n in ("master", "grad", "exp_avg", "exp_avg_sq", "weight", "cols", "step")
-    ]
-    implementation.slice_adamw(*lists[:5], [None] * len(slices), *lists[5:], *ADAMW)
+    implementation.slice_adamw([s.active() for s in slices], ADAMW)
 
 
 def grad_adamw(s: Slice, implementation: Any) -> None:
     s.step += 1
-    implementation.slice_grad_adamw(
-        s.grad_output, s.input, *s.state(), s.weight, None, s.cols, s.step, *ADAMW
-    )
+    implementation.slice_grad_adamw(s.grad_output, s.input, s.active(), ADAMW)
 
 
 def in_torch(case: Case, slices: list[Slice]) -> Any:

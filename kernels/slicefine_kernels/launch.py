@@ -5,16 +5,46 @@ the workspace.
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
 
 from slicefine_kernels.configs import grad_config, token_splits, workspace_floats, workspace_tickets
+
+
+class AdamWOptions(Protocol):
+    """What a launcher reads of the options of one AdamW step (slicefine's dataclass has them)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    seed: int | None
+
+
+def adamw_scalars(options: AdamWOptions) -> tuple[float, ...]:
+    """The options as the kernels take them, from lr to seed."""
+    o = options
+    logarithms = math.log(o.beta1), math.log(o.beta2)
+    sign = -1.0 if o.maximize else 1.0
+    return (o.lr, o.beta1, o.beta2, *logarithms, o.eps, o.weight_decay, sign, o.seed or 0)
+
+
+def check_contiguous(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected"
+                " contiguous"
+            )
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -10,13 +10,12 @@ nor breaks the capture of a CUDA graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from slicefine_kernels.adamw import (
     adamw_update,
@@ -26,7 +25,14 @@ from slicefine_kernels.adamw import (
     round_bf16_stochastic,
 )
 from slicefine_kernels.configs import adamw_config
-from slicefine_kernels.launch import address, address_table, on_device_of
+from slicefine_kernels.launch import (
+    AdamWOptions,
+    adamw_scalars,
+    address,
+    address_table,
+    check_contiguous,
+    on_device_of,
+)
 
 # columns of the table, one row per slice; an index address of 0 stands for all rows or columns
 _FIELDS = tl.constexpr(13)
@@ -34,7 +40,7 @@ _FIELDS = tl.constexpr(13)
 
 @triton.jit
 def _slice_adamw_kernel(
-    table_ptr,
+    table_ptr,  # [slices, _FIELDS] int64
     lr,
     beta1,
     beta2,
@@ -102,72 +108,38 @@ def _slice_adamw_kernel(
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def slice_adamw(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
-) -> None:
-    """masters, grads, exp_avgs, exp_avg_sqs: (R, K) float32 each; weights: (out, in); steps: ()
-    float32 on the device.
+def slice_adamw(slices: Sequence[Any], options: AdamWOptions) -> None:
+    """For each slice: master, grad, exp_avg, exp_avg_sq [R, K] float32; weight [out, in]; rows [R]
+    and cols [K] int64 or None for all; step [] float32 on the device.
     """
     config = adamw_config()
-    grads = [g.to(torch.float32).contiguous() for g in grads]
-    for dtype in dict.fromkeys(w.dtype for w in weights):
+    grads = [s.grad.to(torch.float32).contiguous() for s in slices]
+    for dtype in dict.fromkeys(s.weight.dtype for s in slices):
         entries, largest = [], 0
-        for i, (p, g, m, v, weight) in enumerate(
-            zip(masters, grads, exp_avgs, exp_avg_sqs, weights, strict=True)
-        ):
-            if weight.dtype != dtype or p.numel() == 0:
+        for i, s in enumerate(slices):
+            if s.weight.dtype != dtype or s.master.numel() == 0:
                 continue
-            for name, t in (("master", p), ("exp_avg", m), ("exp_avg_sq", v)):
-                if not t.is_contiguous():
-                    raise ValueError(
-                        f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected"
-                        " contiguous"
-                    )
-            entries.append(
-                (
-                    p.data_ptr(),
-                    g.data_ptr(),
-                    m.data_ptr(),
-                    v.data_ptr(),
-                    weight.data_ptr(),
-                    address(rows[i]),
-                    address(cols[i]),
-                    steps[i].data_ptr(),
-                    *p.shape,
-                    *weight.stride(),
-                    i,
-                )
+            check_contiguous(master=s.master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+            tensors = (
+                s.master,
+                grads[i],
+                s.exp_avg,
+                s.exp_avg_sq,
+                s.weight,
+                s.rows,
+                s.cols,
+                s.step,
             )
-            largest = max(largest, p.numel())
+            entries.append((*map(address, tensors), *s.master.shape, *s.weight.stride(), i))
+            largest = max(largest, s.master.numel())
         if not entries:
             continue
-        with on_device_of(weights[0]):
+        weight = slices[0].weight
+        with on_device_of(weight):
             _slice_adamw_kernel[(triton.cdiv(largest, config.BLOCK), len(entries))](
-                address_table(tuple(entries), weights[0].device),
-                lr,
-                beta1,
-                beta2,
-                math.log(beta1),
-                math.log(beta2),
-                eps,
-                weight_decay,
-                -1.0 if maximize else 1.0,
-                seed or 0,
-                STOCHASTIC=seed is not None and dtype == torch.bfloat16,
+                address_table(tuple(entries), weight.device),
+                *adamw_scalars(options),
+                STOCHASTIC=options.seed is not None and dtype == torch.bfloat16,
                 WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
                 BLOCK=config.BLOCK,
                 num_warps=config.num_warps,

@@ -4,8 +4,8 @@ et al. 2022).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +19,14 @@ from slicefine_kernels.adamw import (
     round_bf16,
     round_bf16_stochastic,
 )
-from slicefine_kernels.launch import address, address_table, on_device_of
+from slicefine_kernels.launch import (
+    AdamWOptions,
+    adamw_scalars,
+    address,
+    address_table,
+    check_contiguous,
+    on_device_of,
+)
 
 _FIELDS = tl.constexpr(15)
 _QUANTUM = tl.constexpr(256)  # elements that share a scale
@@ -57,8 +64,8 @@ def _quantize(values, codes, scales, mask, scale_mask, book_ptr):
 
 @triton.jit
 def _slice_adamw_8bit_kernel(
-    table_ptr,
-    book_ptr,
+    table_ptr,  # [slices, _FIELDS] int64
+    book_ptr,  # [2, 256]
     lr,
     beta1,
     beta2,
@@ -129,72 +136,34 @@ def _slice_adamw_8bit_kernel(
 
 
 def slice_adamw_8bit(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    codebook: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    slices: Sequence[Any],
+    codebook: Tensor,  # [2, 256]
+    options: AdamWOptions,
 ) -> None:
-    """masters, grads: (R, K) float32; exp_avgs, exp_avg_sqs: (R, K) uint8; scales: (ceil(R K /
-    256),); codebook: (2, 256).
+    """For each slice: master, grad [R, K] float32; exp_avg, exp_avg_sq [R, K] uint8; their scales
+    [ceil(R * K / 256)]; weight [out, in]; rows [R] and cols [K] int64 or None for all; step []
+    float32 on the device.
     """
-    grads = [g.to(torch.float32).contiguous() for g in grads]
-    for dtype in dict.fromkeys(w.dtype for w in weights):
+    grads = [s.grad.to(torch.float32).contiguous() for s in slices]
+    for dtype in dict.fromkeys(s.weight.dtype for s in slices):
         entries, largest = [], 0
-        for i, (p, m, v, weight) in enumerate(
-            zip(masters, exp_avgs, exp_avg_sqs, weights, strict=True)
-        ):
-            if weight.dtype != dtype or p.numel() == 0:
+        for i, s in enumerate(slices):
+            if s.weight.dtype != dtype or s.master.numel() == 0:
                 continue
-            for name, t in (("master", p), ("exp_avg", m), ("exp_avg_sq", v)):
-                if not t.is_contiguous():
-                    raise ValueError(
-                        f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected"
-                        " contiguous"
-                    )
-            tensors = (
-                p,
-                grads[i],
-                m,
-                v,
-                exp_avg_scales[i],
-                exp_avg_sq_scales[i],
-                weight,
-                rows[i],
-                cols[i],
-                steps[i],
-            )
-            entries.append((*map(address, tensors), *p.shape, *weight.stride(), i))
-            largest = max(largest, p.numel())
+            check_contiguous(master=s.master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+            moments = (s.exp_avg, s.exp_avg_sq, s.exp_avg_scale, s.exp_avg_sq_scale)
+            tensors = (s.master, grads[i], *moments, s.weight, s.rows, s.cols, s.step)
+            entries.append((*map(address, tensors), *s.master.shape, *s.weight.stride(), i))
+            largest = max(largest, s.master.numel())
         if not entries:
             continue
-        with on_device_of(weights[0]):
+        weight = slices[0].weight
+        with on_device_of(weight):
             _slice_adamw_8bit_kernel[(triton.cdiv(largest, _BLOCKS * 256), len(entries))](
-                address_table(tuple(entries), weights[0].device),
+                address_table(tuple(entries), weight.device),
                 codebook,
-                lr,
-                beta1,
-                beta2,
-                math.log(beta1),
-                math.log(beta2),
-                eps,
-                weight_decay,
-                -1.0 if maximize else 1.0,
-                seed or 0,
-                STOCHASTIC=seed is not None and dtype == torch.bfloat16,
+                *adamw_scalars(options),
+                STOCHASTIC=options.seed is not None and dtype == torch.bfloat16,
                 WEIGHT_DTYPE=_TRITON_DTYPE[dtype],
                 BLOCKS=_BLOCKS,
                 num_warps=8,

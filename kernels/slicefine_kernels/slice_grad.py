@@ -19,12 +19,12 @@ from slicefine_kernels.launch import gradient_launch, on_device_of
 
 @triton.jit
 def _slice_grad_kernel(
-    dy_ptr,
-    x_ptr,
-    rows_ptr,
-    out_ptr,
-    partials_ptr,
-    tickets_ptr,
+    dy_ptr,  # [T, out]
+    x_ptr,  # [T, K]
+    rows_ptr,  # [R]
+    out_ptr,  # [R, K]
+    partials_ptr,  # [tiles, splits, BLOCK_R, BLOCK_K]
+    tickets_ptr,  # [tiles]
     stride_dyt,
     stride_dyr,
     stride_xt,
@@ -80,8 +80,12 @@ def _slice_grad_kernel(
         tl.store(out, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
 
-def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
-    """grad_output: (n, out), input: (n, K), rows: (R,) int64 or None for all -> (R, K) float32."""
+def slice_grad(
+    grad_output: Tensor,  # [T, out]
+    input: Tensor,  # [T, K]
+    rows: Tensor | None = None,  # [R] int64, None for all
+) -> Tensor:
+    """[R, K] float32."""
     T, K = input.shape
     R = grad_output.shape[1] if rows is None else rows.numel()
     out = torch.empty((R, K), dtype=torch.float32, device=input.device)

@@ -7,7 +7,7 @@ gradient in registers and updates.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import triton
@@ -22,22 +22,28 @@ from slicefine_kernels.adamw import (
     round_bf16_stochastic,
 )
 from slicefine_kernels.gradient_tile import add_up, gradient_tile, hand_in
-from slicefine_kernels.launch import gradient_launch, on_device_of
+from slicefine_kernels.launch import (
+    AdamWOptions,
+    adamw_scalars,
+    check_contiguous,
+    gradient_launch,
+    on_device_of,
+)
 
 
 @triton.jit
 def _slice_grad_adamw_kernel(
-    dy_ptr,
-    x_ptr,
-    p_ptr,
-    m_ptr,
-    v_ptr,
-    w_ptr,
-    rows_ptr,
-    cols_ptr,
-    step_ptr,
-    partials_ptr,
-    tickets_ptr,
+    dy_ptr,  # [T, out]
+    x_ptr,  # [T, K]
+    p_ptr,  # [R, K]
+    m_ptr,  # [R, K]
+    v_ptr,  # [R, K]
+    w_ptr,  # [out, in]
+    rows_ptr,  # [R]
+    cols_ptr,  # [K]
+    step_ptr,  # []
+    partials_ptr,  # [tiles, splits, BLOCK_R, BLOCK_K]
+    tickets_ptr,  # [tiles]
     stride_dyt,
     stride_dyr,
     stride_xt,
@@ -137,31 +143,14 @@ def _slice_grad_adamw_kernel(
 
 
 def slice_grad_adamw(
-    grad_output: Tensor,
-    input: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    grad_output: Tensor,  # [T, out]
+    input: Tensor,  # [T, K]
+    active: Any,
+    options: AdamWOptions,
 ) -> None:
-    """grad_output: (n, out), input: (n, K); master, exp_avg, exp_avg_sq: (R, K) float32; weight:
-    (out, in); step: () float32.
-    """
-    for name, t in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not t.is_contiguous():
-            raise ValueError(
-                f"{name} has strides {t.stride()} for shape {tuple(t.shape)}; expected contiguous"
-            )
+    """active: the slice, as `slice_adamw` takes it; its grad is not read."""
+    master, weight, rows, cols = active.master, active.weight, active.rows, active.cols
+    check_contiguous(master=master, exp_avg=active.exp_avg, exp_avg_sq=active.exp_avg_sq)
     T, K = input.shape
     R = master.shape[0]
     if master.numel() == 0:
@@ -172,12 +161,12 @@ def slice_grad_adamw(
             grad_output,
             input,
             master,
-            exp_avg,
-            exp_avg_sq,
+            active.exp_avg,
+            active.exp_avg_sq,
             weight,
             grad_output if rows is None else rows,
             grad_output if cols is None else cols,
-            step,
+            active.step,
             launch.partials,
             launch.tickets,
             grad_output.stride(0),
@@ -191,17 +180,9 @@ def slice_grad_adamw(
             K,
             launch.tokens_per_split,
             launch.splits,
-            lr,
-            beta1,
-            beta2,
-            math.log(beta1),
-            math.log(beta2),
-            eps,
-            weight_decay,
-            -1.0 if maximize else 1.0,
-            seed or 0,
+            *adamw_scalars(options),
             HAS_ROWS=rows is not None,
             HAS_COLS=cols is not None,
-            STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
+            STOCHASTIC=options.seed is not None and weight.dtype == torch.bfloat16,
             **launch.options,
         )

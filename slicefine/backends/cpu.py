@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.backends.reference import accumulation_dtype
 
 unavailable: str | None = None
@@ -28,12 +29,8 @@ except ImportError as error:
         " reinstall slicefine (pip install --force-reinstall --no-deps .)"
     )
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}  # csrc/numeric.h, DType
+# csrc/numeric.h, DType
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def take_columns(input: Tensor, cols: Tensor) -> Tensor:
@@ -59,40 +56,29 @@ def take_columns(input: Tensor, cols: Tensor) -> Tensor:
     return out
 
 
-def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+def slice_grad(
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K]
+    rows: Tensor | None = None,  # [R] int64
+) -> Tensor:  # [R, K]
     """See `slicefine.backends.reference.slice_grad`."""
     arguments, keep = _grad_inputs(grad_output, input, rows)
-    out = grad_output.new_empty(arguments[6:8], dtype=accumulation_dtype(grad_output.dtype))
+    height = grad_output.shape[1] if rows is None else rows.shape[0]
+    dtype = accumulation_dtype(grad_output.dtype)
+    out = grad_output.new_empty((height, input.shape[1]), dtype=dtype)
     _C.slice_grad(arguments, out.data_ptr(), torch.get_num_threads())
     del keep
     return out
 
 
-def slice_adamw(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
-) -> None:
+def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     """See `slicefine.backends.reference.slice_adamw`."""
     # one array of numbers for the whole call: a hundred small tuples would take as long to convert
     # as the update itself
     table: list[int] = []
     keep = []
-    for p, g, m, v, w, r, c, step in zip(
-        masters, grads, exp_avgs, exp_avg_sqs, weights, rows, cols, steps, strict=True
-    ):
+    for p, g, m, v, w, r, c, step in slices:
+        assert g is not None
         if g.dtype != p.dtype or not g.is_contiguous():
             g = g.to(p.dtype).contiguous()
             keep.append(g)
@@ -107,8 +93,8 @@ def slice_adamw(
             w.data_ptr(),
             stride_row,
             stride_col,
-            0 if r is None else _index(r),
-            0 if c is None else _index(c),
+            _index(r),
+            _index(c),
             R,
             K,
             _DTYPES[w.dtype],
@@ -119,78 +105,56 @@ def slice_adamw(
             step.data_ptr(),
         )
     numbers = array("q", table)
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    _C.slice_adamw(numbers.buffer_info()[0], len(masters), options, torch.get_num_threads())
+    address, _ = numbers.buffer_info()
+    _C.slice_adamw(address, len(slices), _numbers(options), torch.get_num_threads())
     del keep
 
 
 def slice_adamw_8bit(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    codebook: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    slices: Sequence[AdamWSlice8bit],
+    codebook: Tensor,  # [2, 256]
+    options: AdamWOptions,
 ) -> None:
     """See `slicefine.backends.reference.slice_adamw_8bit`."""
-    grads = [g.to(p.dtype).contiguous() for g, p in zip(grads, masters, strict=True)]
-    slices = [_slice(*args) for args in zip(weights, masters, rows, cols, strict=True)]
+    grads = [s.grad.to(s.master.dtype).contiguous() for s in slices]
+    places = [_slice(s.weight, s.master, s.rows, s.cols) for s in slices]
     states = []
-    for p, m, v, ms, vs, g, step in zip(
-        masters, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, grads, steps, strict=True
-    ):
-        _check_contiguous(master=p, exp_avg=m, exp_avg_sq=v, exp_avg_scale=ms, exp_avg_sq_scale=vs)
-        states.append((*(t.data_ptr() for t in (p, m, v, ms, vs, g)), float(step)))
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    _C.slice_adamw_8bit(
-        slices, states, codebook.contiguous().data_ptr(), options, torch.get_num_threads()
-    )
+    for s, grad in zip(slices, grads, strict=True):
+        tensors = (s.master, s.exp_avg, s.exp_avg_sq, s.exp_avg_scale, s.exp_avg_sq_scale)
+        _check_contiguous(**dict(zip(_STATE_8BIT, tensors, strict=True)))
+        states.append((*(t.data_ptr() for t in (*tensors, grad)), float(s.step)))
+    book = codebook.contiguous()
+    _C.slice_adamw_8bit(places, states, book.data_ptr(), _numbers(options), torch.get_num_threads())
+
+
+_STATE_8BIT = ("master", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 def slice_grad_adamw(
-    grad_output: Tensor,
-    input: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K]
+    active: AdamWSlice,
+    options: AdamWOptions,
 ) -> None:
     """See `slicefine.backends.reference.slice_grad_adamw`; the gradient stays in registers."""
-    if accumulation_dtype(grad_output.dtype) != master.dtype:
+    if accumulation_dtype(grad_output.dtype) != active.master.dtype:
         raise TypeError(
             f"slice_grad_adamw: grad_output is {grad_output.dtype}, which accumulates in"
-            f" {accumulation_dtype(grad_output.dtype)}, but the master is {master.dtype}; expected"
-            " them to agree"
+            f" {accumulation_dtype(grad_output.dtype)}, but the master is {active.master.dtype};"
+            " expected them to agree"
         )
-    arguments, keep = _grad_inputs(grad_output, input, rows)
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    state = _moments(master, exp_avg, exp_avg_sq, step, None)
-    _C.slice_grad_adamw(
-        arguments, _slice(weight, master, rows, cols), state, options, torch.get_num_threads()
-    )
+    arguments, keep = _grad_inputs(grad_output, input, active.rows)
+    place = _slice(active.weight, active.master, active.rows, active.cols)
+    state = _moments(active)
+    _C.slice_grad_adamw(arguments, place, state, _numbers(options), torch.get_num_threads())
     del keep
+
+
+def _numbers(options: AdamWOptions) -> tuple:
+    """The options as csrc/bindings.cpp takes them."""
+    o = options
+    decays = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay)
+    return (*decays, o.maximize, o.seed is not None, o.seed or 0)
 
 
 def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
@@ -227,17 +191,10 @@ def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | N
     )
 
 
-def _moments(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad: Tensor | None
-) -> tuple:
-    _check_contiguous(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    return (
-        master.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        float(step),
-    )
+def _moments(s: AdamWSlice) -> tuple:
+    _check_contiguous(master=s.master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+    addresses = (s.master.data_ptr(), s.exp_avg.data_ptr(), s.exp_avg_sq.data_ptr())
+    return (*addresses, 0, float(s.step))
 
 
 def _check_contiguous(**tensors: Tensor) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
+
 unavailable: str | None = None
 try:
     _CUDA: Any = importlib.import_module("slicefine._CUDA")
@@ -35,7 +37,11 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/numeri
 _OLDEST = (8, 0)  # capability: cp.async, bfloat16 on tensor cores
 
 
-def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+def slice_grad(
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K]
+    rows: Tensor | None = None,  # [R] int64
+) -> Tensor:  # [R, K] float32
     """See `slicefine.backends.reference.slice_grad`."""
     _check("slice_grad", {"grad_output": grad_output, "input": input}, {"rows": rows})
     height = grad_output.shape[1] if rows is None else rows.numel()
@@ -47,113 +53,79 @@ def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -
     return out
 
 
-def slice_adamw(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
-) -> None:
+def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     """See `slicefine.backends.reference.slice_adamw`; one launch for up to 300 slices."""
-    grads = [g.to(torch.float32).contiguous() for g in grads]
-    slices = _slices("slice_adamw", masters, grads, weights, rows, cols, steps)
-    states = [
-        _state("slice_adamw", weight, exp_avg=m, exp_avg_sq=v)
-        for weight, m, v in zip(weights, exp_avgs, exp_avg_sqs, strict=True)
-    ]
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    if slices:
-        _CUDA.slice_adamw(slices, states, options, (*_launch(weights[0]), 0, 0))
+    op = "slice_adamw"
+    ready = [s._replace(grad=_float32(s.grad)) for s in slices]
+    places = _slices(op, ready)
+    states = [_state(op, s.weight, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq) for s in ready]
+    if places:
+        launch = _launch(ready[0].weight)
+        _CUDA.slice_adamw(places, states, _numbers(options), (*launch, 0, 0))
 
 
 def slice_adamw_8bit(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    codebook: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    slices: Sequence[AdamWSlice8bit],
+    codebook: Tensor,  # [2, 256]
+    options: AdamWOptions,
 ) -> None:
     """See `slicefine.backends.reference.slice_adamw_8bit`; one launch for up to 270 slices."""
     op = "slice_adamw_8bit"
-    grads = [g.to(torch.float32).contiguous() for g in grads]
-    slices = _slices(op, masters, grads, weights, rows, cols, steps)
+    ready = [s._replace(grad=_float32(s.grad)) for s in slices]
+    places = _slices(op, ready)
     states = [
         (
-            *_state(op, w, torch.uint8, exp_avg=m, exp_avg_sq=v),
-            *_state(op, w, exp_avg_scale=ms, exp_avg_sq_scale=vs),
+            *_state(op, s.weight, torch.uint8, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq),
+            *_state(
+                op,
+                s.weight,
+                exp_avg_scale=s.exp_avg_scale,
+                exp_avg_sq_scale=s.exp_avg_sq_scale,
+            ),
         )
-        for w, m, v, ms, vs in zip(
-            weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, strict=True
-        )
+        for s in ready
     ]
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
-    if slices:
-        if codebook.shape != (2, 256):
-            raise ValueError(
-                f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)"
-            )
-        (book,) = _state(op, weights[0], codebook=codebook)
-        _CUDA.slice_adamw_8bit(slices, states, book, options, (*_launch(weights[0]), 0, 0))
+    if not places:
+        return
+    if codebook.shape != (2, 256):
+        raise ValueError(f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)")
+    (book,) = _state(op, ready[0].weight, codebook=codebook)
+    launch = _launch(ready[0].weight)
+    _CUDA.slice_adamw_8bit(places, states, book, _numbers(options), (*launch, 0, 0))
 
 
 def slice_grad_adamw(
-    grad_output: Tensor,
-    input: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K]
+    active: AdamWSlice,
+    options: AdamWOptions,
 ) -> None:
     """See `slicefine.backends.reference.slice_grad_adamw`; the gradient stays on the chip, but for
     the partial sums of split tiles.
     """
-    _check("slice_grad_adamw", {"grad_output": grad_output, "input": input}, {"rows": rows})
-    place = _slice("slice_grad_adamw", master, None, weight, rows, cols, step)
-    state = _state("slice_grad_adamw", weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    op, weight = "slice_grad_adamw", active.weight
+    _check(op, {"grad_output": grad_output, "input": input}, {"rows": active.rows})
+    place = _slice(op, active._replace(grad=None))
+    state = _state(op, weight, exp_avg=active.exp_avg, exp_avg_sq=active.exp_avg_sq)
     if weight.device != input.device:
-        raise ValueError(
-            f"slice_grad_adamw: the input is on {input.device}, the weight on {weight.device}"
-        )
-    arguments, _keep = _grad_inputs(grad_output, input, rows)
-    options = (lr, beta1, beta2, eps, weight_decay, maximize, seed is not None, seed or 0)
+        raise ValueError(f"{op}: the input is on {input.device}, the weight on {weight.device}")
+    arguments, _keep = _grad_inputs(grad_output, input, active.rows)
     launch = _launch(input)
     partials, counters = _workspace(launch)
-    _CUDA.slice_grad_adamw(
-        arguments, place, state, options, (*launch, partials.data_ptr(), counters.data_ptr())
-    )
+    where = (*launch, partials.data_ptr(), counters.data_ptr())
+    _CUDA.slice_grad_adamw(arguments, place, state, _numbers(options), where)
+
+
+def _float32(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad.to(torch.float32).contiguous()
+
+
+def _numbers(options: AdamWOptions) -> tuple:
+    """The options as csrc/bindings_cuda.cpp takes them."""
+    o = options
+    decays = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay)
+    return (*decays, o.maximize, o.seed is not None, o.seed or 0)
 
 
 def _check(op: str, tensors: dict[str, Tensor], indices: dict[str, Tensor | None]) -> None:
@@ -210,45 +182,32 @@ def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tup
     return arguments, (grad_output, input)
 
 
-def _slices(
-    op: str,
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    *rest: Sequence,
-) -> list:
-    """`_slice` of each, all on one device; rest: rows, cols, steps."""
-    for i, weight in enumerate(weights):
-        if weight.device != weights[0].device:
+def _slices(op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]) -> list[tuple]:
+    """`_slice` of each, all on one device."""
+    for i, s in enumerate(slices):
+        first = slices[0].weight.device
+        if s.weight.device != first:
             raise ValueError(
-                f"{op}: weight 0 is on {weights[0].device}, weight {i} on {weight.device}; expected"
-                " one device"
+                f"{op}: weight 0 is on {first}, weight {i} on {s.weight.device}; expected one"
+                " device"
             )
-    return [_slice(op, *tensors) for tensors in zip(masters, grads, weights, *rest, strict=True)]
+    return [_slice(op, s) for s in slices]
 
 
-def _slice(
-    op: str,
-    master: Tensor,
-    grad: Tensor | None,
-    weight: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    step: Tensor,
-) -> tuple:
-    _check(op, {"weight": weight}, {"rows": rows, "cols": cols})
-    addresses = _state(op, weight, master=master, step=step)
+def _slice(op: str, s: AdamWSlice | AdamWSlice8bit) -> tuple:
+    _check(op, {"weight": s.weight}, {"rows": s.rows, "cols": s.cols})
+    master, step = _state(op, s.weight, master=s.master, step=s.step)
     return (
-        addresses[0],
-        0 if grad is None else _state(op, weight, grad=grad)[0],
-        weight.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        0 if cols is None else cols.data_ptr(),
-        addresses[1],
-        weight.stride(0),
-        weight.stride(1),
-        *master.shape,
-        _DTYPES[weight.dtype],
+        master,
+        0 if s.grad is None else _state(op, s.weight, grad=s.grad)[0],
+        s.weight.data_ptr(),
+        0 if s.rows is None else s.rows.data_ptr(),
+        0 if s.cols is None else s.cols.data_ptr(),
+        step,
+        s.weight.stride(0),
+        s.weight.stride(1),
+        *s.master.shape,
+        _DTYPES[s.weight.dtype],
     )
 
 

@@ -1,8 +1,7 @@
 """Every op in plain PyTorch: the oracle of the other backends, and what runs where they do not.
 
-Same signatures as the ops in `slicefine.ops`. A slice of W (out, in) is given by ``rows`` (R,) and
-``cols`` (K,), int64,
-None for all. Arithmetic is float32, or float64 for float64 inputs.
+Same signatures as the functions of `slicefine.ops`; sizes are those of
+`slicefine.backends.operands`. Arithmetic is float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.slices import write_slice
 
 
@@ -19,21 +19,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+def take_columns(
+    input: Tensor,  # [..., in]
+    cols: Tensor,  # [K] int64
+) -> Tensor:
     """The columns of a slice's input that its gradient needs: ``input[..., cols]`` with one row per
     token.
 
-    input: (..., in). cols: (K,) int64.
-    out: (n, K), contiguous, a copy.
+    Returns:
+        [N, K], contiguous, a copy.
     """
     return input.index_select(-1, cols).reshape(-1, cols.shape[0])
 
 
-def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+def slice_grad(
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K], already the columns of the slice
+    rows: Tensor | None = None,  # [R] int64
+) -> Tensor:
     """Gradient of a slice of W: ``grad_output[:, rows].T @ input``.
 
-    grad_output: (n, out). input: (n, K), already the columns of the slice.
-    out: (R, K), float32 or float64.
+    Returns:
+        [R, K], float32 or float64.
     """
     if rows is not None:
         grad_output = grad_output.index_select(1, rows)
@@ -41,94 +48,50 @@ def slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -
     return grad_output.to(dtype).t() @ input.to(dtype)
 
 
-def slice_adamw(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
-) -> None:
-    """AdamW on each master (R, K), in place, then ``weight[rows][:, cols] = cast(master)``.
+def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
+    """AdamW on each master, in place, then ``weight[rows][:, cols] = cast(master)``.
 
-    steps: (), the number of this update, counted from 1. seed: round to bfloat16 stochastically;
-        None rounds to nearest.
     Source: Loshchilov & Hutter 2019, algorithm 2, in the order of operations of torch.optim.AdamW.
     """
-    for i, (p, g, m, v, step) in enumerate(
-        zip(masters, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    ):
-        t = float(step)
-        p.mul_(1 - lr * weight_decay)
-        g = -g if maximize else g
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
-        p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
-        write_slice(weights[i], rows[i], cols[i], round_to(p, weights[i].dtype, seed, i))
+    for i, s in enumerate(slices):
+        _adamw(s, options)
+        write_slice(s.weight, s.rows, s.cols, _written(s, options, i))
+
+
+def _adamw(s: AdamWSlice, options: AdamWOptions) -> None:
+    assert s.grad is not None
+    t = float(s.step)
+    beta1, beta2 = options.beta1, options.beta2
+    s.master.mul_(1 - options.lr * options.weight_decay)
+    grad = -s.grad if options.maximize else s.grad
+    s.exp_avg.lerp_(grad, 1 - beta1)
+    s.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (s.exp_avg_sq.sqrt() / (1 - beta2**t) ** 0.5).add_(options.eps)
+    s.master.addcdiv_(s.exp_avg, denominator, value=-options.lr / (1 - beta1**t))
+
+
+def _written(s: AdamWSlice | AdamWSlice8bit, options: AdamWOptions, slice_id: int) -> Tensor:
+    return round_to(s.master, s.weight.dtype, options.seed, slice_id)
 
 
 def slice_adamw_8bit(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    codebook: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
-    steps: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    slices: Sequence[AdamWSlice8bit],
+    codebook: Tensor,  # [2, 256] float32, `dynamic_codebook`
+    options: AdamWOptions,
 ) -> None:
-    """`slice_adamw` with moments in 8 bits: exp_avgs, exp_avg_sqs (R, K) uint8, a scale per
-    BLOCK_8BIT of them in order.
+    """`slice_adamw` with moments in 8 bits; the update uses the new moments before they are
+    rounded.
 
-    codebook: (2, 256) float32, `dynamic_codebook`. The update uses the new moments before they are
-        rounded.
     Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
     """
-    for i, master in enumerate(masters):
-        m = dequantize_blockwise(exp_avgs[i], exp_avg_scales[i], codebook[0])
-        v = dequantize_blockwise(exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1])
-        slice_adamw(
-            [master],
-            [grads[i]],
-            [m],
-            [v],
-            [weights[i]],
-            [rows[i]],
-            [cols[i]],
-            [steps[i]],
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            maximize,
-            None,
-        )
-        if seed is not None:
-            write_slice(weights[i], rows[i], cols[i], round_to(master, weights[i].dtype, seed, i))
+    for i, s in enumerate(slices):
+        m = dequantize_blockwise(s.exp_avg, s.exp_avg_scale, codebook[0])
+        v = dequantize_blockwise(s.exp_avg_sq, s.exp_avg_sq_scale, codebook[1])
+        _adamw(AdamWSlice(s.master, s.grad, m, v, s.weight, s.rows, s.cols, s.step), options)
+        write_slice(s.weight, s.rows, s.cols, _written(s, options, i))
         for values, codes, scales, book in (
-            (m, exp_avgs[i], exp_avg_scales[i], codebook[0]),
-            (v, exp_avg_sqs[i], exp_avg_sq_scales[i], codebook[1]),
+            (m, s.exp_avg, s.exp_avg_scale, codebook[0]),
+            (v, s.exp_avg_sq, s.exp_avg_sq_scale, codebook[1]),
         ):
             new_codes, new_scales = quantize_blockwise(values, book)
             codes.copy_(new_codes)
@@ -136,45 +99,14 @@ def slice_adamw_8bit(
 
 
 def slice_grad_adamw(
-    grad_output: Tensor,
-    input: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    seed: int | None,
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K], already the columns of the slice
+    active: AdamWSlice,
+    options: AdamWOptions,
 ) -> None:
-    """`slice_grad` followed by `slice_adamw` for one slice."""
-    grad = slice_grad(grad_output, input, rows)
-    slice_adamw(
-        [master],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [weight],
-        [rows],
-        [cols],
-        [step],
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        maximize,
-        seed,
-    )
-
-
-BLOCK_8BIT = 256
+    """`slice_grad` followed by `slice_adamw` for one slice; its ``grad`` is not read."""
+    grad = slice_grad(grad_output, input, active.rows)
+    slice_adamw([active._replace(grad=grad)], options)
 
 
 def dynamic_codebook() -> Tensor:

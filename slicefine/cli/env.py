@@ -59,19 +59,19 @@ def _accelerator() -> str:
 
 
 def _compiled() -> str:
-    native: Any = importlib.import_module("slicefine.backends.cpu")
-    if native.unavailable:
-        return f"missing: {native.unavailable}"
+    cpu: Any = importlib.import_module("slicefine.backends.cpu")
+    if cpu.unavailable:
+        return f"missing: {cpu.unavailable}"
     return (
-        f"available ({native._C.current_isa()}; this CPU also runs"
-        f" {', '.join(native._C.isas()[1:]) or 'nothing else'})"
+        f"available ({cpu._C.current_isa()}; this CPU also runs"
+        f" {', '.join(cpu._C.isas()[1:]) or 'nothing else'})"
     )
 
 
 def _triton() -> str:
-    ops: Any = importlib.import_module("slicefine.ops")
+    select: Any = importlib.import_module("slicefine.backends.select")
     torch: Any = importlib.import_module("torch")
-    _, reason = ops.BACKENDS["triton"].load()
+    _, reason = select.BACKENDS["triton"].load()
     if reason:
         return f"missing: {reason}"
     if torch.cuda.is_available():
@@ -82,9 +82,9 @@ def _triton() -> str:
 
 
 def _cuda() -> str:
-    ops: Any = importlib.import_module("slicefine.ops")
+    select: Any = importlib.import_module("slicefine.backends.select")
     torch: Any = importlib.import_module("torch")
-    module, reason = ops.BACKENDS["cuda"].load()
+    module, reason = select.BACKENDS["cuda"].load()
     if reason:
         return f"missing: {reason}"
     built = f"compiled for {module._CUDA.architectures}"
@@ -96,12 +96,12 @@ def _cuda() -> str:
 
 
 def _chosen() -> str:
-    ops: Any = importlib.import_module("slicefine.ops")
+    select: Any = importlib.import_module("slicefine.backends.select")
     torch: Any = importlib.import_module("torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = ops.select(device, {torch.float32})
-    name = next(n for n, b in ops.BACKENDS.items() if b.load()[0] is module)
-    return f"{name} on {device}" + (" (forced)" if ops._forced_name() else "")
+    module = select.backend_for(device, {torch.float32})
+    name = next(n for n, b in select.BACKENDS.items() if b.load()[0] is module)
+    return f"{name} on {device}" + (" (forced)" if select.forced() else "")
 
 
 def report() -> dict[str, Any]:

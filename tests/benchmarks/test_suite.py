@@ -99,13 +99,12 @@ ROOFS = {"bytes_per_s": 1e10, **{f"flops_per_s_{dtype}": 1e11 for dtype in turns
 def test_the_ops_checks_are_green_and_turn_red(name, monkeypatch):
     case = registry_module.dataclasses.replace(TINY, name=f"{name}-tiny")
     ops.check(case, "cpu", {})
+    twice = registry_module.dataclasses.replace(ops.ADAMW, lr=2e-3)
 
     class Wrong:
         slice_grad = staticmethod(lambda *a: ops.reference.slice_grad(*a) * 1.01)
-        slice_adamw = staticmethod(lambda *a: ops.reference.slice_adamw(*a[:-7], 2e-3, *a[-6:]))
-        slice_grad_adamw = staticmethod(
-            lambda *a: ops.reference.slice_grad_adamw(*a[:-7], 2e-3, *a[-6:])
-        )
+        slice_adamw = staticmethod(lambda *a: ops.reference.slice_adamw(*a[:-1], twice))
+        slice_grad_adamw = staticmethod(lambda *a: ops.reference.slice_grad_adamw(*a[:-1], twice))
 
     monkeypatch.setattr(ops, "ops", Wrong)
     with pytest.raises(AssertionError):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from slicefine.backends import reference
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 from slicefine.slices import write_slice
 
 ROOT = Path(__file__).parents[2]
@@ -93,22 +94,10 @@ def test_the_ops_on_aarch64(program, dtype, kind):
     exact = reference.slice_grad(dy.double(), x.double(), rows)
     torch.testing.assert_close(numbers(R * K).view(R, K).double(), exact, rtol=1e-5, atol=1e-4)
     expected = [t.double() for t in state]
-    reference.slice_grad_adamw(
-        dy.double(),
-        x.double(),
-        *expected,
-        weight.double(),
-        rows,
-        cols,
-        torch.tensor(3.0),
-        1e-2,
-        0.9,
-        0.999,
-        1e-8,
-        0.1,
-        False,
-        None,
-    )
+    place = (weight.double(), rows, cols, torch.tensor(3.0))
+    active = AdamWSlice(expected[0], None, *expected[1:], *place)
+    options = AdamWOptions(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    reference.slice_grad_adamw(dy.double(), x.double(), active, options)
     for _ in range(2):  # slice_adamw, slice_grad_adamw
         found = [numbers(R * K).view(R, K) for _ in range(3)]
         for mine, theirs in zip(found, expected, strict=True):

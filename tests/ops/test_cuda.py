@@ -19,9 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import cuda_resources
-from slicefine import ops
-from slicefine.backends import cuda as _native_cuda
-from slicefine.backends import reference
+from slicefine.backends import cuda, reference, select
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.slices import read_slice, write_slice
 from tests.ops import test_ops
 from tests.ops import test_slice_adamw_8bit as test_8bit
@@ -101,13 +100,13 @@ class Emulated:
 def gpu(host_module, monkeypatch):
     """The `cuda` backend on CPU tensors."""
     emulated = Emulated(host_module)
-    monkeypatch.setattr(_native_cuda, "_CUDA", host_module)
-    monkeypatch.setattr(_native_cuda, "unavailable", None)
-    monkeypatch.setattr(_native_cuda, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_native_cuda, "_launch", lambda tensor: (0, 0, emulated.processors))
-    monkeypatch.setattr(_native_cuda, "_workspace", emulated.workspace)
-    backend = dataclasses.replace(ops.BACKENDS["cuda"], devices=lambda: ("cuda", "cpu"))
-    monkeypatch.setitem(ops.BACKENDS, "cuda", backend)
+    monkeypatch.setattr(cuda, "_CUDA", host_module)
+    monkeypatch.setattr(cuda, "unavailable", None)
+    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_launch", lambda tensor: (0, 0, emulated.processors))
+    monkeypatch.setattr(cuda, "_workspace", emulated.workspace)
+    backend = dataclasses.replace(select.BACKENDS["cuda"], devices=lambda: ("cuda", "cpu"))
+    monkeypatch.setitem(select.BACKENDS, "cuda", backend)
     return emulated
 
 
@@ -148,17 +147,13 @@ def test_slice_grad(gpu, dtype, shape, strides):
         grad_output, input = surrounded(grad_output, pad, offset), surrounded(input, pad, offset)
     exact = reference.slice_grad(grad_output.double(), input.double(), rows)
     plain = reference.slice_grad(grad_output, input, rows)
-    test_ops.assert_as_good_as_torch(
-        _native_cuda.slice_grad(grad_output, input, rows), exact, plain
-    )
+    test_ops.assert_as_good_as_torch(cuda.slice_grad(grad_output, input, rows), exact, plain)
     gpu.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_tokens_give_zeros(gpu, dtype):
-    result = _native_cuda.slice_grad(
-        torch.empty(0, 40, dtype=dtype), torch.empty(0, 3, dtype=dtype)
-    )
+    result = cuda.slice_grad(torch.empty(0, 40, dtype=dtype), torch.empty(0, 3, dtype=dtype))
     assert torch.equal(result, torch.zeros(40, 3))
 
 
@@ -166,7 +161,7 @@ def test_no_tokens_give_zeros(gpu, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_blocks_and_threads_changes_no_bit(gpu, dtype, width, monkeypatch):
     grad_output, input = torch.randn(1000, 200).to(dtype), torch.randn(1000, width).to(dtype)
-    result = _native_cuda.slice_grad(grad_output, input)
+    result = cuda.slice_grad(grad_output, input)
     assert gpu.splits_were_added()
     exact, plain = (
         reference.slice_grad(a, b)
@@ -175,11 +170,11 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(gpu, dtype, width, monke
     test_ops.assert_as_good_as_torch(result, exact, plain)
     for seed in ("1", "2", "3"):
         monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", seed)
-        assert torch.equal(_native_cuda.slice_grad(grad_output, input), result)
+        assert torch.equal(cuda.slice_grad(grad_output, input), result)
         gpu.check()
     monkeypatch.delenv("SLICEFINE_EMULATOR_SEED")
     gpu.processors = ONE
-    test_ops.assert_as_good_as_torch(_native_cuda.slice_grad(grad_output, input), exact, plain)
+    test_ops.assert_as_good_as_torch(cuda.slice_grad(grad_output, input), exact, plain)
     assert not gpu.splits_were_added()
 
 
@@ -199,7 +194,7 @@ def test_any_number_of_tokens_and_processors(gpu, dtype, n, out, width, processo
     grad_output, input = torch.randn(n, out).to(dtype), torch.randn(n, width).to(dtype)
     exact = reference.slice_grad(grad_output.double(), input.double())
     bound = n * 2**-24 * reference.slice_grad(grad_output.double().abs(), input.double().abs())
-    assert ((_native_cuda.slice_grad(grad_output, input) - exact).abs() <= bound).all()
+    assert ((cuda.slice_grad(grad_output, input) - exact).abs() <= bound).all()
     gpu.check()
 
 
@@ -215,7 +210,7 @@ def test_tf32_only_where_torch_allows_it(gpu, width):
         reference.slice_grad(*(t.double() for t in rounded)),
         reference.slice_grad(*rounded),
     )
-    precise = _native_cuda.slice_grad(grad_output, input)
+    precise = cuda.slice_grad(grad_output, input)
     with pytest.raises(AssertionError):
         test_ops.assert_as_good_as_torch(precise, exact, plain)
     before, torch.backends.cuda.matmul.fp32_precision = (
@@ -223,7 +218,7 @@ def test_tf32_only_where_torch_allows_it(gpu, width):
         "tf32",
     )
     try:
-        test_ops.assert_as_good_as_torch(_native_cuda.slice_grad(grad_output, input), exact, plain)
+        test_ops.assert_as_good_as_torch(cuda.slice_grad(grad_output, input), exact, plain)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -280,7 +275,7 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
     )
     grad_output, input = torch.randn(700, 140).to(dtype), torch.randn(700, 150).to(dtype)
     input = input if features[1] is None else input[:, features[1]].contiguous()
-    arguments = (torch.tensor(5.0), *test_ops.HYPERPARAMETERS.values(), False, 77)
+    step, options = torch.tensor(5.0), AdamWOptions(**test_ops.HYPERPARAMETERS, seed=77)
     results = []
     for seed in ("0", "1"):
         monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", seed)
@@ -288,9 +283,8 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
             dtype, [features], (140, 150)
         )
         before = weight.clone()
-        _native_cuda.slice_grad_adamw(
-            grad_output, input, master, moment, square, weight, *features, *arguments
-        )
+        active = AdamWSlice(master, None, moment, square, weight, *features, step)
+        cuda.slice_grad_adamw(grad_output, input, active, options)
         assert gpu.splits_were_added()
         gpu.check()
         assert torch.equal(read_slice(weight, *features), reference.round_to(master, dtype, 77, 0))
@@ -300,17 +294,16 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
     (master,), _, (moment,), (square,), (weight,) = test_ops.make_slices(
         dtype, [features], (140, 150)
     )
-    grad = _native_cuda.slice_grad(grad_output, input, features[0])
-    step, *hyperparameters = arguments
-    lists = [[t] for t in (master, grad, moment, square, weight, *features, step)]
-    _native_cuda.slice_adamw(*lists, *hyperparameters)
+    grad = cuda.slice_grad(grad_output, input, features[0])
+    active = AdamWSlice(master, grad, moment, square, weight, *features, step)
+    cuda.slice_adamw([active], options)
     for a, b, apart in zip(*results, (master, moment, square), strict=True):
         assert torch.equal(a, b) and torch.equal(a, apart)
 
 
 def test_more_slices_than_one_launch_holds(gpu):
     features = [(None, torch.tensor([i % 5])) for i in range(650)]
-    test_ops.check_adamw(_native_cuda, torch.bfloat16, features, seed=3, shape=(3, 5))
+    test_ops.check_adamw(cuda, torch.bfloat16, features, seed=3, shape=(3, 5))
     test_8bit.check_8bit("cuda", torch.bfloat16, features, seed=3, shape=(3, 5))
 
 
@@ -339,11 +332,10 @@ def test_8bit_is_the_same_bits_in_every_order_and_at_every_address(gpu, monkeypa
             for buffer, t in zip(buffers, (values[0], values[1], m, v, ms, vs), strict=True)
         )
         weight = torch.zeros(R, K, dtype=torch.bfloat16)
-        lists = [[t] for t in (master, grad, m, v, ms, vs)]
-        rest = [[t] for t in (weight, None, None, torch.tensor(5.0))]
-        _native_cuda.slice_adamw_8bit(
-            *lists, book, *rest, *test_ops.HYPERPARAMETERS.values(), False, 77
-        )
+        place = (weight, None, None, torch.tensor(5.0))
+        active = AdamWSlice8bit(master, grad, m, v, ms, vs, *place)
+        options = AdamWOptions(**test_ops.HYPERPARAMETERS, seed=77)
+        cuda.slice_adamw_8bit([active], book, options)
         results.append([t.clone() for t in (master, m, v, ms, vs, weight)])
         for buffer, t in zip(buffers, (master, grad, m, v, ms, vs), strict=True):
             assert (buffer[:offset] == 77).all() and (buffer[offset + t.numel() :] == 77).all()
@@ -358,20 +350,18 @@ def test_8bit_zeros_stay_zeros_and_a_nan_shows(gpu):
     book, grad = reference.dynamic_codebook(), torch.zeros(3, 256)
     grad[1, 7], grad[2, 3] = float("nan"), 2.0
     states = {}
-    for module in (reference, _native_cuda):
+    for module in (reference, cuda):
         codes, scales = (
             [torch.zeros(3, 256, dtype=torch.uint8) for _ in range(2)],
             [torch.zeros(3) for _ in range(2)],
         )
-        lists = [[t] for t in (torch.ones(3, 256), grad, *codes, *scales)]
-        rest = [[t] for t in (torch.zeros(3, 256), None, None, torch.tensor(1.0))]
-        module.slice_adamw_8bit(
-            *lists, book, *rest, *test_ops.HYPERPARAMETERS.values(), False, None
-        )
+        place = (torch.zeros(3, 256), None, None, torch.tensor(1.0))
+        active = AdamWSlice8bit(torch.ones(3, 256), grad, *codes, *scales, *place)
+        module.slice_adamw_8bit([active], book, AdamWOptions(**test_ops.HYPERPARAMETERS))
         states[module] = [
             reference.dequantize_blockwise(*pair) for pair in zip(codes, scales, book, strict=True)
         ]
-    for mine, theirs in zip(states[_native_cuda], states[reference], strict=True):
+    for mine, theirs in zip(states[cuda], states[reference], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0, equal_nan=True)
         assert not mine[0].any() and mine[1].isnan().all() and mine[2, 3] != 0
 
@@ -384,7 +374,7 @@ def test_a_failed_launch_names_the_op_and_the_call(gpu, monkeypatch):
     with pytest.raises(
         RuntimeError, match="slice_grad: kernel launch failed: invalid configuration argument"
     ):
-        _native_cuda.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
+        cuda.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
 
 
 class NoLaunch:
@@ -396,7 +386,10 @@ class NoLaunch:
 
 @pytest.fixture
 def no_launch(monkeypatch):
-    monkeypatch.setattr(_native_cuda, "_CUDA", NoLaunch())
+    monkeypatch.setattr(cuda, "_CUDA", NoLaunch())
+
+
+ANY = AdamWOptions(1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def adamw_8bit(codebook: torch.Tensor | None = None, **states: torch.Tensor) -> None:
@@ -408,10 +401,10 @@ def adamw_8bit(codebook: torch.Tensor | None = None, **states: torch.Tensor) -> 
         "exp_avg_scale": scale,
         "exp_avg_sq_scale": scale,
     }
-    lists = [[t] for t in (two, two, *(good | states).values())]
-    rest = [[t] for t in (two, None, None, torch.tensor(1.0))]
+    place = (two, None, None, torch.tensor(1.0))
+    active = AdamWSlice8bit(two, two, *(good | states).values(), *place)
     book = reference.dynamic_codebook() if codebook is None else codebook
-    _native_cuda.slice_adamw_8bit(*lists, book, *rest, 1, 0, 0, 0, 0, False, None)
+    cuda.slice_adamw_8bit([active], book, ANY)
 
 
 def test_a_wrong_device_is_refused_before_a_launch(no_launch):
@@ -420,34 +413,31 @@ def test_a_wrong_device_is_refused_before_a_launch(no_launch):
         ValueError,
         match="slice_grad: grad_output is on cpu; the cuda backend takes tensors on a CUDA",
     ):
-        _native_cuda.slice_grad(two, two)
+        cuda.slice_grad(two, two)
     with pytest.raises(ValueError, match="slice_adamw: weight is on cpu"):
-        _native_cuda.slice_adamw(
-            *([t] for t in (two, two, two, two, two, None, None, one)), 1, 0, 0, 0, 0, False, None
-        )
+        cuda.slice_adamw([AdamWSlice(two, two, two, two, two, None, None, one)], ANY)
     with pytest.raises(ValueError, match="slice_grad_adamw: grad_output is on cpu"):
-        _native_cuda.slice_grad_adamw(
-            two, two, two, two, two, two, None, None, one, 1, 0, 0, 0, 0, False, None
-        )
+        active = AdamWSlice(two, None, two, two, two, None, None, one)
+        cuda.slice_grad_adamw(two, two, active, ANY)
     with pytest.raises(ValueError, match="slice_adamw_8bit: weight is on cpu"):
         adamw_8bit()
 
 
 def test_types_and_strides_are_refused_before_a_launch(no_launch, monkeypatch):
-    monkeypatch.setattr(_native_cuda, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
     two, one = torch.randn(4, 4), torch.tensor(1.0)
     with pytest.raises(
         TypeError, match=r"grad_output is torch\.float64; the cuda backend takes torch\.float32"
     ):
-        _native_cuda.slice_grad(two.double(), two.double())
+        cuda.slice_grad(two.double(), two.double())
     with pytest.raises(
         ValueError, match=r"rows is torch\.int32 with strides \(1,\); expected a contiguous int64"
     ):
-        _native_cuda.slice_grad(two, two, torch.arange(2, dtype=torch.int32))
+        cuda.slice_grad(two, two, torch.arange(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"rows is torch\.int64 with strides \(2,\)"):
-        _native_cuda.slice_grad(two, two, torch.arange(4)[::2])
-    adamw = lambda master, step: _native_cuda.slice_adamw(
-        *([t] for t in (master, two, two, two, two, None, None, step)), 1, 0, 0, 0, 0, False, None
+        cuda.slice_grad(two, two, torch.arange(4)[::2])
+    adamw = lambda master, step: cuda.slice_adamw(
+        [AdamWSlice(master, two, two, two, two, None, None, step)], ANY
     )
     with pytest.raises(
         ValueError,
@@ -479,14 +469,14 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    _native_cuda._too_old.cache_clear()
+    cuda._too_old.cache_clear()
     try:
         assert (
-            _native_cuda.refuses_a_device()
+            cuda.refuses_a_device()
             == "Tesla T4 has compute capability 7.5; the cuda backend needs 8.0 or newer"
         )
     finally:
-        _native_cuda._too_old.cache_clear()
+        cuda._too_old.cache_clear()
 
 
 def test_without_a_compiler_triton_leaves_a_gpu_to_cuda(monkeypatch):
@@ -494,22 +484,22 @@ def test_without_a_compiler_triton_leaves_a_gpu_to_cuda(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(_native_cuda, "unavailable", None)
-    ops._load_triton.cache_clear()
+    monkeypatch.setattr(cuda, "unavailable", None)
+    select._load_triton.cache_clear()
     try:
         assert "triton needs a C compiler when it runs" in (
-            ops.BACKENDS["triton"].refusal("cuda", {torch.float32}) or ""
+            select.BACKENDS["triton"].refusal("cuda", {torch.float32}) or ""
         )
-        assert ops.select("cuda", {torch.bfloat16}) is _native_cuda
-        assert ops.select("cuda", {torch.float64}) is reference
+        assert select.backend_for("cuda", {torch.bfloat16}) is cuda
+        assert select.backend_for("cuda", {torch.float64}) is reference
     finally:
-        ops._load_triton.cache_clear()
+        select._load_triton.cache_clear()
 
 
 def test_the_built_module_imports_without_a_driver():
-    if _native_cuda._CUDA is None:
-        pytest.skip(_native_cuda.unavailable or "")
-    assert _native_cuda._CUDA.workspace_values(132) == 2 * 132 * 128 * 64  # 8.25 MiB on an H100
+    if cuda._CUDA is None:
+        pytest.skip(cuda.unavailable or "")
+    assert cuda._CUDA.workspace_values(132) == 2 * 132 * 128 * 64  # 8.25 MiB on an H100
 
 
 # Would the tests notice?
@@ -586,7 +576,7 @@ def test_the_8bit_tests_would_notice(gpu, fault, tmp_path, monkeypatch):
     faulty = build_with(
         FAULTS_8BIT[fault], "slice_adamw_8bit", tmp_path, Path(gpu.module.__file__).parent
     )
-    monkeypatch.setattr(_native_cuda, "_CUDA", faulty)
+    monkeypatch.setattr(cuda, "_CUDA", faulty)
     with pytest.raises((AssertionError, RuntimeError)):
         test_8bit_is_the_same_bits_in_every_order_and_at_every_address(gpu, monkeypatch)
         test_8bit.test_slice_adamw_8bit("cuda", torch.bfloat16, None)
@@ -597,10 +587,10 @@ def test_the_emulator_would_notice(gpu, fault, tmp_path, monkeypatch):
     faulty = build_with(FAULTS[fault], "slice_grad", tmp_path, Path(gpu.module.__file__).parent)
     monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", "4")
     grad_output, input = torch.randn(500, 160).bfloat16(), torch.randn(500, 16).bfloat16()
-    healthy = _native_cuda.slice_grad(grad_output, input)
-    monkeypatch.setattr(_native_cuda, "_CUDA", faulty)
+    healthy = cuda.slice_grad(grad_output, input)
+    monkeypatch.setattr(cuda, "_CUDA", faulty)
     try:
-        result = _native_cuda.slice_grad(grad_output, input)
+        result = cuda.slice_grad(grad_output, input)
     except RuntimeError as error:
         assert "emulated GPU" in str(error)
         return

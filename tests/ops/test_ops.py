@@ -4,6 +4,8 @@ backend.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicefine import ops
-from slicefine.backends import cpu as _native
-from slicefine.backends import reference
+from slicefine.backends import cpu, reference, select
+from slicefine.backends.operands import AdamWOptions, AdamWSlice
 from slicefine.slices import read_slice, write_slice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -93,30 +95,30 @@ def test_long_sums_stay_as_precise_as_torchs(name, dtype):
     assert_as_good_as_torch(result, exact, grad_output.float().t() @ input.float())
 
 
-@pytest.mark.skipif(_native._C is None, reason="no compiled module")
-@pytest.mark.parametrize("isa", _native._C.isas() if _native._C else [])
+@pytest.mark.skipif(cpu._C is None, reason="no compiled module")
+@pytest.mark.parametrize("isa", cpu._C.isas() if cpu._C else [])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_instruction_set(isa, dtype):
-    before = _native._C.current_isa()
-    _native._C.select_isa(isa)
+    before = cpu._C.current_isa()
+    cpu._C.select_isa(isa)
     try:
         grad_output, input = torch.randn(130, 77).to(dtype), torch.randn(130, 19).to(dtype)
         exact = grad_output.double().t() @ input.double()
-        result = _native.slice_grad(grad_output, input)
+        result = cpu.slice_grad(grad_output, input)
         torch.testing.assert_close(
             result.double(),
             exact,
             rtol=1e-5 if dtype != torch.float64 else 1e-12,
             atol=1e-4 if dtype != torch.float64 else 1e-12,
         )
-        check_adamw(_native, dtype, [(None, torch.arange(3, 8))], seed=None)
+        check_adamw(cpu, dtype, [(None, torch.arange(3, 8))], seed=None)
     finally:
-        _native._C.select_isa(before)
+        cpu._C.select_isa(before)
 
 
 def test_an_unknown_instruction_set_is_named():
     with pytest.raises(ValueError, match="'sse9' is not one of"):
-        _native._C.select_isa("sse9")
+        cpu._C.select_isa("sse9")
 
 
 def make_slices(dtype, features, shape=(21, 33)):
@@ -149,6 +151,11 @@ def make_slices(dtype, features, shape=(21, 33)):
     return masters, grads, moments, squares, weights
 
 
+def together(*columns):
+    """Lists of masters, gradients and so on -> a slice of each."""
+    return [AdamWSlice(*tensors) for tensors in zip(*columns, strict=True)]
+
+
 def check_adamw(module, dtype, features, seed, maximize=False, shape=(21, 33)):
     masters, grads, moments, squares, weights = make_slices(dtype, features, shape)
     before = [w.clone() for w in weights]
@@ -156,11 +163,10 @@ def check_adamw(module, dtype, features, seed, maximize=False, shape=(21, 33)):
     scratch = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
     rows, cols = [r for r, _ in features], [c for _, c in features]
     steps = [torch.tensor(float(1 + 7 * i)) for i in range(len(features))]
-    arguments = (*HYPERPARAMETERS.values(), maximize)
-    reference.slice_adamw(*exact, scratch, rows, cols, steps, *arguments, None)
-    module.slice_adamw(
-        masters, grads, moments, squares, weights, rows, cols, steps, *arguments, seed
-    )
+    nearest = AdamWOptions(**HYPERPARAMETERS, maximize=maximize)
+    reference.slice_adamw(together(*exact, scratch, rows, cols, steps), nearest)
+    mine = together(masters, grads, moments, squares, weights, rows, cols, steps)
+    module.slice_adamw(mine, dataclasses.replace(nearest, seed=seed))
     tolerance = (
         {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-7}
     )
@@ -200,7 +206,7 @@ FEATURES = [
 def test_slice_adamw(name, dtype, seed):
     if name == "triton" and dtype == torch.float64:
         pytest.skip("Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error")
-    module, reason = ops.BACKENDS[name].load()
+    module, reason = select.BACKENDS[name].load()
     assert module is not None, reason
     features = [f if f[0] is None else (f[0].contiguous(), f[1]) for f in FEATURES]
     for maximize in (False, True):
@@ -225,7 +231,7 @@ def some_slices(draw):
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_slice_adamw_anywhere(name, slices, dtype):
     shape, features = slices
-    module, reason = ops.BACKENDS[name].load()
+    module, reason = select.BACKENDS[name].load()
     assert module is not None, reason
     check_adamw(module, dtype, features, None, shape=shape)
 
@@ -246,23 +252,13 @@ def test_slice_grad_adamw_against_float64(name, dtype, slice_type, transposed):
     grad_output, input = torch.randn(70, 23).to(dtype)[:, 1:22], wide[:, :33]  # strided
     input = input if cols is None else input[:, cols]
     exact = [t.double() for t in (master, moment, square)]
-    step = torch.tensor(3.0)
-    arguments = (*HYPERPARAMETERS.values(), False)
-    reference.slice_grad_adamw(
-        grad_output.double(),
-        input.double(),
-        *exact,
-        weight.double(),
-        rows,
-        cols,
-        step,
-        *arguments,
-        None,
-    )
+    step, options = torch.tensor(3.0), AdamWOptions(**HYPERPARAMETERS)
+    place = (rows, cols, step)
+    truth = AdamWSlice(exact[0], None, *exact[1:], weight.double(), *place)
+    reference.slice_grad_adamw(grad_output.double(), input.double(), truth, options)
     with ops.use_backend(name):
-        ops.slice_grad_adamw(
-            grad_output, input, master, moment, square, weight, rows, cols, step, *arguments, None
-        )
+        found = AdamWSlice(master, None, moment, square, weight, *place)
+        ops.slice_grad_adamw(grad_output, input, found, options)
     for mine, theirs in zip((master, moment, square), exact, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-6)
     assert torch.equal(read_slice(weight, rows, cols), master.to(dtype))
@@ -282,19 +278,16 @@ def test_slice_grad_adamw_is_the_two_others_in_one(name, dtype, slice_type):
     (master,), _, (moment,), (square,), (weight,) = make_slices(dtype, [(rows, cols)])
     grad_output, input = torch.randn(70, 21).to(dtype), torch.randn(70, 33).to(dtype)
     input = input if cols is None else input[:, cols]
-    together, apart = ([t.clone() for t in (master, moment, square)] for _ in range(2))
+    fused, apart = ([t.clone() for t in (master, moment, square)] for _ in range(2))
     fused_weight, weight = weight.clone(), weight.clone()
-    step = torch.tensor(3.0)
-    arguments = (*HYPERPARAMETERS.values(), False, 99)
+    place = (rows, cols, torch.tensor(3.0))
+    options = AdamWOptions(**HYPERPARAMETERS, seed=99)
     with ops.use_backend(name):
-        ops.slice_grad_adamw(
-            grad_output, input, *together, fused_weight, rows, cols, step, *arguments
-        )
+        active = AdamWSlice(fused[0], None, *fused[1:], fused_weight, *place)
+        ops.slice_grad_adamw(grad_output, input, active, options)
         grad = ops.slice_grad(grad_output, input, rows)
-        ops.slice_adamw(
-            [apart[0]], [grad], [apart[1]], [apart[2]], [weight], [rows], [cols], [step], *arguments
-        )
-    for a, b in zip(together, apart, strict=True):
+        ops.slice_adamw([AdamWSlice(apart[0], grad, *apart[1:], weight, *place)], options)
+    for a, b in zip(fused, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         fused_weight, weight, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
@@ -326,7 +319,8 @@ def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(monkeypatch, dty
     monkeypatch.setattr(launch, "workspace", workspace)
     grad_output, input = torch.randn(n, out).to(dtype), torch.randn(n, width).to(dtype)
     input = input if cols is None else input[:, cols]
-    arguments = (rows, cols, torch.tensor(3.0), *HYPERPARAMETERS.values(), False, None)
+    place, options = (rows, cols, torch.tensor(3.0)), AdamWOptions(**HYPERPARAMETERS)
+    active = lambda state, weight: AdamWSlice(state[0], None, *state[1:], weight, *place)
     with ops.use_backend("triton"):
         first, second = (ops.slice_grad(grad_output, input, rows) for _ in range(2))
         assert torch.equal(first, second) and len(used) == 2
@@ -334,10 +328,10 @@ def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(monkeypatch, dty
         exact = reference.slice_grad(grad_output.double(), input.double(), rows)
         assert_as_good_as_torch(first, exact, chosen.float().t() @ input.float())
         state = [t.clone() for t in (master, moment, square)]
-        ops.slice_grad_adamw(grad_output, input, *state, weight, *arguments)
+        ops.slice_grad_adamw(grad_output, input, active(state, weight), options)
     expected = [t.double() for t in (master, moment, square)]
     reference.slice_grad_adamw(
-        grad_output.double(), input.double(), *expected, weight.double(), *arguments
+        grad_output.double(), input.double(), active(expected, weight.double()), options
     )
     for mine, theirs in zip(state, expected, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=1e-4)
@@ -385,17 +379,9 @@ def test_a_write_is_seen_by_autograd():
     x = torch.randn(2, 4, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
     state = [torch.zeros(3, 2) for _ in range(3)]
-    ops.slice_adamw(
-        [state[0]],
-        [torch.ones(3, 2)],
-        [state[1]],
-        [state[2]],
-        [weight],
-        [None],
-        [torch.arange(2)],
-        [torch.tensor(1.0)],
-        *HYPERPARAMETERS.values(),
-    )
+    place = (weight, None, torch.arange(2), torch.tensor(1.0))
+    active = AdamWSlice(state[0], torch.ones(3, 2), *state[1:], *place)
+    ops.slice_adamw([active], AdamWOptions(**HYPERPARAMETERS))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -405,32 +391,14 @@ def test_errors_name_what_was_given_and_expected():
         ops.slice_grad(torch.randn(3, 4), torch.randn(2, 5))
     with pytest.raises(TypeError, match="expected one dtype"):
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5).half())
-    bad = [torch.zeros(2, 2)]
+    place = (torch.randn(3, 4), None, torch.arange(2), torch.tensor(1.0))
+    update = lambda t: ops.slice_adamw(
+        [AdamWSlice(t, t, t, t, *place)], AdamWOptions(**HYPERPARAMETERS)
+    )
     with pytest.raises(ValueError, match=r"has shape \(3, 2\); got master \(2, 2\)"):
-        ops.slice_adamw(
-            bad,
-            bad,
-            bad,
-            bad,
-            [torch.randn(3, 4)],
-            [None],
-            [torch.arange(2)],
-            [torch.tensor(1.0)],
-            *HYPERPARAMETERS.values(),
-        )
-    half = [torch.zeros(3, 2).half()]
+        update(torch.zeros(2, 2))
     with pytest.raises(TypeError, match=r"must be torch\.float32; got torch\.float16"):
-        ops.slice_adamw(
-            half,
-            half,
-            half,
-            half,
-            [torch.randn(3, 4)],
-            [None],
-            [torch.arange(2)],
-            [torch.tensor(1.0)],
-            *HYPERPARAMETERS.values(),
-        )
+        update(torch.zeros(3, 2).half())
 
 
 def test_an_op_inside_autocast_still_accumulates_in_float32():
@@ -451,11 +419,16 @@ def environment(monkeypatch):
             if name
             else monkeypatch.delenv("SLICEFINE_BACKEND")
         )
-        ops._environments_name.cache_clear()
+        forget()
+
+    def forget():
+        select._environments_name.cache_clear()
+        select._chosen.clear()
+        select._compiled.clear()
 
     yield ask
     monkeypatch.undo()
-    ops._environments_name.cache_clear()
+    forget()
 
 
 def test_an_unknown_backend_lists_those_that_exist(environment):
@@ -472,7 +445,7 @@ def test_an_unknown_backend_lists_those_that_exist(environment):
 
 
 def test_a_forced_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(_native, "unavailable", "it was not built")
+    monkeypatch.setattr(cpu, "unavailable", "it was not built")
     with (
         ops.use_backend("cpu"),
         pytest.raises(RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"),
@@ -494,43 +467,27 @@ def test_a_dtype_that_a_backend_lacks():
 
 def test_the_environment_variable_chooses(environment):
     environment("reference")
-    assert ops.select("cpu", {torch.float32}) is reference
+    assert select.backend_for("cpu", {torch.float32}) is reference
     environment(None)
-    assert ops.select("cpu", {torch.float32}) is _native
+    assert select.backend_for("cpu", {torch.float32}) is cpu
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_arguments_that_would_be_memory_faults_are_refused(name):
     p, w, step = torch.zeros(3, 2), torch.zeros(3, 4), torch.tensor(1.0)
-    update = lambda cols, weights: ops.slice_adamw(
-        *([p] * len(weights) for _ in range(4)),
-        weights,
-        [None] * len(weights),
-        [cols] * len(weights),
-        [step] * len(weights),
-        *HYPERPARAMETERS.values(),
-    )
+    options = AdamWOptions(**HYPERPARAMETERS)
+    update = lambda cols: ops.slice_adamw([AdamWSlice(p, p, p, p, w, None, cols, step)], options)
     with ops.use_backend(name):
         with pytest.raises(
             TypeError,
             match=r"cols is torch\.int32 of shape \(2,\) on cpu; expected \(features,\) int64",
         ):
-            update(torch.arange(2, dtype=torch.int32), [w])
+            update(torch.arange(2, dtype=torch.int32))
         with pytest.raises(TypeError, match=r"rows is torch\.int32"):
             ops.slice_grad(torch.randn(5, 3), torch.randn(5, 2), torch.arange(2, dtype=torch.int32))
         with pytest.raises(ValueError, match=r"input: only the columns of the slice"):
-            ops.slice_grad_adamw(
-                torch.randn(5, 3),
-                torch.randn(5, 4),
-                p,
-                p.clone(),
-                p.clone(),
-                w,
-                None,
-                torch.arange(2),
-                step,
-                *HYPERPARAMETERS.values(),
-            )
+            active = AdamWSlice(p, None, p.clone(), p.clone(), w, None, torch.arange(2), step)
+            ops.slice_grad_adamw(torch.randn(5, 3), torch.randn(5, 4), active, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -546,7 +503,7 @@ def test_columns_are_taken_bit_for_bit(dtype, cols, layout):
         "transposed": torch.randn(3, 14, 5).to(dtype).transpose(1, 2),
     }
     input, index = made[layout], torch.tensor(cols)
-    found = _native.take_columns(input, index)
+    found = cpu.take_columns(input, index)
     assert found.shape == (input.shape[0] * 5, len(cols)) and found.is_contiguous()
     torch.testing.assert_close(
         found, input[..., index].reshape(-1, len(cols)), rtol=0, atol=0, equal_nan=True
@@ -567,19 +524,31 @@ def test_a_thin_operand_is_read_in_place_or_packed_alike(n, width):
     with ops.use_backend("cpu"):
         assert torch.equal(ops.slice_grad(dy, x), ops.slice_grad(dy, wider))
     exact = dy.double().t() @ x.double()
-    assert (ops.gradient_of_slice(dy, x).double() - exact).abs().max() <= 1e-6 * n**0.5 * 4
+    assert (ops.slice_grad(dy, x).double() - exact).abs().max() <= 1e-6 * n**0.5 * 4
 
 
 def test_the_short_way_to_a_backend_is_taken_only_where_nothing_watches():
     dy, x = torch.randn(6, 5), torch.randn(6, 3)
     ops.slice_grad(dy, x)  # the first op chooses the backend
-    assert ops._direct(x) is _native
+    assert select.direct(x) is cpu
     with ops.use_backend("reference"):
-        assert ops._direct(x) is None
+        assert select.direct(x) is None
     with TorchDispatchMode():
-        assert ops._direct(x) is None
+        assert select.direct(x) is None
     with FakeTensorMode() as mode:
-        assert ops._direct(mode.from_tensor(x)) is None
+        assert select.direct(mode.from_tensor(x)) is None
     with torch.profiler.profile() as found:
-        ops.gradient_of_slice(dy, x)
+        ops.slice_grad(dy, x)
     assert any(event.key == "slicefine::slice_grad" for event in found.key_averages())
+
+
+def test_available_backends_gives_none_or_the_reason(monkeypatch):
+    from slicefine import available_backends
+
+    found = available_backends()
+    assert found.keys() == {"reference", "cpu", "triton", "cuda"}
+    assert found["reference"] is None and found["cpu"] is None
+    if not torch.cuda.is_available():
+        assert found["cuda"] is not None and ("GPU" in found["cuda"] or "_CUDA" in found["cuda"])
+    monkeypatch.setattr(cpu, "unavailable", "it was not built")
+    assert available_backends()["cpu"] == "it was not built"

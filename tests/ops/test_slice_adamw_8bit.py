@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +12,17 @@ from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 from slicefine.backends import reference
+from slicefine.backends.operands import AdamWOptions, AdamWSlice8bit
 from slicefine.slices import read_slice, write_slice
-from tests.ops.test_ops import DTYPES, FEATURES, HYPERPARAMETERS, make_slices, relaxed, some_slices
+from tests.ops.test_ops import (
+    DTYPES,
+    FEATURES,
+    HYPERPARAMETERS,
+    make_slices,
+    relaxed,
+    some_slices,
+    together,
+)
 
 
 def test_the_codebook_is_dynamic():
@@ -69,14 +80,13 @@ def check_8bit(name, dtype, features, seed, maximize=False, shape=(21, 61)):
             for a, b in zip(v, vs, strict=True)
         ],
     ]
-    arguments = (*HYPERPARAMETERS.values(), maximize)
-    reference.slice_adamw(
-        *expected, [w.double() for w in weights], rows, cols, steps, *arguments, None
-    )
+    nearest = AdamWOptions(**HYPERPARAMETERS, maximize=maximize)
+    exact_weights = [w.double() for w in weights]
+    reference.slice_adamw(together(*expected, exact_weights, rows, cols, steps), nearest)
+    columns = (masters, grads, m, v, ms, vs, weights, rows, cols, steps)
+    slices = [AdamWSlice8bit(*tensors) for tensors in zip(*columns, strict=True)]
     with ops.use_backend(name):
-        ops.slice_adamw_8bit(
-            masters, grads, m, v, ms, vs, book, weights, rows, cols, steps, *arguments, seed
-        )
+        ops.slice_adamw_8bit(slices, book, dataclasses.replace(nearest, seed=seed))
     for i, weight in enumerate(weights):
         torch.testing.assert_close(masters[i].double(), expected[0][i], rtol=3e-6, atol=3e-7)
         for codes, scales, values, values_book in (
@@ -127,20 +137,10 @@ def test_codes_are_the_nearest_over_the_whole_range(name):
     for backend in ("reference", name):
         m, v = (torch.zeros(n, 256, dtype=torch.uint8) for _ in range(2))
         with ops.use_backend(backend):
-            ops.slice_adamw_8bit(
-                [torch.zeros(n, 256)],
-                [grad],
-                [m],
-                [v],
-                [torch.zeros(n)],
-                [torch.zeros(n)],
-                book,
-                [torch.zeros(n, 256)],
-                [None],
-                [None],
-                [torch.tensor(1.0)],
-                *HYPERPARAMETERS.values(),
-            )
+            moments = (m, v, torch.zeros(n), torch.zeros(n))
+            place = (torch.zeros(n, 256), None, None, torch.tensor(1.0))
+            active = AdamWSlice8bit(torch.zeros(n, 256), grad, *moments, *place)
+            ops.slice_adamw_8bit([active], book, AdamWOptions(**HYPERPARAMETERS))
         codes[backend] = torch.stack([m, v]).int()
     apart = (
         codes[name] - codes["reference"]
@@ -246,20 +246,10 @@ def test_what_8_bits_cannot_do_is_said():
         ValueError, match=r"expected uint8 of the slice's shape and scales of shape \(1,\)"
     ):
         p = torch.zeros(3, 2)
-        ops.slice_adamw_8bit(
-            [p],
-            [p],
-            [p],
-            [p],
-            [p],
-            [p],
-            reference.dynamic_codebook(),
-            [torch.zeros(3, 2)],
-            [None],
-            [None],
-            [torch.tensor(1.0)],
-            *HYPERPARAMETERS.values(),
-        )
+        place = (torch.zeros(3, 2), None, None, torch.tensor(1.0))
+        active = AdamWSlice8bit(p, p, p, p, p, p, *place)
+        options = AdamWOptions(**HYPERPARAMETERS)
+        ops.slice_adamw_8bit([active], reference.dynamic_codebook(), options)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
@@ -298,20 +288,10 @@ def test_a_nan_shows_in_the_moments(name):
         torch.zeros(2),
     )
     with ops.use_backend(name):
-        ops.slice_adamw_8bit(
-            [torch.zeros(4, 100)],
-            [grad],
-            [m],
-            [v],
-            [ms],
-            [vs],
-            reference.dynamic_codebook(),
-            [torch.zeros(4, 100)],
-            [None],
-            [None],
-            [torch.tensor(1.0)],
-            *HYPERPARAMETERS.values(),
-        )
+        place = (torch.zeros(4, 100), None, None, torch.tensor(1.0))
+        active = AdamWSlice8bit(torch.zeros(4, 100), grad, m, v, ms, vs, *place)
+        options = AdamWOptions(**HYPERPARAMETERS)
+        ops.slice_adamw_8bit([active], reference.dynamic_codebook(), options)
     assert ms.isnan().tolist() == vs.isnan().tolist() == [True, False]
 
 

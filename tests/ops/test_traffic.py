@@ -18,9 +18,10 @@ from slicefine_kernels.configs import grad_config, token_splits
 
 from slicefine import ops
 from slicefine.backends import reference
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
 
 ROOT = Path(__file__).parents[2]
-ADAMW = (1e-2, 0.9, 0.999, 1e-8, 0.0)
+ADAMW = AdamWOptions(1e-2, 0.9, 0.999, 1e-8, 0.0)
 
 
 @contextmanager
@@ -126,7 +127,8 @@ def test_slice_grad_adamw_moves_no_gradient(kind, n, R, K, dtype):
     weight = torch.randn(dy.shape[1], K + 3 if cols is not None else K).to(dtype)
     splits, _ = token_splits(n, tiles_r * tiles_k, launch.processors(dy.device), config.BLOCK_T)
     with counting() as count:
-        ops.slice_grad_adamw(dy, x, *state, weight, rows, cols, torch.tensor(1.0), *ADAMW)
+        place = (weight, rows, cols, torch.tensor(1.0))
+        ops.slice_grad_adamw(dy, x, AdamWSlice(state[0], None, *state[1:], *place), ADAMW)
     compulsory = readme("slice_grad_adamw", "bytes", n=n, R=R, K=K, e=e)
     again = e * n * (R * (tiles_k - 1) + K * (tiles_r - 1))
     partials = (
@@ -149,7 +151,8 @@ def test_slice_adamw_moves_the_bytes_of_the_model(dtype):
     weights = [torch.randn(R, K).to(dtype) for _ in range(layers)]
     nothing, steps = [None] * layers, [torch.tensor(1.0)] * layers
     with counting() as count:
-        ops.slice_adamw(*tensors, weights, nothing, nothing, steps, *ADAMW)
+        columns = (*tensors, weights, nothing, nothing, steps)
+        ops.slice_adamw([AdamWSlice(*t) for t in zip(*columns, strict=True)], ADAMW)
     programs = layers * -(-R * K // 1024)
     table = programs * (13 * 8 + 4)  # the slice's entry and its step count
     assert (
@@ -168,9 +171,9 @@ def test_slice_adamw_8bit_moves_the_bytes_of_the_model(dtype):
     nothing, steps = [None] * layers, [torch.tensor(1.0)] * layers
     book = reference.dynamic_codebook()
     with counting() as count:
-        ops.slice_adamw_8bit(
-            masters, grads, *codes, *scales, book, weights, nothing, nothing, steps, *ADAMW
-        )
+        columns = (masters, grads, *codes, *scales, weights, nothing, nothing, steps)
+        slices = [AdamWSlice8bit(*t) for t in zip(*columns, strict=True)]
+        ops.slice_adamw_8bit(slices, book, ADAMW)
     programs = layers * -(-R * K // 1024)
     table = programs * (14 * 8 + 4)
     books = (

@@ -131,20 +131,19 @@ def test_csrc_knows_nothing_of_torch():
 
 
 def test_one_op_one_name_in_every_place():
-    from slicefine.backends import cpu as _native
-    from slicefine.backends import cuda as _native_cuda
-    from slicefine.backends import reference
+    from slicefine.backends import cpu, cuda, reference
 
     for op in ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw"):
         assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "csrc" / f"{op}.cu").exists()
         assert (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
-        assert all(callable(getattr(module, op)) for module in (reference, _native, _native_cuda))
+        assert all(callable(getattr(module, op)) for module in (reference, cpu, cuda))
         assert f"`{op}`" in (ROOT / "kernels" / "README.md").read_text()
 
 
 def test_the_public_names():
     assert set(slicefine.__all__) == {
         "__version__",
+        "available_backends",
         "Delta",
         "DeltaError",
         "SliceAdamW",
@@ -286,18 +285,18 @@ def test_the_largest_files_and_functions(capsys):
 
 
 def test_the_readme_lists_the_backends_as_they_are():
-    """The support matrix: names, devices and dtypes of `slicefine.ops.BACKENDS`; nothing claims a
+    """The support matrix: names, devices and dtypes of `backends.select.BACKENDS`; nothing claims a
     GPU that has not run.
     """
-    from slicefine import ops
+    from slicefine.backends.select import BACKENDS
 
     rows = {}
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0].startswith("`") and cells[4].startswith(("tested", "not")):
             rows[cells[0].strip("`")] = cells
-    assert rows.keys() == ops.BACKENDS.keys()
-    for name, backend in ops.BACKENDS.items():
+    assert rows.keys() == BACKENDS.keys()
+    for name, backend in BACKENDS.items():
         device = backend.devices()[0] if backend.devices() else "any"
         assert rows[name][2] == device
         assert rows[name][3] == ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
