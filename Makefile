@@ -9,7 +9,7 @@ help:
 	@echo "make demo       fine-tune a real encoder on real sentences, beside the masked-gradient baseline (about 4 minutes after the install)"
 	@echo "make demo-full  the same, with LoRA and full fine-tuning"
 	@echo "make test       build and run every test"
-	@echo "make lint       ruff and pyright"
+	@echo "make lint       ruff, pyright, and how large and dense the code is"
 	@echo "make bench      times and peak memory beside masked gradients, AdamW and peft's methods: JSON, report, plots (under 6 minutes)"
 	@echo "                make bench BASE=main compares this checkout with another commit"
 	@echo "make wheel      a wheel for this platform in dist/"
@@ -39,6 +39,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m tests.repo.size_report
 
 # BASE=REV: two commits; ARGS: more options (python -m benchmarks.bench --help)
 bench: $(VENV)/.installed

@@ -252,38 +252,6 @@ def test_env_reports_in_a_broken_install(missing, said):
     assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
 
 
-def test_the_largest_files_and_functions(capsys):
-    """The size budget is shown, and a file or function that outgrows it fails."""
-    files, functions = [], []
-    for path in [
-        *(
-            file
-            for folder in ("slicefine", "kernels", "benchmarks")
-            for file in (ROOT / folder).rglob("*.py")
-        ),
-        *(ROOT / "csrc").iterdir(),
-    ]:
-        text = path.read_text(encoding="utf-8")
-        files.append((len(text.splitlines()), str(path.relative_to(ROOT))))
-        if path.suffix == ".py":
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.FunctionDef):
-                    functions.append(
-                        (
-                            (node.end_lineno or 0) - node.lineno + 1,
-                            f"{path.relative_to(ROOT)}:{node.name}",
-                        )
-                    )
-    with capsys.disabled():
-        for title, rows in (("files", files), ("functions", functions)):
-            print(
-                f"\nlargest {title}: "
-                + ", ".join(f"{name} {size}" for size, name in sorted(rows, reverse=True)[:10]),
-                end="",
-            )
-    assert max(files)[0] <= 600 and max(functions)[0] <= 155
-
-
 def test_the_readme_lists_the_backends_as_they_are():
     """The support matrix: names, devices and dtypes of `backends.select.BACKENDS`; nothing claims a
     GPU that has not run.
