@@ -5,13 +5,11 @@ python -m benchmarks.memory [--json FILE] [--model FOLDER_OR_ID ...] [--batch 4]
 [--quick] [--mode eager ...]
 
 Rows: {"model", "method", "targets", "r", "peak_bytes", "weights", "activations", "gradients",
-    "moments", "logits", "temporaries",
-"mode", "trainable", "ratio_to_floor", ...}; mode is "eager", "checkpointing" or "compiled".
-Estimates under fake tensors
-(`slicefine.plan.estimate`); what they cannot see is in `slicefine.plan.estimate.UNSEEN`. "compiled"
-counts the graphs that torch.compile's partitioner
-makes, run operator by operator, each row by the ratio to a floor that is compiled too;
-optimizer_in_bwd refuses to be compiled.
+"moments", "logits", "temporaries", "mode", "trainable", "ratio_to_floor", "error", ...}. A method
+that cannot run in a mode is a row whose "error" says why and whose sizes are null. Estimates under
+fake tensors (`slicefine.plan`); what they cannot see is in `slicefine.plan.fit.UNSEEN`. "compiled"
+counts the graphs that torch.compile's partitioner makes, run operator by operator, each row by the
+ratio to a floor that is compiled too.
 """
 
 from __future__ import annotations
@@ -27,36 +25,33 @@ from typing import Any
 import torch
 
 from benchmarks.record import where
-from slicefine.integrations import peft
-from slicefine.integrations.transformers import workload
-from slicefine.plan import estimate as plan
+from slicefine.plan import methods as ours
+from slicefine.plan import peft
+from slicefine.plan.estimate import Estimate, Method, Workload, estimate
+from slicefine.plan.modes import MODES
 from slicefine.plan.tracker import KINDS
+from slicefine.plan.workloads import workload
 
 MODELS = Path(__file__).parent / "models"
 PAIR = ["q_proj", "v_proj"]
-MODES = {
-    "eager": lambda workload: workload,
-    "checkpointing": plan.with_checkpointing,
-    "compiled": plan.with_compile,
-}
 
 
-def methods(r: int, quick: bool) -> Iterator[plan.Method]:
+def methods(r: int, quick: bool) -> Iterator[Method]:
     """Ours, and peft's at equal targets and rank, in its default precision (float32 adapters) and
     in the model's.
     """
-    yield plan.floor()
+    yield ours.floor()
     for targets in ["all-linear"] if quick else ["all-linear", PAIR]:
-        yield plan.slices(r, targets=targets)
-        yield plan.slices(r, targets=targets, in_bwd=True)
-        yield plan.slices(r, "row", targets=targets)
-        yield plan.masked(r, targets=targets)
+        yield ours.slices(r, targets=targets)
+        yield ours.slices(r, targets=targets, in_bwd=True)
+        yield ours.slices(r, "row", targets=targets)
+        yield ours.masked(r, targets=targets)
         for name in ("LoRA",) if quick else ("LoRA", "LoRA-FA", "DoRA", "MiSS", "VeRA"):
             yield peft.method(name, r, targets)
             yield peft.method(name, r, targets, float32=False)
         if not quick:
             yield peft.method("IA3", r, targets)
-    yield plan.full()
+    yield ours.full()
 
 
 def rows(
@@ -72,25 +67,41 @@ def rows(
             made = MODES[mode](workload(model, torch.bfloat16))
             floor = None
             for method in methods(r, quick):
-                if made.compiled and "optimizer_in_bwd" in method.name:
-                    continue
-                row = plan.estimate(made, method, batch, length).row()
+                row = _row(made, method, batch, length)
                 floor = floor or row["peak_bytes"]
+                ratio = row["peak_bytes"] / floor if floor and row["peak_bytes"] else None
                 yield {
                     **row,
                     "model": Path(model).name,
                     "dtype": "bf16",
-                    "ratio_to_floor": row["peak_bytes"] / floor,
+                    "ratio_to_floor": ratio,
                 }
 
 
+def _row(made: Workload, method: Method, batch: int, length: int) -> dict[str, Any]:
+    """A method that cannot run in a mode is a row that says why."""
+    try:
+        return {**estimate(made, method, batch, length).row(), "error": None}
+    except Exception as error:
+        torch._dynamo.reset()
+        reason = next(iter(str(error).strip().splitlines()), "")
+        refused = Estimate(
+            made.name, method.name, method.targets, method.r, batch, length, 0, 0, made.mode
+        ).row()
+        unknown = dict.fromkeys(("peak_bytes", "trainable", *KINDS))
+        return {**refused, **unknown, "error": f"{type(error).__name__}: {reason}"}
+
+
 def line(row: dict[str, Any]) -> str:
+    name = f"{row['model']:<14}{row['mode']:<14}{row['method']:<38}{row['targets']:<16}"
+    if row["error"]:
+        return f"{name} cannot run: {row['error']}"
     parts = ", ".join(
         f"{kind} {row[kind] / 2**30:.2f}" for kind in KINDS if row[kind] >= 2**30 / 100
     )
+    trained, peak = row["trainable"] / 1e6, row["peak_bytes"] / 2**30
     return (
-        f"{row['model']:<14}{row['mode']:<14}{row['method']:<38}{row['targets']:<16}{row['trainable'] / 1e6:>9.1f}"
-        f" M{row['peak_bytes'] / 2**30:>8.2f} GiB {row['ratio_to_floor']:.3f} of the floor: {parts}"
+        f"{name}{trained:>9.1f} M{peak:>8.2f} GiB {row['ratio_to_floor']:.3f} of the floor: {parts}"
     )
 
 
@@ -106,9 +117,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer methods")
     parser.add_argument("--mode", nargs="+", choices=tuple(MODES), default=list(MODES))
     options = parser.parse_args()
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # peft asks transformers by an old name
+    # peft asks transformers by an old name
+    warnings.filterwarnings("ignore", category=FutureWarning)
     found = []
     for row in rows(
         options.model, options.batch, options.seq, options.r, options.quick, options.mode

@@ -186,8 +186,8 @@ def planner(subject: Subject, name: str, batch_size: int, max_length: int) -> An
     `slicefine.plan.estimate`.
     """
     from slicefine.diagnose.advice import method_of
-    from slicefine.integrations.transformers import workload_of
     from slicefine.plan import estimate as plan
+    from slicefine.plan.workloads import workload_of
 
     workload = workload_of(subject.model.config, name, torch.float32, _AUTO[subject.task_name])
     return lambda config: (

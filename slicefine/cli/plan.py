@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,8 @@ import typer
 
 GIB = 2**30
 DTYPES = ("bf16", "fp16", "fp32")
-LENGTH_UNIT = 64  # tokens; the longest sequence is a multiple of it
+# tokens; the longest sequence is a multiple of it
+LENGTH_UNIT = 64
 COLOURS = {
     "weights": "blue",
     "moments": "magenta",
@@ -26,11 +27,19 @@ COLOURS = {
     "activations": "green",
     "temporaries": "white",
 }
+# the switches of a step, in the order of what they cost
+SWITCHES = {
+    "eager": "",
+    "checkpointing": "--gradient-checkpointing",
+}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker needs to make one line of the table."""
+    """What a worker needs to make one line of the table.
+
+    decide: say too how the method fits the budget.
+    """
 
     model: str
     method: str
@@ -38,8 +47,9 @@ class Request:
     batch: int
     length: int
     dtype: str
-    checkpointing: bool
+    mode: str
     budget: int | None
+    decide: bool = False
 
 
 def size_in_bytes(text: str) -> int:
@@ -62,30 +72,29 @@ def load_workload(model: str, dtype: str) -> Any:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     if not Path(model).exists() and "/" not in model:
         try:
-            from slicefine.integrations import timm as of_timm
+            from slicefine.plan import timm as of_timm
         except ImportError:
             of_timm = None
         if of_timm is not None and of_timm.timm.is_model(model):
             return of_timm.workload(model, kind)
-    from slicefine.integrations import transformers as of_transformers
+    from slicefine.plan.workloads import workload
 
-    return of_transformers.workload(model, kind)
+    return workload(model, kind)
 
 
 def methods(r: int) -> dict[str, Any]:
     """name -> () -> Method; peft's only where peft is installed."""
-    from slicefine.plan import estimate as plan
+    from slicefine.plan import methods as ours
 
     table: dict[str, Any] = {
-        "floor": plan.floor,
-        "column": lambda: plan.slices(r),
-        "column_bwd": lambda: plan.slices(r, in_bwd=True),
-        "row": lambda: plan.slices(r, "row"),
-        "masked": lambda: plan.masked(r),
-        "full": plan.full,
+        "floor": ours.floor,
+        "column": lambda: ours.slices(r),
+        "row": lambda: ours.slices(r, "row"),
+        "masked": lambda: ours.masked(r),
+        "full": ours.full,
     }
     try:
-        from slicefine.integrations import peft
+        from slicefine.plan import peft
     except ImportError:
         return table
     return {
@@ -95,49 +104,118 @@ def methods(r: int) -> dict[str, Any]:
     }
 
 
+def method_names() -> list[str]:
+    """The keys of `methods`, without an import that takes seconds."""
+    from importlib.util import find_spec
+
+    names = ["floor", "column", "row", "masked", "full"]
+    return [*names, *(["lora", "lora_half"] if find_spec("peft") else [])]
+
+
+class Peaks:
+    """Planned peaks of one method, by mode, batch and length; each is evaluated once."""
+
+    def __init__(self, request: Request) -> None:
+        self.workload = load_workload(request.model, request.dtype)
+        self.method = methods(request.r)[request.method]()
+        self.known: dict[tuple[str, int, int], Any] = {}
+
+    def estimate(self, mode: str, batch: int, length: int) -> Any:
+        from slicefine.plan.estimate import estimate
+        from slicefine.plan.modes import MODES
+
+        key = mode, batch, length
+        if key not in self.known:
+            self.known[key] = estimate(MODES[mode](self.workload), self.method, batch, length)
+        return self.known[key]
+
+    def __call__(self, mode: str, batch: int, length: int) -> int:
+        return self.estimate(mode, batch, length).peak_bytes
+
+
 def work(request: Request) -> dict[str, Any]:
     """One line of the table; runs in a process of its own."""
     import torch
 
-    from slicefine.plan import estimate as plan
+    from slicefine.plan.fit import largest_that_fits
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    workload, method = (
-        load_workload(request.model, request.dtype),
-        methods(request.r)[request.method](),
+    peaks, mode = Peaks(request), request.mode
+    row = peaks.estimate(mode, request.batch, request.length).row()
+    row["has_length"] = peaks.workload.logits_width is not None
+    if request.budget is None or not row["trainable"]:
+        return row
+    if row["weights"] + row["moments"] > request.budget:
+        # they are the same at any size
+        row |= {"largest_batch": 0, "longest_sequence": 0}
+        return row | _choice(request, peaks)
+    row["largest_batch"] = largest_that_fits(
+        lambda batch: peaks(mode, batch, request.length), request.budget, request.batch
     )
-    if request.checkpointing:
-        workload = plan.with_checkpointing(workload)
-    row = plan.estimate(workload, method, request.batch, request.length).row()
-    if request.budget is not None:
-        known = {(request.batch, request.length): row["peak_bytes"]}
-
-        def peak(batch: int, length: int) -> int:
-            if (batch, length) not in known:
-                known[batch, length] = plan.estimate(workload, method, batch, length).peak_bytes
-            return known[batch, length]
-
-        row["largest_batch"] = plan.largest_that_fits(
-            lambda b: peak(b, request.length), request.budget, request.batch
+    if row["has_length"]:
+        units = largest_that_fits(
+            lambda units: peaks(mode, request.batch, units * LENGTH_UNIT),
+            request.budget,
+            _first_guess(request, row["largest_batch"]),
         )
-        if workload.logits_width is not None:
-            units = max(1, request.length // LENGTH_UNIT)
-            fits = plan.largest_that_fits(
-                lambda u: peak(request.batch, u * LENGTH_UNIT), request.budget, units
-            )
-            row["longest_sequence"] = fits * LENGTH_UNIT
-    return row
+        row["longest_sequence"] = units * LENGTH_UNIT
+    return row | _choice(request, peaks)
 
 
-def bar(breakdown: dict[str, int], largest: int, width: int = 40) -> Any:
+def _choice(request: Request, peaks: Peaks) -> dict[str, Any]:
+    from slicefine.plan.fit import choose
+
+    if not request.decide or request.budget is None:
+        return {}
+    modes = list(SWITCHES) if request.mode == "eager" else [request.mode]
+    peak = lambda mode, batch: peaks(mode, batch, request.length)
+    return {"choice": asdict(choose(peak, modes, request.batch, request.budget))}
+
+
+def _first_guess(request: Request, largest_batch: int) -> int:
+    """In units of length, at the batch asked for: about as many tokens as the largest batch has."""
+    tokens = max(1, largest_batch) * request.length // request.batch
+    return max(1, tokens // LENGTH_UNIT)
+
+
+def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
+    """What to do, in words; the last line is the one to use."""
+    path, batch = Path(request.model), choice["batch"]
+    name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
+    asked = f"{request.batch} x {request.length} tokens" if request.length else str(request.batch)
+    needs = f"column slices need {choice['peak_bytes'] / GIB:.1f} GiB"
+    switches = SWITCHES[choice["mode"]].split()
+    if not batch:
+        return (
+            f"{name} does not fit {gpu}: at batch 1 {' '.join(['column slices', *switches])} need"
+            f" {choice['chosen_bytes'] / GIB:.1f} GiB. Use shorter sequences, a smaller dtype or a"
+            " larger GPU."
+        )
+    line = ["slicefine train --model", request.model, "--batch-size", str(batch)]
+    if batch < request.batch:
+        line += ["--accumulate", str(-(-request.batch // batch))]
+    if request.length:
+        line += ["--max-length", str(request.length)]
+    line = " ".join([*line, *switches])
+    if choice["mode"] == request.mode and batch == request.batch:
+        return f"{name} fits {gpu} at {asked}: {needs}.\n{line}"
+    new = switches if choice["mode"] != request.mode else []
+    how = " ".join([*new, *([f"--batch-size {batch}"] if batch < request.batch else [])])
+    return (
+        f"{name} does not fit {gpu} at {asked}: {needs}. With {how} it does:"
+        f" {choice['chosen_bytes'] / GIB:.1f} GiB.\n{line}"
+    )
+
+
+def bar(row: dict[str, Any], largest: int, width: int) -> Any:
     """A line of coloured blocks, to the scale of the largest peak."""
     from rich.text import Text
 
     text, done = Text(), 0
     total = 0
     for kind, colour in COLOURS.items():
-        total += breakdown[kind]
+        total += row[kind]
         upto = round(width * total / largest)
         text.append("█" * (upto - done), style=colour)
         done = upto
@@ -148,13 +226,14 @@ def plan(
     model: Annotated[
         str,
         typer.Option(
-            help="a config.json, a folder with one, an id of the hub, or a name of timm's"
+            help="a configuration file, a folder with one, an id of the hub, or a name of timm's"
         ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="sequences or images in a step")] = 4,
     seq: Annotated[int, typer.Option(min=1, help="tokens of a sequence")] = 2048,
     gpu: Annotated[
-        str | None, typer.Option(help="memory of the GPU, such as 24GiB: also find what fits")
+        str | None,
+        typer.Option(help="memory of the GPU, such as 24GiB: also find what fits, and how"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="of the weights: " + ", ".join(DTYPES))] = "bf16",
     r: Annotated[int, typer.Option(min=1, help="width of a slice, rank of LoRA")] = 16,
@@ -166,68 +245,88 @@ def plan(
     ] = None,
 ) -> None:
     """Peak memory of a training step for each method, without weights, data or a GPU."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    from slicefine.plan.estimate import UNSEEN, Estimate, advice
-
     if dtype not in DTYPES:
         raise typer.BadParameter(
             f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
         )
     budget = None if gpu is None else size_in_bytes(gpu)
-    console = Console()
-    try:
-        logits = load_workload(model, dtype).logits_width
-    except (ValueError, ImportError) as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
+    mode = "checkpointing" if checkpointing else "eager"
     requests = [
-        Request(model, name, r, batch, seq, dtype, checkpointing, budget) for name in methods(r)
+        Request(model, name, r, batch, seq, dtype, mode, budget, name == "column")
+        for name in method_names()
     ]
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        running = pool.map(work, requests)
-        rows = list(
-            track(
-                running,
-                total=len(requests),
-                description="planning",
-                console=console,
-                transient=True,
-            )
-        )
+        try:
+            rows = _with_progress(pool.map(work, requests), len(requests))
+        except (ValueError, ImportError) as error:
+            pool.shutdown(cancel_futures=True)
+            raise typer.BadParameter(str(error), param_hint="--model") from error
+    (column,) = (request for request in requests if request.decide)
+    choice = next((row.pop("choice") for row in rows if "choice" in row), None)
     if as_json is not None:
         as_json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    _print(rows, column, gpu, choice)
 
-    what = f"{batch} x {seq} tokens" if logits else f"{batch} images"
-    table = Table(
-        title=(
-            f"{model}, {dtype}, {what}, {'activation checkpointing' if checkpointing else 'eager'}"
-        )
+
+def _with_progress(running: Any, total: int) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    return list(
+        track(running, total=total, description="planning", console=console, transient=True)
     )
-    columns = ["method", "trainable", "peak GiB", *(["fits"] if budget else []), "made of"]
-    columns += ["largest batch", *(["longest sequence"] if logits else [])] if budget else []
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("method", "made of") else "right")
+
+
+def _print(
+    rows: list[dict[str, Any]], request: Request, gpu: str | None, choice: dict[str, Any] | None
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from slicefine.plan.fit import UNSEEN, advice
+
+    console = Console()
+    tokens = rows[0]["has_length"]
+    what = f"{request.batch} x {request.length} tokens" if tokens else f"{request.batch} images"
+    table = Table(
+        title=escape(f"{request.model}, {request.dtype}, {what}, r={request.r}, {request.mode}"),
+        box=None,
+        title_justify="left",
+    )
+    fits = ["batch", *(["tokens"] if tokens else [])] if gpu else []
+    table.add_column("method", no_wrap=True)
+    for name in ["trained", "GiB", *fits]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("made of", no_wrap=True)
+    width = max(8, min(40, console.width - 41 - 8 * len(fits)))
     largest = max(row["peak_bytes"] for row in rows)
     for row in rows:
-        cells = [row["method"], f"{row['trainable'] / 1e6:.1f} M", f"{row['peak_bytes'] / GIB:.2f}"]
-        cells += ["yes" if row["peak_bytes"] <= budget else "no"] if budget else []
-        cells.append(bar(row, largest))
-        if budget and row["trainable"]:
-            cells += [
-                str(row["largest_batch"]),
-                *([str(row["longest_sequence"])] if logits else []),
-            ]
-        table.add_row(*cells)
+        cells = [_short(row), _millions(row["trainable"]), f"{row['peak_bytes'] / GIB:.2f}"]
+        if gpu:
+            cells.append(str(row.get("largest_batch", "-")))
+        if gpu and tokens:
+            cells.append(str(row.get("longest_sequence", "-")))
+        table.add_row(*cells, bar(row, largest, width))
     console.print(table)
-    console.print(
-        "made of: " + ", ".join(f"[{colour}]█[/] {kind}" for kind, colour in COLOURS.items())
-    )
-    fields = Estimate.__dataclass_fields__.keys() - {"breakdown"}
-    estimates = [
-        Estimate(**{k: row[k] for k in fields}, breakdown={k: row[k] for k in COLOURS})
-        for row in rows
-    ]
-    console.print(advice(estimates))
-    console.print(f"({UNSEEN})")
+    legend = ", ".join(f"[{colour}]█[/] {kind}" for kind, colour in COLOURS.items())
+    console.print("made of: " + legend)
+    if gpu:
+        also = f"; tokens: the longest sequence at batch {request.batch}" if tokens else ""
+        console.print(f"batch: the largest that fits {escape(gpu)}{also}")
+    console.print(advice(rows), highlight=False)
+    console.print(f"({UNSEEN})", highlight=False)
+    if choice is not None and gpu is not None:
+        asked = request if tokens else replace(request, length=0)
+        console.print("\n" + escape(verdict(asked, choice, gpu)), highlight=False, soft_wrap=True)
+
+
+def _short(row: dict[str, Any]) -> str:
+    """The method's name without the rank, which the title says."""
+    name = row["method"].replace(f" r={row['r']}", "")
+    return name.replace("optimizer_in_bwd", "in bwd").replace("low precision", "low")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count < 999.95e6 else f"{count / 1e9:.1f} G"

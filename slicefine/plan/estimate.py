@@ -20,31 +20,28 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 
-from slicefine.config import SliceConfig
-from slicefine.model import get_slice_model
 from slicefine.moves import slices_of
 from slicefine.optim import SliceAdamW
-from slicefine.plan.tracker import MemoryReport, track_compiled, track_memory
-from slicefine.targets import find_targets
-
-UNSEEN = (
-    "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, fragmentation of the"
-    " allocator"
+from slicefine.plan.layers import (
+    SHORT_STACKS,
+    extend,
+    identical_layers,
+    keep_layers,
+    phases_of_layers,
 )
-UNSEEN_COMPILED = UNSEEN + ", and what inductor changes by fusing operators and reusing buffers"
+from slicefine.plan.tracker import MemoryReport, track_compiled, track_memory
 
 
 @dataclass(frozen=True)
 class Workload:
     """A model and what one step feeds it.
 
-    build: () -> the model on the meta device. inputs: batch size, length -> keyword arguments, made
-        of fake tensors.
-    loss: what the model returned, inputs -> scalar. logits_width: size of the vocabulary, if it has
-        one.
-    embeddings: model -> the module whose output gradients must reach for the frozen floor. context:
-        entered for the step, where
-    the model's code must be told something about the data that values would tell it.
+    build: () -> the model on the meta device.
+    inputs: batch size, length -> keyword arguments, made of fake tensors.
+    loss: what the model returned, inputs -> scalar.
+    embeddings: the module whose output must receive gradients in the frozen-floor run.
+    logits_width: size of the vocabulary, if it has one.
+    context: context manager that is active during the step.
     """
 
     name: str
@@ -72,9 +69,8 @@ class Method:
     name: str
     prepare: Callable[[nn.Module], Optimizer | None]
     after_backward: Callable[[nn.Module], None] = lambda model: None
-    on_meta: Callable[[nn.Module], nn.Module] = lambda model: (
-        model
-    )  # what must happen before tensors become fake
+    # what must happen before tensors become fake
+    on_meta: Callable[[nn.Module], nn.Module] = lambda model: model
     targets: str = "all-linear"
     r: int | None = None
 
@@ -93,10 +89,11 @@ class Estimate:
     trainable: int
     mode: str
     breakdown: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
-        shown = {k: v for k, v in self.__dict__.items() if k != "breakdown"}
+        shown = {k: v for k, v in self.__dict__.items() if k not in ("breakdown", "phases")}
         return {**shown, **self.breakdown}
 
 
@@ -115,10 +112,8 @@ def _fakes(model: nn.Module) -> Iterator[FakeTensorMode]:
                 )
             if isinstance(tensor, nn.Parameter):
                 twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
-            known[id(tensor)] = (
-                tensor,
-                twin,
-            )  # the original too: its id must not be given to another
+            # the original too: its id must not be given to another
+            known[id(tensor)] = tensor, twin
         return known[id(tensor)][1]
 
     for module in model.modules():
@@ -144,13 +139,47 @@ def _prime(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def estimate(workload: Workload, method: Method, batch: int, length: int) -> Estimate:
+def estimate(
+    workload: Workload, method: Method, batch: int, length: int, whole: bool = False
+) -> Estimate:
     """The peak of forward, backward and update in the steady state, with the moments of the steps
     before.
 
-    Raises whatever the model or the method raises; nothing is guessed.
+    Of a stack of identical layers two and three are run and the rest follows, byte for byte, from
+    their difference (`slicefine.plan.layers`).
+
+    Args:
+        whole: run every layer.
+    Raises:
+        Whatever the model or the method raises.
     """
-    model = method.on_meta(workload.build())
+    model = workload.build()
+    depth = None if whole or workload.compiled else identical_layers(model)
+    if depth is None:
+        return _estimate_of(workload, method, model, batch, length)
+    short = [
+        _estimate_of(workload, method, keep_layers(workload.build(), kept), batch, length)
+        for kept in SHORT_STACKS
+    ]
+    return _extended(*short, depth)
+
+
+def _extended(two: Estimate, three: Estimate, depth: int) -> Estimate:
+    breakdown = extend(two.phases, three.phases, depth)
+    trained_by_a_layer = three.trainable - two.trainable
+    return replace(
+        three,
+        peak_bytes=sum(breakdown.values()),
+        trainable=two.trainable + (depth - 2) * trained_by_a_layer,
+        breakdown=breakdown,
+        phases={},
+    )
+
+
+def _estimate_of(
+    workload: Workload, method: Method, model: nn.Module, batch: int, length: int
+) -> Estimate:
+    model = method.on_meta(model)
     model.train()
     with _fakes(model):
         optimizer = method.prepare(model)
@@ -160,10 +189,10 @@ def estimate(workload: Workload, method: Method, batch: int, length: int) -> Est
             _reach(workload.embeddings(model), workload.compiled)
         else:
             _prime(optimizer)
+        step = _compiled_step if workload.compiled else _step
         with workload.context():
-            report = (_compiled_step if workload.compiled else _step)(
-                workload, method, model, optimizer, inputs
-            )
+            report = step(workload, method, model, optimizer, inputs)
+    assert sum(report.breakdown.values()) == report.peak_bytes
     return Estimate(
         workload.name,
         method.name,
@@ -174,7 +203,8 @@ def estimate(workload: Workload, method: Method, batch: int, length: int) -> Est
         report.peak_bytes,
         trainable,
         workload.mode,
-        _whole(report),
+        report.breakdown,
+        report.phases,
     )
 
 
@@ -204,7 +234,10 @@ def _step(
     with track_memory(
         _tensors(inputs), model=model, optimizer=optimizer, logits_width=workload.logits_width
     ) as report:
-        workload.loss(model(**inputs), inputs).backward()
+        with phases_of_layers(model, report.begin):
+            report.begin("before")
+            workload.loss(model(**inputs), inputs).backward()
+        report.begin("update")
         _update(method, model, optimizer)
     return report
 
@@ -230,7 +263,8 @@ def _compiled_step(
         loss(inputs).backward()
         with tracking.eager:
             _update(method, model, optimizer)
-    torch._dynamo.reset()  # it would keep the model
+    # it would keep the model
+    torch._dynamo.reset()
     return tracking.report
 
 
@@ -243,188 +277,3 @@ def _update(method: Method, model: nn.Module, optimizer: Optimizer | None) -> No
 
 def _tensors(inputs: dict[str, Any]) -> list[Tensor]:
     return [v for v in inputs.values() if isinstance(v, Tensor)]
-
-
-def _whole(report: MemoryReport) -> dict[str, int]:
-    assert sum(report.breakdown.values()) == report.peak_bytes
-    return report.breakdown
-
-
-# Methods
-
-
-def floor() -> Method:
-    """Nothing trains; gradients reach the output of the embeddings. No method that keeps W dense
-    can need less.
-    """
-
-    def prepare(model: nn.Module) -> None:
-        model.requires_grad_(False)
-
-    return Method("frozen floor", prepare, targets="-")
-
-
-def slices(
-    r: int,
-    slice_type: str = "column",
-    in_bwd: bool = False,
-    targets: str | list[str] = "all-linear",
-) -> Method:
-    """slicefine with SliceAdamW."""
-
-    def prepare(model: nn.Module) -> Optimizer:
-        get_slice_model(model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets))
-        return SliceAdamW(model.parameters(), optimizer_in_bwd=in_bwd)
-
-    name = f"slice {slice_type} r={r}" + (", optimizer_in_bwd" if in_bwd else "")
-    return Method(name, prepare, targets=_named(targets), r=r)
-
-
-def full() -> Method:
-    """Full fine-tuning in the model's dtype, torch.optim.AdamW(fused=True)."""
-    return Method(
-        "full",
-        lambda model: torch.optim.AdamW(model.parameters(), fused=True),
-        targets="everything",
-    )
-
-
-def masked(r: int, targets: str | list[str] = "all-linear") -> Method:
-    """The masked-gradient baseline: dense gradients of the targets, a mask of columns on them,
-    dense AdamW.
-
-    The mask is a vector over the columns, a few KiB: the leanest way to write it.
-    """
-    masks: list[tuple[Any, Tensor]] = []
-
-    def prepare(model: nn.Module) -> Optimizer:
-        found = find_targets(model, SliceConfig(r=r, target_modules=targets))
-        model.requires_grad_(False)
-        weights: list[Any] = list(
-            {id(t.module.weight): t.module.weight for t in found if not t.skipped}.values()
-        )
-        for weight in weights:
-            weight.requires_grad_(True)
-        masks[:] = [(w, torch.zeros(w.shape[1], dtype=torch.bool)) for w in weights]
-        return torch.optim.AdamW(weights, fused=True)
-
-    def after_backward(model: nn.Module) -> None:
-        for weight, mask in masks:
-            weight.grad.mul_(mask)
-
-    return Method(f"masked r={r}", prepare, after_backward, targets=_named(targets), r=r)
-
-
-def _named(targets: str | list[str]) -> str:
-    return targets if isinstance(targets, str) else ",".join(targets)
-
-
-# What fits
-
-
-def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> int:
-    """The largest size whose peak is within the budget, in bytes; 0 if not even 1 is.
-
-    peak: size -> bytes, growing. Peaks grow almost linearly: the secant through the largest size
-        that fits and the smallest that does
-    not says where to look, through the two largest or smallest while only one kind is known. The
-    size returned has been evaluated
-    and fits; the one after it does not, by the secant at least.
-    """
-    known: dict[int, int] = {}
-    size = start
-    for _ in range(40):
-        known[size] = peak(size)
-        fits, beyond = (
-            [s for s in sorted(known) if (known[s] <= budget) == wanted] for wanted in (True, False)
-        )
-        if not fits and 1 in known:
-            return 0
-        if len(known) == 1:
-            size = 2 * start if fits else max(1, start // 2)
-            continue
-        low, high = (
-            (fits[-1], beyond[0]) if fits and beyond else (fits[-2:] if fits else beyond[:2])
-        )
-        slope = (known[high] - known[low]) / (high - low)
-        size = int(low + (budget - known[low]) / slope) if slope > 0 else 2 * high
-        size = max(size, 1)
-        if fits and beyond:
-            size = min(size, high - 1)  # rounding, or a curve that bends the other way
-            if size <= low:
-                return low
-        elif size in known:
-            if fits:
-                return fits[-1]
-            size = max(1, beyond[0] - 1)
-    raise RuntimeError(
-        f"no size found within {budget} bytes after {len(known)} tries; peaks by size: {known}"
-    )
-
-
-def advice(estimates: list[Estimate]) -> str:
-    """What dominates the leanest trained method's peak, and what would help."""
-    trained = [e for e in estimates if e.trainable and not e.method.startswith("frozen")]
-    if not trained:
-        return ""
-    leanest = min(trained, key=lambda e: e.peak_bytes)
-    kind, size = max(leanest.breakdown.items(), key=lambda item: item[1])
-    share = size / leanest.peak_bytes
-    help_with = {
-        "weights": "load the weights in a smaller dtype, or shard them over devices",
-        "activations": (
-            "use --checkpointing, a smaller batch or shorter sequences"
-            if leanest.mode == "eager"
-            else "use a smaller batch with gradient accumulation, or shorter sequences"
-        ),
-        "logits": (
-            "compute the loss in chunks (a fused linear cross entropy), or use a smaller batch or"
-            " shorter sequences"
-        ),
-        "temporaries": (
-            "use a smaller batch or shorter sequences; the largest are often the loss's float32"
-            " logits"
-        ),
-        "gradients": "train slices instead of whole weights, or use optimizer_in_bwd",
-        "moments": "train slices instead of whole weights, or use optim_bits=8",
-    }[kind]
-    return (
-        f"Leanest trained method: {leanest.method}. {share:.0%} of its peak are {kind}:"
-        f" {help_with}."
-    )
-
-
-def with_compile(workload: Workload) -> Workload:
-    """The same under torch.compile: graphs of its own partitioner, run operator by operator
-    (`slicefine.plan.tracker.track_compiled`).
-    """
-    if workload.checkpointing:
-        raise ValueError(
-            "a step with activation checkpointing is not planned under torch.compile; choose one of"
-            " them"
-        )
-    return replace(workload, compiled=True)
-
-
-def with_checkpointing(workload: Workload) -> Workload:
-    """The same with activation checkpointing, by the model's own method (transformers, timm);
-    non-reentrant.
-    """
-    calls: dict[str, Callable[[Any], Any]] = {
-        "activation_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
-        "gradient_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
-        "set_grad_checkpointing": lambda enable: enable(True),
-    }
-
-    def build() -> nn.Module:
-        model = workload.build()
-        for name, call in calls.items():
-            if hasattr(model, name):
-                call(getattr(model, name))
-                return model
-        raise ValueError(
-            f"{type(model).__name__} has none of {', '.join(calls)}: it cannot be planned with"
-            " checkpointing"
-        )
-
-    return replace(workload, build=build, checkpointing=True)

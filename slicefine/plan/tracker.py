@@ -11,7 +11,7 @@ for every method).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +36,14 @@ class MemoryReport:
     breakdown: bytes of each of KINDS at that time; empty on a GPU, whose allocator does not tell.
         Activations are what autograd
     has saved for backward; logits are tensors whose last dimension is ``logits_width``.
+    phases: name -> the breakdown at the peak within it, for each name given to ``begin``.
     """
 
     bytes_before: int = 0
     peak_bytes: int = 0
     breakdown: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    begin: Callable[[str], None] = lambda phase: None
 
 
 class _StorageTracker(TorchDispatchMode):
@@ -50,6 +53,9 @@ class _StorageTracker(TorchDispatchMode):
         self.current = self.peak = 0
         self.totals: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.at_peak: dict[str, int] = dict(self.totals)
+        self.phases: dict[str, dict[str, int]] = {}
+        self.phase_peak = 0
+        self.phase: str | None = None
         self.logits_width = logits_width
 
     def follow(self, tensor: Tensor, kind: str = "temporaries") -> None:
@@ -78,10 +84,19 @@ class _StorageTracker(TorchDispatchMode):
             self.totals[kind] += size
             if self.current == self.peak:
                 self.at_peak = dict(self.totals)
+            if self.phase is not None and self.current == self.phase_peak:
+                self.phases[self.phase] = dict(self.totals)
 
     def _note_peak(self) -> None:
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, dict(self.totals)
+        if self.phase is not None and self.current > self.phase_peak:
+            self.phase_peak, self.phases[self.phase] = self.current, dict(self.totals)
+
+    def begin(self, phase: str) -> None:
+        """From here on, until the next call, peaks are those of this phase too."""
+        self.phase, self.phase_peak = phase, self.current
+        self.phases[phase] = dict(self.totals)
 
     def follow_all(self, tensors: Iterable[Any], kind: str = "temporaries") -> None:
         for (
@@ -135,9 +150,11 @@ def track_memory(
     tracker = _StorageTracker(logits_width)
     with _following(tracker, model, optimizer, held):
         report.bytes_before = tracker.current
+        report.begin = tracker.begin
         with saved_tensors_hooks(tracker.save, lambda tensor: tensor), tracker:
             yield report
     report.peak_bytes, report.breakdown = tracker.peak, tracker.at_peak
+    report.phases = tracker.phases
 
 
 @contextmanager

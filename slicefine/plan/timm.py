@@ -1,4 +1,4 @@
-"""What slicefine needs of timm."""
+"""What a step of one of timm's models feeds it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,54 @@
+"""The same step in another mode: activation checkpointing, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from slicefine.plan.estimate import Workload
+
+
+def with_compile(workload: Workload) -> Workload:
+    """The same under torch.compile: graphs of its own partitioner, run operator by operator
+    (`slicefine.plan.tracker.track_compiled`).
+    """
+    if workload.checkpointing:
+        raise ValueError(
+            "a step with activation checkpointing is not planned under torch.compile; choose one of"
+            " them"
+        )
+    return replace(workload, compiled=True)
+
+
+def with_checkpointing(workload: Workload) -> Workload:
+    """The same with activation checkpointing, by the model's own method (transformers, timm);
+    non-reentrant.
+    """
+    calls: dict[str, Callable[[Any], Any]] = {
+        "activation_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
+        "gradient_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
+        "set_grad_checkpointing": lambda enable: enable(True),
+    }
+
+    def build() -> nn.Module:
+        model = workload.build()
+        for name, call in calls.items():
+            if hasattr(model, name):
+                call(getattr(model, name))
+                return model
+        raise ValueError(
+            f"{type(model).__name__} has none of {', '.join(calls)}: it cannot be planned with"
+            " checkpointing"
+        )
+
+    return replace(workload, build=build, checkpointing=True)
+
+
+MODES: dict[str, Callable[[Workload], Workload]] = {
+    "eager": lambda workload: workload,
+    "checkpointing": with_checkpointing,
+    "compiled": with_compile,
+}
