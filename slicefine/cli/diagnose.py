@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from slicefine.cli.train import _device
+from slicefine.training.arguments import device_of
 from slicefine.training.data import Row, UserError, read_rows, split_rows
 from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
 
@@ -192,7 +192,7 @@ def load_subject(
         task.folder = Path(data).parent
     rows = read_rows(data, task.required())
     task.prepare(rows)
-    device = _device(device_name)
+    device = device_of(device_name)
     rows = split_rows(rows, 0.0, seed)[0]
     chosen = rows[:examples]
     torch.manual_seed(seed)

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from slicefine.capacity.samples import Samples, joined
+from slicefine.training.arguments import device_of as device_of
 from slicefine.training.data import Row, UserError, read_rows
 from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
 
@@ -81,9 +81,3 @@ def write_json(path: Path, content: Any) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path}: cannot write there ({error.strerror or error})") from error
-
-
-def device_of(name: str | None) -> torch.device:
-    from slicefine.cli.train import _device
-
-    return _device(name)

@@ -27,16 +27,21 @@ class SliceCallback(transformers.TrainerCallback):
     SliceAdamW.
 
     Every log gains ``slice_coverage`` (share of the sliced weights' entries that has trained, 0 to
-    1), ``slice_moves`` (of the layer that
-    moved most often) and ``slice_grad_norm`` (of all trained parameters at the last optimizer step,
-    after clipping). SliceAdamW's checkpoints hold
-    the slices; for Trainer's own optimizers they are written beside them (slices.pt) and read back
-    on resume. Training needs no callback.
+    1), ``slice_moves`` (of the layer that moved most often) and ``slice_grad_norm`` (of all trained
+    parameters at the last optimizer step, after clipping). SliceAdamW's checkpoints hold the
+    slices; for Trainer's own optimizers they are written beside them (slices.pt) and read back on
+    resume. Training needs no callback.
+
+    Args:
+        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` is given,
+            which Trainer does not tell its callbacks. Without it the checkpoint is looked for in
+            ``args.resume_from_checkpoint`` and in ``output_dir``.
     """
 
     FILE = "slices.pt"
 
-    def __init__(self) -> None:
+    def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
+        self.resume_from = resume_from
         self._norm: torch.Tensor | None = None
 
     def on_train_begin(
@@ -48,17 +53,35 @@ class SliceCallback(transformers.TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
+        """Restore the slices of a resumed run whose optimizer does not hold them.
+
+        Raises:
+            ValueError: if the checkpoint that is resumed from has none.
+        """
         layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
         if not layers:
             warnings.warn(
                 "SliceCallback: the model has no slices; call get_slice_model(model, ...) first",
                 stacklevel=2,
             )
-        if not state.global_step or _holds_slices(optimizer):
+        if not layers or not state.global_step or _holds_slices(optimizer):
             return
-        path = _checkpoint(args, state) / self.FILE
-        if path.exists():
-            load_slice_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
+        path = self._saved(args, state)
+        load_slice_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
+
+    def _saved(self, args: Any, state: Any) -> Path:
+        given = [self.resume_from, args.resume_from_checkpoint]
+        folders = [Path(f) for f in given if isinstance(f, str | os.PathLike)]
+        folders = folders or [_checkpoint(args, state)]
+        for folder in folders:
+            if (folder / self.FILE).is_file():
+                return folder / self.FILE
+        raise ValueError(
+            f"the run goes on at step {state.global_step:,d}, and {folders[0]} has no {self.FILE}"
+            " with its slices: they would start anew, and the delta would be of a base that nobody"
+            " has. Give the checkpoint that is resumed from as SliceCallback(resume_from=...); one"
+            " written without SliceCallback can be resumed with SliceAdamW only"
+        )
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any

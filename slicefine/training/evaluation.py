@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from slicefine.deltas.delta import Delta
 from slicefine.training.data import Row, UserError, chunks, read_rows, split_rows
-from slicefine.training.tasks import TASKS, Columns, ImageClassification, Task
+from slicefine.training.tasks import TASKS, CausalLM, Columns, ImageClassification, Task
 
 
 @dataclass
@@ -45,6 +45,11 @@ class Evaluation:
     max_length: int
     batch_size: int
     bf16: bool
+    # since 0.2: how rows of a language model are read, and what the weights are
+    dtype: str = "float32"
+    form: str | None = None
+    answers_only: bool = True
+    chat_template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,12 +66,22 @@ class Evaluation:
                 " rows to evaluate on (--eval-data or --eval-share)"
             )
         wanted = {field.name for field in fields(cls)}
-        if content.keys() != wanted or content["task"] not in TASKS:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= content.keys() <= wanted or content["task"] not in TASKS:
             raise UserError(
                 f"the delta's evaluation has {sorted(content)}, of task {content.get('task')!r};"
                 f" this slicefine repeats evaluations with {sorted(wanted)} of {', '.join(TASKS)}"
             )
         return cls(**content)
+
+    def new_task(self) -> Task:
+        """The task, as it read the rows."""
+        task = TASKS[self.task](Columns(**self.columns), self.max_length)
+        task.labels = self.labels
+        if isinstance(task, CausalLM):
+            task.form, task.answers_only = self.form, self.answers_only
+            task.chat_template = self.chat_template
+        return task
 
 
 def planned(
@@ -79,10 +94,18 @@ def planned(
     seed: int,
     batch_size: int,
     bf16: bool,
+    dtype: str = "float32",
 ) -> Evaluation:
     """An evaluation on ``evaluated``, all ``rows`` or the ``share`` of them that the seed holds
     out, before it is made.
     """
+    language: dict[str, Any] = {}
+    if isinstance(task, CausalLM):
+        language = {
+            "form": task.form,
+            "answers_only": task.answers_only,
+            "chat_template": task.chat_template,
+        }
     name = next(name for name, kind in TASKS.items() if type(task) is kind)
     images = str(task.folder) if isinstance(task, ImageClassification) else None
     return Evaluation(
@@ -101,6 +124,8 @@ def planned(
         task.max_length,
         batch_size,
         bf16,
+        dtype,
+        **language,
     )
 
 
@@ -115,14 +140,26 @@ def measure(
 
 
 def file_sha256(data: str, rows: list[Row]) -> str:
-    """SHA-256 of a data file, as sha256sum gives it; of all its rows as JSON for a hub data set."""
-    path = Path(data)
-    content = (
-        path.read_bytes()
-        if path.is_file()
-        else json.dumps(rows, default=str, sort_keys=True).encode()
-    )
-    return hashlib.sha256(content).hexdigest()
+    """SHA-256 of a data file, as sha256sum gives it; of all its rows as JSON for a folder or a hub
+    data set.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return rows_sha256(rows)
+
+
+def rows_sha256(rows: list[Row]) -> str:
+    """SHA-256 of rows as JSON, images by their pixels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=_as_text, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _as_text(value: Any) -> str:
+    # an image's own text has its address in memory
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
 def data_sha256(data: str, rows: list[Row], evaluated: list[Row], task: Task) -> str:
@@ -149,8 +186,7 @@ def repeat(
     another base model.
     """
     recorded = Evaluation.of(delta)
-    task = TASKS[recorded.task](Columns(**recorded.columns), recorded.max_length)
-    task.labels = recorded.labels
+    task = recorded.new_task()
     source = data or recorded.data
     if isinstance(task, ImageClassification):
         task.folder = (
@@ -165,7 +201,9 @@ def repeat(
             f"--data {source} has SHA-256 {found}; the evaluation was on {recorded.data} with"
             f" {recorded.data_sha256}. Give the same data"
         )
-    loaded, _ = task.load(model or recorded.model, torch.float32)
+    # the record's numbering stays, whatever the base model calls its own classes
+    loaded, _ = task.load(model or recorded.model, getattr(torch, recorded.dtype))
+    task.labels = recorded.labels
     delta.apply_to(loaded)
     value = measure(loaded.to(device), task, evaluated, recorded.batch_size, recorded.bf16, device)
     return recorded, value

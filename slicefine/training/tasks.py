@@ -1,6 +1,4 @@
-"""The tasks of `slicefine train`: how a row becomes a batch, which model takes it, how it is
-scored.
-"""
+"""The tasks of `slicefine train`: how a row becomes a batch, which model takes it, how it is scored."""
 
 from __future__ import annotations
 
@@ -12,23 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slicefine.training.data import Row, UserError, labels_of
+from slicefine.training.chat import Chat, Example, Rendered, example_of, form_of
+from slicefine.training.data import (
+    Row,
+    UserError,
+    check_texts,
+    label_name,
+    labels_of,
+    text_in,
+)
 
 Batch = dict[str, Tensor]
+# "auto": that of the checkpoint
+Dtype = torch.dtype | str
 
 
 @dataclass
 class Columns:
-    text: str
-    label: str
-    image: str
+    text: str = "text"
+    label: str = "label"
+    image: str = "image"
 
 
 class Task:
-    """name: of the task. metric: of `evaluate`. columns: that a row must have."""
+    """How a row becomes a batch, which model takes it, how it is scored.
+
+    metric: of `evaluate`. columns: names of the columns that a row is read from. max_length: tokens.
+    labels: of a classification, in the order of the classes.
+    """
 
     metric = "accuracy"
-    unit = "tokens"  # of `size`
 
     def __init__(self, columns: Columns, max_length: int) -> None:
         self.columns, self.max_length = columns, max_length
@@ -40,12 +51,19 @@ class Task:
     def prepare(self, rows: list[Row]) -> None:
         """Look at the training rows before anything large is loaded."""
 
+    def check(self, rows: list[Row], what: str = "--data") -> None:
+        """Raise UserError for the first row, of training or evaluation, that cannot be used."""
+
     def check_labels(self, rows: list[Row]) -> None:
         """Raise UserError for a label that the training rows do not have."""
         if self.labels:
             self._label_ids(rows)
 
-    def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    def load_inputs(self, model: str) -> None:
+        """The tokenizer or processor of a model, once; it is small beside the weights."""
+        raise NotImplementedError
+
+    def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
         """(model, names of its modules that are newly initialised)."""
         raise NotImplementedError
 
@@ -73,13 +91,9 @@ class Task:
     def batch(self, rows: list[Row]) -> Batch:
         raise NotImplementedError
 
-    def size(self, batch: Batch) -> int:
-        """Tokens (or images) in a batch, for the progress line."""
-        return int(batch["attention_mask"].sum())
-
-    def weight(self, batch: Batch) -> int:
-        """What the mean loss of a batch is a mean over; micro-batches are weighted by it."""
-        return len(batch["labels"])
+    def dataset(self, rows: list[Row], what: str = "--data") -> Any:
+        """Rows as Trainer takes them: token ids or rows, each what the collator makes batches of."""
+        raise NotImplementedError
 
     def length(self, row: Row) -> int:
         """What batches are sorted by, to pad little."""
@@ -104,13 +118,14 @@ class Task:
 
     def _label_ids(self, rows: list[Row]) -> Tensor:
         index = {label: i for i, label in enumerate(self.labels)}
-        unknown = {str(row[self.columns.label]) for row in rows} - index.keys()
+        names = [label_name(row[self.columns.label]) for row in rows]
+        unknown = set(names) - index.keys()
         if unknown:
             raise UserError(
                 f"label {sorted(unknown)[0]!r} does not occur in the training rows; known:"
                 f" {', '.join(self.labels[:20])}"
             )
-        return torch.tensor([index[str(row[self.columns.label])] for row in rows])
+        return torch.tensor([index[name] for name in names])
 
 
 def location(model: str) -> tuple[str, dict[str, Any]]:
@@ -128,11 +143,15 @@ def location(model: str) -> tuple[str, dict[str, Any]]:
     return str(path.expanduser()) if path.expanduser().exists() else model, {}
 
 
-def pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any) -> Any:
+def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> Any:
+    """``from_pretrained`` of an auto class. dtype: "auto" is the checkpoint's own; a GGUF file holds
+    packed weights, which have none, and become float32.
+    """
     place, extra = location(model)
     if dtype is not None:
-        extra["dtype"] = dtype
-        if "gguf_file" in extra:
+        packed = "gguf_file" in extra
+        extra["dtype"] = torch.float32 if packed and dtype == "auto" else dtype
+        if packed:
             import transformers
 
             if hasattr(
@@ -143,6 +162,22 @@ def pretrained(kind: Any, model: str, dtype: torch.dtype | None, **options: Any)
         return kind.from_pretrained(place, **extra, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {model}: {kind.__name__} cannot load it: {error}") from error
+
+
+def numbering(labels: list[str], model: str) -> list[str]:
+    """The labels in the order of the checkpoint's classes where it has the same ones: a trained
+    head goes on meaning what it meant.
+    """
+    from transformers import AutoConfig
+
+    place, extra = location(model)
+    try:
+        names = AutoConfig.from_pretrained(place, **extra).id2label
+        known = [str(names[i]) for i in sorted(names, key=int)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return labels  # whether the model can be loaded is said where it is loaded
+    same = len(set(known)) == len(known) and set(known) == set(labels)
+    return known if same else labels
 
 
 def _new_modules(info: dict[str, Any]) -> list[str]:
@@ -167,7 +202,11 @@ def _with_head(model: nn.Module, modules: list[str]) -> list[str]:
 
 
 class _TextTask(Task):
-    tokenizer: Any
+    tokenizer: Any = None
+
+    def load_inputs(self, model: str) -> None:
+        if self.tokenizer is None:
+            self.tokenizer = self._tokenizer(model)
 
     def _tokenizer(self, model: str) -> Any:
         from transformers import AutoTokenizer
@@ -188,18 +227,6 @@ class _TextTask(Task):
                 f"--max-length {self.max_length}: this model takes {limit} tokens at the most"
             )
 
-    def _encode(self, rows: list[Row]) -> Batch:
-        texts = [str(row[self.columns.text]) for row in rows]
-        return dict(
-            self.tokenizer(
-                texts,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            )
-        )
-
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -209,48 +236,99 @@ class TextClassification(_TextTask):
         return [self.columns.text, self.columns.label]
 
     def prepare(self, rows: list[Row]) -> None:
+        self.check(rows)
         self.labels = labels_of(rows, self.columns.label)
 
-    def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    def check(self, rows: list[Row], what: str = "--data") -> None:
+        check_texts(rows, self.columns.text, what)
+
+    def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
+        self.labels = numbering(self.labels, model)
         loaded, new = self._load(model, dtype)
         return loaded, _with_head(loaded, new)
 
     def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
         return self._load(model, torch.float32)
 
-    def _load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    def _load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoModelForSequenceClassification
 
-        self.tokenizer = self._tokenizer(model)
-        names = dict(enumerate(self.labels))
-        loaded, info = pretrained(
-            AutoModelForSequenceClassification,
-            model,
-            dtype,
-            num_labels=len(names),
-            id2label=names,
-            label2id={v: k for k, v in names.items()},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        self.load_inputs(model)
+        loaded, info = _classifier(AutoModelForSequenceClassification, model, dtype, self.labels)
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self._check_length(loaded)
         return loaded, _new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
-        return {**self._encode(rows), "labels": self._label_ids(rows)}
+        texts = [text_in(row, self.columns.text, "a row") for row in rows]
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {**encoded, "labels": self._label_ids(rows)}
+
+    def dataset(self, rows: list[Row], what: str = "--data") -> list[dict[str, Any]]:
+        texts = [row[self.columns.text] for row in rows]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        labels = self._label_ids(rows).tolist()
+        keys = list(encoded)
+        return [
+            {**{key: encoded[key][i] for key in keys}, "labels": label}
+            for i, label in enumerate(labels)
+        ]
 
 
 class CausalLM(_TextTask):
+    """Texts, prompts with completions, or conversations (`slicefine.training.chat`).
+
+    form: of the rows; found by `prepare` where it is None. answers_only: whether prompts and what
+    others than the assistant say are left out of the loss. chat_template: a .jinja file that takes
+    the place of the tokenizer's.
+    """
+
     metric = "perplexity"
 
-    def required(self) -> list[str]:
-        return [self.columns.text]
+    def __init__(self, columns: Columns, max_length: int) -> None:
+        super().__init__(columns, max_length)
+        self.form: str | None = None
+        self.answers_only = True
+        self.chat_template: str | None = None
+        self.chat: Chat | None = None
 
-    def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    def required(self) -> list[str]:
+        return []
+
+    def prepare(self, rows: list[Row]) -> None:
+        if self.form is None:
+            self.form = form_of(rows[0], self.columns.text)
+        self.check(rows)
+
+    def check(self, rows: list[Row], what: str = "--data") -> None:
+        for number, row in enumerate(rows, 1):
+            self._example(row, f"{what}: row {number}")
+
+    def _example(self, row: Row, where: str) -> Example:
+        form = self.form or form_of(row, self.columns.text)
+        return example_of(row, form, self.columns.text, where)
+
+    def _tokenizer(self, model: str) -> Any:
+        tokenizer = super()._tokenizer(model)
+        if self.chat_template is not None:
+            try:
+                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"chat_template_path {self.chat_template}: {error}") from error
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"--model {model}: its tokenizer is not a fast one, and cannot tell which tokens"
+                " belong to an answer; save one with AutoTokenizer and tokenizer.json"
+            )
+        self.chat = Chat(tokenizer)
+        return tokenizer
+
+    def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
         from transformers import AutoModelForCausalLM
 
-        self.tokenizer = self._tokenizer(model)
+        self.load_inputs(model)
         loaded, info = pretrained(AutoModelForCausalLM, model, dtype, output_loading_info=True)
         self._check_length(loaded)
         # a tied head is reported missing and is no new module
@@ -258,18 +336,76 @@ class CausalLM(_TextTask):
         names = {id(m): n for n, m in loaded.named_modules()}
         return loaded, [n for n in _new_modules(info) if n != names.get(id(tied))]
 
-    def batch(self, rows: list[Row]) -> Batch:
-        end = self.tokenizer.eos_token or ""
-        batch = self._encode(
-            [{**row, self.columns.text: str(row[self.columns.text]) + end} for row in rows]
+    def rendered(self, row: Row, where: str = "a row") -> Rendered:
+        assert self.chat is not None
+        return self.chat.render(self._example(row, where), self.answers_only, where)
+
+    def prompt(self, row: Row) -> str:
+        """What the model is asked in a row, as its text; "" for a plain text."""
+        assert self.chat is not None
+        return self.chat.prompt_of(self._example(row, "a row"), "a row")
+
+    def encode(self, row: Row, where: str = "a row") -> tuple[list[int], list[int], bool]:
+        """(token ids, labels with -100 where nothing is learned, whether the row was cut)."""
+        rendered = self.rendered(row, where)
+        encoded = self.tokenizer(
+            rendered.text,
+            add_special_tokens=rendered.special_tokens,
+            return_offsets_mapping=True,
         )
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if rendered.whole:
+            labels = list(ids)
+        else:
+            learned = [any(a <= s < b for a, b in rendered.spans) for s, _ in offsets]
+            # special tokens that the tokenizer adds stand at (0, 0)
+            empty = [start == end for start, end in offsets]
+            pairs = zip(ids, learned, empty, strict=True)
+            labels = [i if yes and not no else -100 for i, yes, no in pairs]
+        cut = len(ids) > self.max_length
+        return ids[: self.max_length], labels[: self.max_length], cut
+
+    def dataset(self, rows: list[Row], what: str = "--data") -> Any:
+        """Token ids and labels, without the rows in which nothing is left to learn.
+
+        Raises:
+            UserError: if there is nothing to learn in any of them.
+        """
+        import datasets  # pyright: ignore[reportMissingImports]
+
+        encoded = [self.encode(row, f"{what}: row {i}") for i, row in enumerate(rows, 1)]
+        # the first token is predicted from nothing
+        kept = [i for i, (_, labels, _) in enumerate(encoded) if any(x != -100 for x in labels[1:])]
+        if not kept:
+            raise UserError(
+                f"{what}: no row has anything to predict within --max-length {self.max_length}"
+                " tokens; raise it, or look at the rows"
+            )
+        self.notes = _notes(what, self.max_length, encoded, kept)
+        columns = {
+            "input_ids": [encoded[i][0] for i in kept],
+            "labels": [encoded[i][1] for i in kept],
+        }
+        return datasets.Dataset.from_dict(columns)
+
+    def batch(self, rows: list[Row]) -> Batch:
+        encoded = [self.encode(row) for row in rows]
+        width = max(len(ids) for ids, _, _ in encoded)
+        left = self.tokenizer.padding_side == "left"
+
+        def padded(values: list[int], fill: int) -> list[int]:
+            more = [fill] * (width - len(values))
+            return more + values if left else values + more
+
+        pad = self.tokenizer.pad_token_id
         return {
-            **batch,
-            "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100),
+            "input_ids": torch.tensor([padded(ids, pad) for ids, _, _ in encoded]),
+            "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _, _ in encoded]),
+            "labels": torch.tensor([padded(labels, -100) for _, labels, _ in encoded]),
         }
 
-    def weight(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
+    def length(self, row: Row) -> int:
+        return len(self.rendered(row).text)
 
     @torch.no_grad()
     def evaluate(
@@ -279,15 +415,37 @@ class CausalLM(_TextTask):
         total = tokens = 0
         for rows in batches:
             batch = {key: value.to(device) for key, value in self.batch(rows).items()}
-            predicted = self.weight(batch)
+            predicted = int((batch["labels"][:, 1:] != -100).sum())
+            if predicted == 0:
+                continue
             with autocast():
                 total += float(model(**batch).loss) * predicted
             tokens += predicted
-        return math.exp(total / max(tokens, 1))
+        mean = total / max(tokens, 1)
+        # exp overflows beyond; a model as bad as that has no perplexity to speak of
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def _notes(what: str, limit: int, encoded: list[Any], kept: list[int]) -> list[str]:
+    """What was done to rows, for the user to read."""
+    cut = [i for i, row in enumerate(encoded, 1) if row[2]]
+    left_out = sorted(set(range(1, len(encoded) + 1)) - {i + 1 for i in kept})
+    total, notes = len(encoded), []
+    if cut:
+        notes.append(
+            f"{what}: {len(cut)} of {total} rows are longer than --max-length {limit} tokens and"
+            f" are cut (the first is row {cut[0]})"
+        )
+    if left_out:
+        notes.append(
+            f"{what}: {len(left_out)} of {total} rows have nothing to learn within --max-length"
+            f" {limit} tokens and are left out (the first is row {left_out[0]})"
+        )
+    return notes
 
 
 class ImageClassification(Task):
-    unit = "images"
+    processor: Any = None
 
     def __init__(self, columns: Columns, max_length: int) -> None:
         super().__init__(columns, max_length)
@@ -298,58 +456,64 @@ class ImageClassification(Task):
 
     def prepare(self, rows: list[Row]) -> None:
         self.labels = labels_of(rows, self.columns.label)
+        self.check(rows)
+
+    def check(self, rows: list[Row], what: str = "--data") -> None:
+        from PIL import Image
+
         for number, row in enumerate(rows, 1):
-            if (
-                isinstance(row[self.columns.image], str)
-                and not (self.folder / row[self.columns.image]).is_file()
-            ):
+            image = row[self.columns.image]
+            if isinstance(image, str) and not (self.folder / image).is_file():
                 raise UserError(
-                    f"row {number}: no image at {self.folder / row[self.columns.image]} (paths are"
-                    " relative to the data file)"
+                    f"row {number}: no image at {self.folder / image} (paths are relative to the"
+                    " data file)"
+                )
+            if not isinstance(image, str | Image.Image):
+                raise UserError(
+                    f"{what}: row {number}, column {self.columns.image!r} holds a"
+                    f" {type(image).__name__}; expected an image or its path"
                 )
 
-    def load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    def load_inputs(self, model: str) -> None:
+        from transformers import AutoImageProcessor
+
+        if self.processor is None:
+            self.processor = pretrained(AutoImageProcessor, model, None)
+
+    def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
+        self.labels = numbering(self.labels, model)
         loaded, new = self._load(model, dtype)
         return loaded, _with_head(loaded, new)
 
     def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
         return self._load(model, torch.float32)
 
-    def _load(self, model: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+    def _load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
+        from transformers import AutoModelForImageClassification
 
-        self.processor = pretrained(AutoImageProcessor, model, None)
-        names = dict(enumerate(self.labels))
-        loaded, info = pretrained(
-            AutoModelForImageClassification,
-            model,
-            dtype,
-            num_labels=len(names),
-            id2label=names,
-            label2id={v: k for k, v in names.items()},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        self.load_inputs(model)
+        loaded, info = _classifier(AutoModelForImageClassification, model, dtype, self.labels)
         return loaded, _new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
-        from PIL import Image
-
-        images = [
-            (
-                Image.open(self.folder / r[self.columns.image])
-                if isinstance(r[self.columns.image], str)
-                else r[self.columns.image]
-            )
-            for r in rows
-        ]
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")[
-            "pixel_values"
-        ]
+        images = [self._image(row[self.columns.image]) for row in rows]
+        pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, "labels": self._label_ids(rows)}
 
-    def size(self, batch: Batch) -> int:
-        return len(batch["pixel_values"])
+    def _image(self, image: Any) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        if not isinstance(image, str):
+            return image.convert("RGB")
+        try:
+            with Image.open(self.folder / image) as opened:
+                return opened.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{self.folder / image} cannot be read as an image: {error}") from error
+
+    def dataset(self, rows: list[Row], what: str = "--data") -> list[Row]:
+        """The rows themselves: images are read when their batch is made."""
+        return rows
 
     def length(self, row: Row) -> int:
         return 0
@@ -358,7 +522,24 @@ class ImageClassification(Task):
         self.processor.save_pretrained(folder)
 
 
-TASKS = {
+def _classifier(kind: Any, model: str, dtype: Dtype, labels: list[str]) -> tuple[Any, Any]:
+    """(a classifier of these labels, what was loaded of it)."""
+    names = dict(enumerate(labels))
+    loaded, info = pretrained(
+        kind,
+        model,
+        dtype,
+        num_labels=len(names),
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    loaded.config.problem_type = "single_label_classification"
+    return loaded, info
+
+
+TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "causal-lm": CausalLM,
     "image-classification": ImageClassification,

@@ -133,24 +133,24 @@ def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
 
 
 def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(here, monkeypatch):
-    from slicefine.cli import train as verb
+    from slicefine.training.trainer import SliceTraining
 
-    update = verb._Job._update
+    step = SliceTraining.training_step
 
-    def interrupted(job, micro_batches):
-        if job.step == 4:
+    def interrupted(trainer, *inputs, **more):
+        if trainer.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(job, micro_batches)
+        return step(trainer, *inputs, **more)
 
     command = f"train --model base --data reviews.csv --output stopped {TRAIN}"
-    monkeypatch.setattr(verb._Job, "_update", interrupted)
+    monkeypatch.setattr(SliceTraining, "training_step", interrupted)
     run(command, 130)
     delta("apply stopped/delta --model base --output merged")  # what it had by then
     assert same(weights("merged"), weights("stopped")) and not same(
         weights("merged"), weights("out")
     )
     assert "has no evaluation" in run("delta audit stopped/delta", 2)
-    monkeypatch.setattr(verb._Job, "_update", update)
+    monkeypatch.setattr(SliceTraining, "training_step", step)
     run(f"{command} --resume")
     delta("apply stopped/delta --model base --output merged")
     assert (

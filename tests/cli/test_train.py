@@ -18,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from slicefine.cli import train as verb
 from slicefine.cli.app import app
+from slicefine.training.trainer import SliceTraining
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -104,7 +104,7 @@ def test_text_classification(encoder, reviews, tmp_path):
         model(**tokenizer("a wonderful, moving film", return_tensors="pt")).logits.argmax().item()
     )
     assert model.config.id2label[label] == "good"
-    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert not list((tmp_path / "out").glob("checkpoint*"))
 
 
 def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
@@ -144,16 +144,14 @@ def weights_in(folder):
 
 KILLED = """
 import os, signal, sys
-import slicefine.atomic
+from transformers.trainer_callback import TrainerState
 from slicefine.cli.app import app
-replace, calls = os.replace, 0
-def dying(source, target):
-    global calls
-    calls += str(target).endswith("checkpoint.pt")
-    if calls == 4:  # the new checkpoint is written and has not taken its place
+save = TrainerState.save_to_json
+def dying(state, path):
+    if state.global_step == 4:  # everything of the checkpoint is written but its state
         os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-slicefine.atomic.os.replace = dying
+    save(state, path)
+TrainerState.save_to_json = dying
 app(sys.argv[1:])
 """
 
@@ -174,30 +172,34 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(encoder, rev
     command = [sys.executable, "-c", KILLED, "train", *map(str, options), "--save-every", "1"]
     killed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 3
-    classify(encoder, reviews, tmp_path / "out", "--resume")
+    assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
+    printed = classify(encoder, reviews, tmp_path / "out", "--resume", "--save-every", "1")
+    assert "resumed at step 3 of 12" in printed
     a, b = weights_in(tmp_path / "straight"), weights_in(tmp_path / "out")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("extra", [(), ("--optimizer-in-bwd", "--clip", 0)])
+@pytest.mark.parametrize(
+    ("extra", "number"),
+    [((), signal.SIGINT), (("--optimizer-in-bwd", "--clip", 0), signal.SIGTERM)],
+)
 def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(
-    encoder, reviews, tmp_path, monkeypatch, extra
+    encoder, reviews, tmp_path, monkeypatch, extra, number
 ):
     classify(encoder, reviews, tmp_path / "straight", *extra)
-    update = verb._Job._update
+    step = SliceTraining.training_step
 
-    def interrupted(job, micro_batches):
-        if job.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(job, micro_batches)
+    def interrupted(trainer, *inputs, **more):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), number)
+        return step(trainer, *inputs, **more)
 
-    monkeypatch.setattr(verb._Job, "_update", interrupted)
+    monkeypatch.setattr(SliceTraining, "training_step", interrupted)
     printed = classify(encoder, reviews, tmp_path / "out", *extra, code=130)
     assert "stopped at step 5 of 12" in printed
     weights_in(tmp_path / "out")  # loads
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 5
-    monkeypatch.setattr(verb._Job, "_update", update)
+    assert (tmp_path / "out" / "checkpoint-5").is_dir()
+    monkeypatch.setattr(SliceTraining, "training_step", step)
     assert "holds the checkpoint of another run" in classify(
         encoder, reviews, tmp_path / "out", *extra, code=2
     )
@@ -432,54 +434,6 @@ def test_the_entry_point():
             check=True,
         ).stdout
     )
-
-
-def test_micro_batches_of_a_language_model_are_weighted_by_their_tokens():
-    """One batch of four against four of one, with rows of very different lengths: the same
-    gradient.
-    """
-    from types import SimpleNamespace
-
-    from slicefine.training.tasks import CausalLM, Columns
-
-    task = CausalLM(Columns("text", "label", "image"), 64)
-    torch.manual_seed(0)
-    head = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
-
-    def batch(rows):
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": ids.masked_fill(mask == 0, -100),
-        }
-
-    def model(input_ids, attention_mask, labels):
-        logits = head(input_ids)[:, :-1].flatten(0, 1)
-        return SimpleNamespace(
-            loss=torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
-        )
-
-    task.batch = batch
-    job = SimpleNamespace(
-        task=task,
-        model=model,
-        device=torch.device("cpu"),
-        step=0,
-        losses=[],
-        recipe=SimpleNamespace(clip=0, lr=1),
-        scheduler=SimpleNamespace(step=lambda: None),
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-        optimizer=SimpleNamespace(zero_grad=head.zero_grad, step=lambda: None, param_groups=[]),
-    )
-    rows = [[1, 2], [3, 4], [5, 6], list(range(1, 18))]
-    grads = []
-    for micro in ([rows], [[row] for row in rows]):
-        verb._Job._update(job, micro)
-        grads.append(head[1].weight.grad.clone())
-    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_rows_may_hold_unicode_line_separators(tmp_path):
