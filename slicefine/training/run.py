@@ -150,6 +150,7 @@ class _Run:
             get_slice_model(self.model, slices)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        self.use_cache = getattr(self.model.config, "use_cache", None)
         self.interruption = Interruption()
         self.trainer = new_trainer(
             self.model,
@@ -203,9 +204,12 @@ class _Run:
                     raise
                 raise UserError(f"--resume: the checkpoint does not fit: {error}") from error
         trainer.accelerator.wait_for_everyone()
-        interrupted = self.interruption.hit
+        if self.use_cache is not None:
+            # Trainer switches it off for training, and the model would be saved so
+            self.model.config.use_cache = self.use_cache
+        interrupted, loss = self.interruption.hit, trainer.recent_loss()
         if main:
-            self._leave(interrupted)
+            self._leave(interrupted, loss)
         trainer.accelerator.wait_for_everyone()
         step = trainer.state.global_step
         if interrupted:
@@ -234,12 +238,12 @@ class _Run:
         atomic.write_text(self.output / RUN, json.dumps(content, indent=2) + "\n")
         atomic.write_text(self.output / RECIPE, self.recipe.to_yaml())
 
-    def _leave(self, interrupted: bool) -> None:
+    def _leave(self, interrupted: bool, loss: float) -> None:
         trainer, task, recipe = self.trainer, self.task, self.recipe
         device = self.args.device
         metrics: dict[str, Any] = {
             "steps": trainer.state.global_step,
-            "loss": trainer.recent_loss(),
+            "loss": loss,
             "peak_bytes": peak_bytes(device),
         }
         info: dict[str, Any] = {

