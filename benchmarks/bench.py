@@ -1,14 +1,11 @@
 """Run the benchmark suite and write JSON, a Markdown report and plots; or compare two commits.
 
-python -m benchmarks.bench [--quick] [--device cuda] [--part ops] [--results benchmarks/results]
-[--docs docs/bench]
-python -m benchmarks.bench --base REV [--pairs 4]      # this checkout against REV: faster, slower
-or no difference
+python -m benchmarks.bench [--quick] [--device cuda] [--part ops] [--results FOLDER]
+python -m benchmarks.bench --base REV [--pairs 4]      # faster, slower or no difference
 
 Every case's correctness check runs before its timing; where one is red the run fails and no report
-is written. The suite is
-ordinary pytest-benchmark too: `pytest benchmarks/suite --benchmark-only --benchmark-autosave`, then
---benchmark-compare.
+is written. The suite is ordinary pytest-benchmark too: `pytest benchmarks/speed --benchmark-only
+--benchmark-autosave`, then --benchmark-compare.
 """
 
 from __future__ import annotations
@@ -17,51 +14,13 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_suite(tree: Path, arguments: list[str], output: Path) -> tuple[int, str]:
-    """The suite of a checkout in a process of its own, one thread; (exit status, what it printed)."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    environment.pop(
-        "PYTEST_XDIST_WORKER", None
-    )  # from tests in several processes; pytest-benchmark would switch itself off
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks/suite",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-only",
-        "--benchmark-columns=median",
-        f"--benchmark-json={output}",
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
-def entries_in(path: Path) -> list[dict[str, Any]]:
-    """What the suite left in a pytest-benchmark file: {"row", "roofs", "package"}; nothing if there
-    is no file.
-    """
-    if not path.exists() or not path.stat().st_size:
-        return []
-    return [b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
+from benchmarks.speed.run import ROOT, entries_in, run_suite
 
 
 def rounded(value: Any) -> Any:
@@ -105,9 +64,9 @@ def stem_of(where: dict[str, Any]) -> str:
     return f"bench-{name}-{where['commit'].replace('+', '-dirty')}"
 
 
-def bench(arguments: list[str], command: str, results: Path, docs: Path) -> int:
-    """One run: JSON in results, report and plots in docs. 1 if a check was red."""
-    from benchmarks import report
+def bench(arguments: list[str], command: str, results: Path, pictures: Path) -> int:
+    """One run: JSON and its report in results, plots in pictures. 1 if a check was red."""
+    from benchmarks.speed import report
 
     before, start = load(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +105,7 @@ def bench(arguments: list[str], command: str, results: Path, docs: Path) -> int:
     stem = stem_of(content["where"])
     path = results / f"{stem}.json"
     path.write_text(as_json(rounded(content)), encoding="utf-8")
-    page = report.write(content, stem, docs)
+    page = report.write(content, stem, results, pictures)
     print(report.bar(rows), *report.shortfalls(rows), *report.verdict(rows), sep="\n")
     print(f"{content['seconds']:.0f} s. Written: {path}, {page}")
     return 0
@@ -162,7 +121,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--part", action="append", choices=("models", "layers", "moves", "ops"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "bench")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument(
         "--base", metavar="REV", help="compare this checkout with a commit, on the quick cases"
     )
@@ -174,11 +133,11 @@ def main() -> int:
     arguments += [f"--device={options.device}"] if options.device else []
     arguments += [f"--part={part}" for part in options.part or ()]
     if options.base:
-        from benchmarks import compare
+        from benchmarks.speed import compare
 
         return compare.main(options.base, options.pairs, arguments)
     command = " ".join(["python -m benchmarks.bench", *sys.argv[1:]])
-    return bench(arguments, command, options.results, options.docs)
+    return bench(arguments, command, options.results, options.pictures)
 
 
 if __name__ == "__main__":

@@ -18,86 +18,45 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import MaskedGradient
+from benchmarks.methods import Method, MissingPeerError, prepare
 from benchmarks.record import quantiles, where
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
 
-METHODS = ("floor", "slice", "slice_bwd", "masked", "dense", "lora")
+METHODS = {
+    "floor": Method("floor", "floor"),
+    "slice": Method("slice", "slice"),
+    "slice_bwd": Method("slice_bwd", "slice", in_bwd=True),
+    "masked": Method("masked", "masked"),
+    "dense": Method("dense", "dense"),
+    "lora": Method("lora", "lora"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SHAPES = ((1024, 1024), (1024, 4096), (4096, 1024))  # (in, out)
 GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 
 
-class MissingPeerError(RuntimeError):
-    """A peer that is compared with is not installed."""
-
-
-class Contestant:
-    """A layer with its optimizer; ``step(x, dy)`` is forward, backward for x and the trained part,
-    and the update.
+class LayerStep:
+    """One layer with a method on it; ``step(x, dy)`` is forward, backward for x and the trained
+    part, and the update.
     """
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        before: Callable | None = None,
-        after: Callable | None = None,
-    ):
-        self.layer, self.optimizer, self.before, self.after = layer, optimizer, before, after
+    def __init__(self, method: Method, linear: nn.Linear, r: int) -> None:
+        """linear: a template, of which every method trains a copy."""
+        layer = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
+        layer.to(linear.weight.device, linear.weight.dtype)
+        layer.load_state_dict({"0.weight": linear.weight})
+        self.prepared = prepare(method, layer, ["0"], r=r, lr=1e-3, wrap=False)
+        self.layer = self.prepared.model
 
     def step(self, x: Tensor, dy: Tensor) -> None:
         self.layer(x).backward(dy)
         x.grad = None
-        if self.optimizer is not None:
-            if self.before is not None:
-                self.before()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-
-def contestant(method: str, linear: nn.Linear, r: int, slice_type: str = "column") -> Contestant:
-    """linear: a template; every contestant trains a copy of it."""
-    layer = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
-    layer.to(linear.weight.device, linear.weight.dtype).load_state_dict({"0.weight": linear.weight})
-    layer.requires_grad_(False)
-    if method == "floor":
-        return Contestant(layer, None)
-    if method.startswith("slice"):
-        config = SliceConfig(r=r, slice_type=slice_type, switch_interval=None, exclude_modules=None)
-        model = get_slice_model(layer, config)
-        return Contestant(
-            model, SliceAdamW(model.parameters(), lr=1e-3, optimizer_in_bwd=method == "slice_bwd")
-        )
-    if method == "masked":
-        features = torch.arange(r, device=linear.weight.device)
-        chosen = (None, features) if slice_type == "column" else (features, None)
-        masked = MaskedGradient(layer, ["0"], lambda name, move: chosen, None)
-        return Contestant(
-            layer,
-            torch.optim.AdamW(masked.parameters(), lr=1e-3, weight_decay=0.0),
-            before=masked.mask,
-        )
-    if method == "dense":
-        layer.requires_grad_(True)
-        return Contestant(layer, torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.0))
-    if method == "lora":
-        try:
-            import peft
-        except ImportError as error:
-            raise MissingPeerError(f"peft is missing: {error}") from None
-        config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"])
-        model = peft.inject_adapter_in_model(config, layer)
-        adapters = [p for p in model.parameters() if p.requires_grad]
-        return Contestant(model, torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0.0))
-    raise ValueError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+        self.prepared.update()
 
 
 def agreement(
@@ -115,16 +74,14 @@ def agreement(
         torch.randn(tokens, shape[0], device=device).to(dtype).requires_grad_(),
         torch.randn(tokens, shape[1], device=device).to(dtype),
     )
-    precise = contestant(
-        "masked", nn.Linear(*shape, bias=False).to(device).requires_grad_(False), r
-    )
+    precise = LayerStep(METHODS["masked"], nn.Linear(*shape, bias=False).to(device), r)
     precise.layer.load_state_dict({"0.weight": linear.weight.float()})
     exact_x = x.detach().float().requires_grad_()
     for _ in range(2):
         precise.step(exact_x, dy.float())
     truth, worst = precise.layer.state_dict()["0.weight"], 0.0
     for method in ("slice", "slice_bwd"):
-        ours = contestant(method, linear, r)
+        ours = LayerStep(METHODS[method], linear, r)
         for _ in range(2):
             ours.step(x, dy)
         found = ours.layer.state_dict()["0.weight"]
@@ -143,15 +100,15 @@ def agreement(
 
 
 def measure(
-    contestants: dict[str, Contestant], x: Tensor, dy: Tensor, rounds: int
+    layers: dict[str, LayerStep], x: Tensor, dy: Tensor, rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in each round; the order turns from round to round, caches
+    """Milliseconds of each layer in each round; the order turns from round to round, caches
     are flushed on a GPU.
     """
     cuda = x.is_cuda
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device=x.device) if cuda else None
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    names = list(layers)
     for i in range(rounds + 2):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if flush is not None:
@@ -161,13 +118,13 @@ def measure(
                     torch.cuda.Event(enable_timing=True),
                 )
                 begin.record()  # the flush still runs: what follows is queued behind it, so a launch's latency is not timed
-                contestants[name].step(x, dy)
+                layers[name].step(x, dy)
                 end.record()
                 torch.cuda.synchronize()
                 passed = begin.elapsed_time(end)
             else:
                 start = time.perf_counter()
-                contestants[name].step(x, dy)
+                layers[name].step(x, dy)
                 passed = 1e3 * (time.perf_counter() - start)
             if i >= 2:  # the first rounds allocate and warm up
                 times[name].append(passed)
@@ -193,13 +150,13 @@ def rows_for(
     linear = nn.Linear(*shape, bias=False).to(device, DTYPES[dtype])
     x = torch.randn(tokens, shape[0], device=device).to(DTYPES[dtype]).requires_grad_()
     dy = torch.randn(tokens, shape[1], device=device).to(DTYPES[dtype])
-    contestants, absent = {}, {}
+    layers, absent = {}, {}
     for method in methods:
         try:
-            contestants[method] = contestant(method, linear, r)
+            layers[method] = LayerStep(METHODS[method], linear, r)
         except MissingPeerError as error:
             absent[method] = str(error)
-    times = measure(contestants, x, dy, rounds)
+    times = measure(layers, x, dy, rounds)
     rows = []
     for method in methods:
         if method in absent:

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.baselines import MaskedGradient
-from examples import movie_reviews
-from examples.sentiment import (
+from benchmarks.methods import MaskedGradient
+from benchmarks.quality import movie_reviews
+from benchmarks.quality.sentiment import (
     SentenceClassifier,
-    Task,
+    SentimentTask,
     Trainee,
     accuracy,
     data_folder,
@@ -81,7 +81,7 @@ def masked_trainee(seed: int, steps: int, bf16: bool, config: SliceConfig = CONF
 
 
 def paired_run(
-    task: Task, seed: int, config: SliceConfig = PAIRED_CONFIG, steps: int = PAIRED_STEPS
+    task: SentimentTask, seed: int, config: SliceConfig = PAIRED_CONFIG, steps: int = PAIRED_STEPS
 ) -> dict[str, Any]:
     """slicefine and the masked baseline in turns, step by step, in float32: losses, time and memory
     under one condition.
@@ -108,11 +108,11 @@ def paired_run(
 
 def _side_jobs(seed: int) -> tuple[float, dict[str, Any]]:
     torch.set_num_threads(1)
-    task = Task(movie_reviews.load(data_folder()))
+    task = SentimentTask(movie_reviews.load(data_folder()))
     return frozen_accuracy(task, bf16=True), paired_run(task, seed)
 
 
-def train(trainee: Trainee, task: Task, seed: int, name: str) -> None:
+def train(trainee: Trainee, task: SentimentTask, seed: int, name: str) -> None:
     from tqdm import tqdm
 
     with tqdm(total=task.steps, desc=name, unit="step", mininterval=2.0) as bar:
@@ -232,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder, seed, start = data_folder(), options.seed, time.perf_counter()
-    task = Task(movie_reviews.load(folder))
+    task = SentimentTask(movie_reviews.load(folder))
     print(
         f"{len(task.train):,d} sentences to train on, {len(task.test):,d} to test on; one thread"
         " per job, two jobs",

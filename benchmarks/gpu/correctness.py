@@ -99,7 +99,7 @@ def poisoned(device: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Case:
+class GradientCase:
     """rows: None, "run" (neighbours) or "scattered". layout: how dY and X lie in memory. runs: must
     agree bit for bit.
     """
@@ -114,37 +114,37 @@ class Case:
 
 
 SMALL = (
-    Case(1, 1, 1),
-    Case(63, 129, 1),
-    Case(65, 40, 17, "scattered"),
-    Case(0, 64, 16),
-    Case(129, 33, 16, "run", "offset", 4),
-    Case(70, 33, 16, None, "padded"),
-    Case(70, 33, 16, "scattered", "every second"),
-    Case(33, 17, 5, None, "transposed"),
-    Case(65, 40, 17, tf32=True),
+    GradientCase(1, 1, 1),
+    GradientCase(63, 129, 1),
+    GradientCase(65, 40, 17, "scattered"),
+    GradientCase(0, 64, 16),
+    GradientCase(129, 33, 16, "run", "offset", 4),
+    GradientCase(70, 33, 16, None, "padded"),
+    GradientCase(70, 33, 16, "scattered", "every second"),
+    GradientCase(33, 17, 5, None, "transposed"),
+    GradientCase(65, 40, 17, tf32=True),
 )
 LARGE = (
     *SMALL,
-    Case(8192, 4096, 16, runs=20),
-    Case(8192, 4096, 16, "scattered"),
-    Case(8192, 16, 4096, "run", runs=20),
-    Case(8192, 4096, 1),
-    Case(8192, 4096, 64),
-    Case(4097, 1000, 64, "scattered"),
-    Case(2048, 512, 256, runs=20),
-    Case(100_000, 128, 16, runs=20),
-    Case(8192, 4096, 16, None, "offset"),
-    Case(8192, 256, 4096, "scattered"),
-    Case(8192, 4096, 16, tf32=True),
-    Case(0, 4096, 64),
-    Case(8192, 4096, 8),
-    Case(8192, 4096, 32),
-    Case(1, 4096, 256),
-    Case(63, 4096, 129, "run"),
-    Case(8192, 4096, 63, None, "padded"),
-    Case(8192, 4096, 16, None, "transposed"),
-    Case(2048, 4096, 129, "run", "every second"),
+    GradientCase(8192, 4096, 16, runs=20),
+    GradientCase(8192, 4096, 16, "scattered"),
+    GradientCase(8192, 16, 4096, "run", runs=20),
+    GradientCase(8192, 4096, 1),
+    GradientCase(8192, 4096, 64),
+    GradientCase(4097, 1000, 64, "scattered"),
+    GradientCase(2048, 512, 256, runs=20),
+    GradientCase(100_000, 128, 16, runs=20),
+    GradientCase(8192, 4096, 16, None, "offset"),
+    GradientCase(8192, 256, 4096, "scattered"),
+    GradientCase(8192, 4096, 16, tf32=True),
+    GradientCase(0, 4096, 64),
+    GradientCase(8192, 4096, 8),
+    GradientCase(8192, 4096, 32),
+    GradientCase(1, 4096, 256),
+    GradientCase(63, 4096, 129, "run"),
+    GradientCase(8192, 4096, 63, None, "padded"),
+    GradientCase(8192, 4096, 16, None, "transposed"),
+    GradientCase(2048, 4096, 129, "run", "every second"),
 )
 
 
@@ -164,7 +164,9 @@ def laid_out(n: int, width: int, layout: str, dtype: torch.dtype, device: str) -
     return views[layout]().copy_(values)
 
 
-def operands(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def operands(
+    case: GradientCase, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """dY, X and the rows of the slice: a third of the output features."""
     height = max(1, case.out // 3)
     rows = None
@@ -211,7 +213,7 @@ def plain_product(dy: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
         ) = before
 
 
-def gradient_row(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def gradient_row(case: GradientCase, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Largest and root-mean-square error against float64, where, and the bound that it must keep.
 
     The bound is twice torch's error, and two units of float32 (with TF32 allowed, four of TF32) of

@@ -62,7 +62,7 @@ def layers(job: Job) -> None:
     names = backends(job)
     tasks = [(case, name) for case in cases for name in names]
     for (shape, dtype, r), name in job.within_time(tasks, 6.0):
-        methods = layer_benchmark.METHODS if name == names[0] else ("floor", *OURS)
+        methods = tuple(layer_benchmark.METHODS) if name == names[0] else ("floor", *OURS)
         label = {"backend": name}
         with job.attempt(**label, shape=shape, dtype=dtype, r=r), ops.use_backend(name):
             rows = layer_benchmark.rows_for(shape, tokens, dtype, r, job.device, methods, rounds)

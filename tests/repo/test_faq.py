@@ -366,7 +366,7 @@ def test_asks_12_memory_is_told_with_its_parts():
     )
     import json
 
-    results = sorted((ROOT / "benchmarks" / "results" / "peft_twin").glob("*.json"))
+    results = sorted((ROOT / "benchmarks" / "results" / "peft_comparison").glob("*.json"))
     for path in (
         results
     ):  # on a GPU reserved memory: its maximum, 99th percentile and mean; and for what batch

@@ -1,14 +1,11 @@
 """Two commits on the same benchmarks: `python -m benchmarks.bench --base REV`.
 
-REV goes into a temporary git worktree whose benchmarks/ and examples/ are replaced by this
-checkout's, so both run the same
-suite. The trees run in turns, each run a process of its own: base, here, base, here, ..., base. A
-run's figure for a method is
-its ratio to the case's first method (the floor; plain torch), which no commit of ours changes, so
-the machine's drift
-cancels. here / base is the ratio of a run here to the mean of the base runs before and after it;
-base / base, of neighbouring
-base runs in either order, says what no difference looks like.
+REV goes into a temporary git worktree whose benchmarks/ is replaced by this checkout's, so both run
+the same suite. The trees run in turns, each run a process of its own: base, here, base, here, ...,
+base. A run's figure for a method is its ratio to the case's first method (the floor; plain torch),
+which no commit of ours changes, so the machine's drift cancels. here / base is the ratio of a run
+here to the mean of the base runs before and after it; base / base, of neighboring base runs in
+either order, says what no difference looks like.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import ROOT, entries_in, run_suite
 from benchmarks.record import quantiles
+from benchmarks.speed.run import ROOT, entries_in, run_suite
 
 Figures = dict[str, float]  # "case/method" -> ratio to the case's first method
 BUILD_INPUTS = ("csrc", "setup.py")
@@ -52,13 +49,9 @@ def checkout(revision: str) -> Iterator[Path]:
         tree = Path(folder) / "tree"
         git("worktree", "add", "--detach", str(tree), found.stdout.strip())
         try:
-            for name in ("benchmarks", "examples"):
-                shutil.rmtree(tree / name, ignore_errors=True)
-                shutil.copytree(
-                    ROOT / name,
-                    tree / name,
-                    ignore=shutil.ignore_patterns("__pycache__", "results"),
-                )
+            shutil.rmtree(tree / "benchmarks", ignore_errors=True)
+            left_out = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=left_out)
             provide_compiled_module(found.stdout.strip(), tree)
             shutil.copy(ROOT / "pyproject.toml", tree / "pyproject.toml")
             yield tree
@@ -124,10 +117,10 @@ def judge(base: list[Figures], here: list[Figures]) -> list[dict[str, Any]]:
     for name in base[0]:
         if not all(name in run for run in base + here):
             continue
-        neighbours = [(a[name], b[name]) for a, b in itertools.pairwise(base)]
-        same = quantiles([ratio for a, b in neighbours for ratio in (a / b, b / a)])
+        neighbors = [(a[name], b[name]) for a, b in itertools.pairwise(base)]
+        same = quantiles([ratio for a, b in neighbors for ratio in (a / b, b / a)])
         found = quantiles(
-            [2 * run[name] / (a + b) for run, (a, b) in zip(here, neighbours, strict=True)]
+            [2 * run[name] / (a + b) for run, (a, b) in zip(here, neighbors, strict=True)]
         )
         rows.append(
             {

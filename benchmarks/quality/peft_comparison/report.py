@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import slicefine
-from benchmarks.peft_twin.loop import Result
-from benchmarks.peft_twin.settings import PEFT_COMMIT, Experiment, Setting
+from benchmarks.quality.peft_comparison.loop import Result
+from benchmarks.quality.peft_comparison.settings import PEFT_COMMIT, Experiment, Setting
 from benchmarks.record import where
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")

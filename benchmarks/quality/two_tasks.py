@@ -1,9 +1,9 @@
 """Two real text tasks on one real encoder, one after the other; and a hot-fix of the classifier
 that the first one makes.
 
-python -m benchmarks.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment,
+python -m benchmarks.quality.two_tasks --json FILE        # slicefine continual on MiniLM: movie sentiment,
 then authors of tweets
-python -m benchmarks.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then
+python -m benchmarks.quality.two_tasks --patch --json FILE  # slicefine train on movie sentiment, then
 slicefine patch in four ways
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.quality.text_tasks import encoder, rows_of
 from benchmarks.record import where
-from benchmarks.text_tasks import encoder, rows_of
 from slicefine.cli.app import app
 
 TRAIN, TEST, KEEP, EDITS = 1_000, 1_000, 400, 8

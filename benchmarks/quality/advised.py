@@ -2,7 +2,7 @@
 recipe; the answer as it
 comes out.
 
-    python -m benchmarks.advised --out benchmarks/results/advised.json
+    python -m benchmarks.quality.advised --out benchmarks/results/advised.json
 
 Per task: advice from the training rows alone (seed 0), then three arms with seeds 0, 1, 2: the
     default `SliceConfig()`
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.text_tasks import NAMES, encoder, rows_of, train_once
 from benchmarks.record import where
-from benchmarks.text_tasks import NAMES, encoder, rows_of, train_once
 from slicefine import SliceConfig
 from slicefine.cli.diagnose import write_json
 

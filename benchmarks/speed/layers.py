@@ -1,4 +1,4 @@
-"""One linear layer, forward, backward and update: the contestants of benchmarks/layers.py, and row
+"""One linear layer, forward, backward and update: the methods of benchmarks/layers.py, and row
 and block slices.
 """
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from benchmarks import layers
-from benchmarks.suite.registry import Case, Method
-from benchmarks.suite.turns import DTYPES, Contestant
+from benchmarks.methods import Method
+from benchmarks.speed.registry import Case
+from benchmarks.speed.turns import DTYPES, Contestant
 
 
 def contestants(case: Case, device: str) -> dict[str, Contestant]:
@@ -22,11 +23,9 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
     dy = torch.randn(case.tokens, case.out_features, device=device).to(dtype)
 
     def build(method: Method) -> Contestant:
-        kind = "slice_bwd" if method.in_bwd else method.kind
-        made = layers.contestant(kind, linear, case.r, method.slice_type)
-        trainable = sum(p.numel() for p in made.layer.parameters() if p.requires_grad)
+        made = layers.LayerStep(method, linear, case.r)
         call: Callable[[], None] = lambda: made.step(x, dy)
-        return Contestant(call, trainable)
+        return Contestant(call, made.prepared.trainable)
 
     return {method.name: build(method) for method in case.methods}
 

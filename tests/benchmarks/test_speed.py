@@ -14,11 +14,12 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import bench, compare, report
-from benchmarks.suite import layers, moves, ops, turns
-from benchmarks.suite import registry as registry_module
-from benchmarks.suite.registry import CASES, COLUMN, FLOOR, LORA, MASKED, Case, Method, quick_cases
-from benchmarks.suite.turns import KEYS, Contestant, measure, ratios, row_of
+from benchmarks import bench
+from benchmarks.methods import Method
+from benchmarks.speed import compare, layers, moves, ops, report, turns
+from benchmarks.speed import registry as registry_module
+from benchmarks.speed.registry import CASES, COLUMN, FLOOR, LORA, MASKED, Case, quick_cases
+from benchmarks.speed.turns import KEYS, Contestant, measure, ratios, row_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +113,7 @@ def test_the_ops_checks_are_green_and_turn_red(name, monkeypatch):
 
 
 def test_a_red_check_stops_the_timing(monkeypatch):
-    from benchmarks.suite import conftest
+    from benchmarks.speed import conftest
 
     timed = []
 
@@ -254,7 +255,9 @@ def stored(tmp_path) -> Path:
 
 def test_the_report_of_a_stored_run(stored, tmp_path):
     content = json.loads(stored.read_text())
-    page = report.write(content, stored.stem, tmp_path / "docs").read_text()
+    page = report.write(
+        content, stored.stem, tmp_path / "docs", tmp_path / "docs" / "img"
+    ).read_text()
     assert "column r=16 / frozen floor | <= 1.05 | 1.100 (1.100-1.100)" in page and "**no**" in page
     # each LoRA by name: in float32 there is one, in bfloat16 peft's default and the faster choice
     assert (
@@ -272,8 +275,10 @@ def test_the_report_of_a_stored_run(stored, tmp_path):
         and "interval 500" in page
         and "share of roofline" in page
     )
-    assert {p.suffix for p in (tmp_path / "docs").iterdir()} == {".md", ".png"}
-    assert all(p.stat().st_size > 5000 for p in (tmp_path / "docs").glob("*.png"))
+    pictures = sorted((tmp_path / "docs" / "img").iterdir())
+    assert [p.name for p in pictures] == ["benchmarks-cpu-growth.png", "benchmarks-cpu-steps.png"]
+    assert all(p.stat().st_size > 5000 for p in pictures)
+    assert all(f"(img/{p.name})" in page for p in pictures)
 
 
 def test_the_report_says_who_is_ahead_and_why(stored):
@@ -302,7 +307,7 @@ def test_the_quick_suite_runs_to_the_end(tmp_path):
         "--device",
         "cpu",
         f"--results={tmp_path}",
-        f"--docs={tmp_path}",
+        f"--pictures={tmp_path}",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -342,7 +347,7 @@ def test_base_head_makes_a_tree_that_holds_the_suite_and_the_module(capsys):
     seen = []
 
     def run(tree, arguments):
-        assert (tree / "benchmarks" / "suite" / "registry.py").exists() and (
+        assert (tree / "benchmarks" / "speed" / "registry.py").exists() and (
             tree / "slicefine" / "linear.py"
         ).exists()
         seen.append(tree)

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Task:
+class AnswerTask:
     """train may be any sequence of rows. general_bounds: where the base model's loss on ``general``
     must lie, if known.
 
@@ -111,11 +111,11 @@ def batches(
 # Tasks
 
 
-def movie_sentiment(folder: Path) -> Task:
+def movie_sentiment(folder: Path) -> AnswerTask:
     """Movie-review sentences answered in words; general text is editorials. Both from
     vaderSentiment's sdist.
     """
-    from examples import movie_reviews
+    from benchmarks.quality import movie_reviews
 
     split = movie_reviews.load(folder)
     row = lambda text, label: Row(text, f" The answer is: {('negative', 'positive')[label]}")
@@ -133,10 +133,10 @@ def movie_sentiment(folder: Path) -> Task:
     sentences = [line.split("\t", 2)[2] for line in lines if line.count("\t") >= 2]
     general = [" ".join(sentences[i : i + 4]) for i in range(0, 96, 4)]
     info = {"vaderSentiment-3.3.2": {"sha": None, "created_at": None}}
-    return Task(train[:-VALID], train[-VALID:], test[:300], general, dataset_info=info)
+    return AnswerTask(train[:-VALID], train[-VALID:], test[:300], general, dataset_info=info)
 
 
-def metamath_gsm8k(folder: Path) -> Task:
+def metamath_gsm8k(folder: Path) -> AnswerTask:
     """PEFT's own: MetaMathQA up to 1,300 characters to train on, 50 of GSM8K's train set to
     validate, its test set.
     """
@@ -165,7 +165,7 @@ def metamath_gsm8k(folder: Path) -> Task:
         for name, where in (("metamath", "meta-math/MetaMathQA"), ("gsm8k", "openai/gsm8k"))
     }
     valid = rows(gsm["train"].select(order[:VALID]))
-    return Task(train, valid, rows(gsm["test"]), [r["text"] for r in wiki], (1.0, 2.0), info)
+    return AnswerTask(train, valid, rows(gsm["test"]), [r["text"] for r in wiki], (1.0, 2.0), info)
 
 
 def _hub_info(dataset: str) -> dict[str, str | None]:
@@ -182,13 +182,13 @@ def _hub_info(dataset: str) -> dict[str, str | None]:
     }
 
 
-TASKS: dict[str, Callable[[Path], Task]] = {
+TASKS: dict[str, Callable[[Path], AnswerTask]] = {
     "movie-sentiment": movie_sentiment,
     "metamath-gsm8k": metamath_gsm8k,
 }
 
 
-def load_task(name: str, folder: Path) -> Task:
+def load_task(name: str, folder: Path) -> AnswerTask:
     if name not in TASKS:
         raise ValueError(f"no task {name!r}; expected one of {', '.join(TASKS)}")
     return TASKS[name](folder)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.suite.registry import MOVES_STEPS, Case, Method
-from benchmarks.suite.turns import DTYPES, Contestant
+from benchmarks.methods import Method
+from benchmarks.speed.registry import MOVES_STEPS, Case
+from benchmarks.speed.turns import DTYPES, Contestant
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import slice_layers
 

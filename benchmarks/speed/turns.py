@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.methods import Method
 from benchmarks.record import quantiles
-from benchmarks.suite.registry import Case, Method
+from benchmarks.speed.registry import Case
 from slicefine import track_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peft_twin.methods import base_model_only, build_optimizer, count_parameters
-from benchmarks.peft_twin.settings import TrainParams
-from benchmarks.peft_twin.tasks import Row, Task, accuracy, batches
+from benchmarks.quality.peft_comparison.settings import TrainParams
+from benchmarks.quality.peft_comparison.setup import (
+    base_model_only,
+    build_optimizer,
+    count_parameters,
+)
+from benchmarks.quality.peft_comparison.tasks import AnswerTask, Row, accuracy, batches
 from benchmarks.record import quantiles
 from slicefine import track_memory
 
@@ -56,7 +60,7 @@ class Runner:
         self,
         model: nn.Module,
         tokenizer: Any,
-        task: Task,
+        task: AnswerTask,
         params: TrainParams,
         memory_at_start: int = 0,
     ) -> None:

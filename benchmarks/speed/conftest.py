@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.record import where
-from benchmarks.suite.registry import CASES, Case, quick_cases
-from benchmarks.suite.turns import measure, peak_memory, roofs, row_of
+from benchmarks.speed.registry import CASES, Case, quick_cases
+from benchmarks.speed.turns import measure, peak_memory, roofs, row_of
 from slicefine.backends.select import BACKENDS, backend_for
 
 
@@ -135,7 +135,7 @@ def rows_of(machine: Any) -> Any:
 
 def run_case(case: Case, device: str, place: dict[str, Any], roofs: dict[str, float]) -> Any:
     """(rows, times) of a case by method. The check comes first: if it is red nothing is timed."""
-    part = importlib.import_module(f"benchmarks.suite.{case.part}")
+    part = importlib.import_module(f"benchmarks.speed.{case.part}")
     contestants = part.contestants(case, device)
     part.check(case, device, contestants)
     warmup = 0 if case.part == "models" else 1  # a model's check has made two steps

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import slicefine
-from benchmarks.suite.conftest import REPLAY
+from benchmarks.speed.conftest import REPLAY
 
 
 def test_speed(method, measured, machine, benchmark):

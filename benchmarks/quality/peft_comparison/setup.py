@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peft_twin.settings import DTYPES, Experiment, TrainParams, peft_config_class
+from benchmarks.quality.peft_comparison.settings import (
+    DTYPES,
+    Experiment,
+    TrainParams,
+    peft_config_class,
+)
 from slicefine import SliceAdamW, get_slice_model
 from slicefine.model import slice_layers
 

@@ -11,23 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Method:
-    """One competitor.
-
-    kind: what builds it (`models.py`, `layers.py`, `ops.py`). r: rank or width of a slice; None
-        where it has none.
-    equal: what it has in common with the column slice of r = 16, beside the layers that train.
-    """
-
-    name: str
-    kind: str
-    r: int | None = None
-    slice_type: str = "column"
-    in_bwd: bool = False
-    fp32_adapters: bool = False
-    equal: str = ""
+from benchmarks.methods import Method
 
 
 @dataclass(frozen=True)

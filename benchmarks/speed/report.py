@@ -1,12 +1,13 @@
 """The report of a run of `python -m benchmarks.bench`: Markdown and plots from its JSON.
 
-python -m benchmarks.report benchmarks/results/bench-....json [--out docs/bench]
+python -m benchmarks.speed.report benchmarks/results/bench-....json [--out FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -450,12 +451,19 @@ def draw_steps(rows: list[Row], path: Path) -> None:
 # The page
 
 
-def write(report: dict[str, Any], stem: str, folder: Path) -> Path:
-    """The Markdown page, with its plots beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(report: dict[str, Any], stem: str, folder: Path, pictures: Path) -> Path:
+    """The Markdown page of a run in `folder`, its plots in `pictures`.
+
+    Plots are named for the kind of device and not for the run, so that a page which shows the
+    latest run need not change.
+    """
     rows, where = report["rows"], report["where"]
-    draw_steps(rows, folder / f"{stem}-steps.png")
-    draw_growth(rows, folder / f"{stem}-growth.png")
+    plots = {}
+    for name, draw in (("steps", draw_steps), ("growth", draw_growth)):
+        path = pictures / f"benchmarks-{where['device_type']}-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, path)
+        plots[name] = f"![{name}]({os.path.relpath(path, folder)})"
     clock = (
         'Wall clock; "core" is the time that the process had its core, which other programs do not'
         " lengthen."
@@ -481,7 +489,7 @@ def write(report: dict[str, Any], stem: str, folder: Path) -> Path:
     for case, methods in steps(rows).items():
         first = next(iter(methods.values()))
         parts += [f"## {case}: {first['measures']}, {first['rounds']} rounds", step_table(methods)]
-    parts += [f"![steps]({stem}-steps.png)", "## How cost grows", f"![growth]({stem}-growth.png)"]
+    parts += [plots["steps"], "## How cost grows", plots["growth"]]
     for axis in AXES:
         found = cases(rows, part="models", axis=axis)
         if found:
@@ -493,6 +501,7 @@ def write(report: dict[str, Any], stem: str, folder: Path) -> Path:
                 growth_table(rows, axis),
             ]
     parts += small_tables(rows)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -503,10 +512,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/bench"))
+    parser.add_argument("--out", type=Path, help="folder of the page; default: beside the JSON")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/img"))
     options = parser.parse_args()
     report = json.loads(options.json.read_text(encoding="utf-8"))
-    print(write(report, options.json.stem, options.out))
+    folder = options.out or options.json.parent
+    print(write(report, options.json.stem, folder, options.pictures))
 
 
 if __name__ == "__main__":

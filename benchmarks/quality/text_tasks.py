@@ -42,7 +42,7 @@ Row = dict[str, str]
 def rows_of(name: str, folder: Path) -> tuple[list[Row], list[Row]]:
     """(training rows, test rows), shuffled once and for all; downloads what is missing."""
     if name == "movie":
-        from examples.movie_reviews import load
+        from benchmarks.quality.movie_reviews import load
 
         split = load(folder)
         pair = ((split.train_texts, split.train_labels), (split.test_texts, split.test_labels))
@@ -96,7 +96,7 @@ def _table(name: str, folder: Path) -> list[dict[str, str]]:
 
 
 def encoder() -> str:
-    from examples.sentiment import encoder_path
+    from benchmarks.quality.sentiment import encoder_path
 
     return encoder_path()
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite.registry import Case
-from benchmarks.suite.turns import DTYPES, Contestant
+from benchmarks.speed.registry import Case
+from benchmarks.speed.turns import DTYPES, Contestant
 from benchmarks.updates import CopyBack
 from slicefine import ops
 from slicefine.backends import reference

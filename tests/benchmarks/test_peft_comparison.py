@@ -16,18 +16,26 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from benchmarks.peft_twin import __main__ as twin
-from benchmarks.peft_twin import report
-from benchmarks.peft_twin.methods import base_model_only
-from benchmarks.peft_twin.settings import (
+from benchmarks.quality.peft_comparison import __main__ as twin
+from benchmarks.quality.peft_comparison import report
+from benchmarks.quality.peft_comparison.settings import (
     PEFT_COMMIT,
     experiment_names,
     load_experiment,
     load_setting,
 )
-from benchmarks.peft_twin.tasks import Row, Task, accuracy, answer, batches, is_right, load_task
+from benchmarks.quality.peft_comparison.setup import base_model_only
+from benchmarks.quality.peft_comparison.tasks import (
+    AnswerTask,
+    Row,
+    accuracy,
+    answer,
+    batches,
+    is_right,
+    load_task,
+)
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "peft_twin"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "peft_comparison"
 # huggingface/peft 5d602fd, method_comparison/MetaMathQA: log_results() and train() in utils.py and
 # run.py, against
 # its 63 files in results/ (written before "peft_worktree_is_dirty" was added).
@@ -152,9 +160,9 @@ def tiny_llama(params, device):
     return transformers.LlamaForCausalLM(config).to(device), tokenizer
 
 
-def tiny_task() -> Task:
+def tiny_task() -> AnswerTask:
     rows = [Row(f"a {word} film", f" The answer is: {word}") for word in ("good", "bad") * 6]
-    return Task(rows, rows[:2], rows[:3], ["the film is good", "a bad answer is a film"])
+    return AnswerTask(rows, rows[:2], rows[:3], ["the film is good", "a bad answer is a film"])
 
 
 def tiny_setting():

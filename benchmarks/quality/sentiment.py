@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.movie_reviews import Split
+from benchmarks.quality.movie_reviews import Split
 from slicefine import track_memory
 
 BATCH, EPOCHS, LENGTH, HEAD_LR = 32, 3, 64, 2e-3
@@ -62,7 +62,7 @@ class SentenceClassifier(nn.Module):
         return self.classifier(self.features(batch))
 
 
-class Task:
+class SentimentTask:
     """Tokenised sentences, in batches."""
 
     def __init__(self, split: Split) -> None:
@@ -113,7 +113,7 @@ def precision(bf16: bool) -> Any:
 
 
 @torch.no_grad()
-def accuracy(model: SentenceClassifier, task: Task, bf16: bool) -> float:
+def accuracy(model: SentenceClassifier, task: SentimentTask, bf16: bool) -> float:
     model.eval()
     right = 0
     for chosen, batch in task.ordered(task.test):
@@ -123,7 +123,7 @@ def accuracy(model: SentenceClassifier, task: Task, bf16: bool) -> float:
 
 
 @torch.no_grad()
-def frozen_accuracy(task: Task, bf16: bool) -> float:
+def frozen_accuracy(task: SentimentTask, bf16: bool) -> float:
     """Frozen features, standardised, logistic regression with C by cross-validation."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
@@ -239,4 +239,4 @@ def groups(model: SentenceClassifier, lr: float) -> list[dict[str, Any]]:
 
 
 def data_folder() -> Path:
-    return Path(__file__).resolve().parent.parent / "demo"
+    return Path(__file__).resolve().parents[2] / "demo"

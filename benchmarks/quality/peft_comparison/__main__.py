@@ -1,13 +1,13 @@
 """Run slicefine and peft's methods under the settings of PEFT's MetaMathQA comparison, or compare
 what was run.
 
-python -m benchmarks.peft_twin --experiment slice/column-r16    one run; its result file goes to
+python -m benchmarks.quality.peft_comparison --experiment slice/column-r16    one run; its result file goes to
 --results
-python -m benchmarks.peft_twin --all                            every experiment, each in a process
+python -m benchmarks.quality.peft_comparison --all                            every experiment, each in a process
 of its own
-python -m benchmarks.peft_twin --table DIR                      the comparison, of these result
+python -m benchmarks.quality.peft_comparison --table DIR                      the comparison, of these result
 files or of PEFT's
-python -m benchmarks.peft_twin --setting official --experiment ...    PEFT's model and data: a GPU
+python -m benchmarks.quality.peft_comparison --setting official --experiment ...    PEFT's model and data: a GPU
 and the hub
 """
 
@@ -24,25 +24,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.peft_twin import methods, report
-from benchmarks.peft_twin.loop import Runner
-from benchmarks.peft_twin.settings import (
+from benchmarks.quality.peft_comparison import report, setup
+from benchmarks.quality.peft_comparison.loop import Runner
+from benchmarks.quality.peft_comparison.settings import (
     Experiment,
     Setting,
     experiment_names,
     load_experiment,
     load_setting,
 )
-from benchmarks.peft_twin.tasks import Task, load_task
+from benchmarks.quality.peft_comparison.tasks import AnswerTask, load_task
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_experiment(
     experiment: Experiment,
     setting: Setting,
-    task: Task,
-    load: Callable[..., tuple[Any, Any]] = methods.load_model,
+    task: AnswerTask,
+    load: Callable[..., tuple[Any, Any]] = setup.load_model,
 ) -> dict[str, Any]:
     """Train, evaluate and describe one experiment. load: (params, device) -> model and tokenizer."""
     from transformers import set_seed
@@ -58,16 +58,16 @@ def run_experiment(
         torch.cuda.reset_peak_memory_stats()
     memory_at_start = torch.cuda.max_memory_reserved() if cuda else 0
     base, tokenizer = load(experiment.params, device)
-    model, shown = methods.apply_method(base, experiment)
+    model, shown = setup.apply_method(base, experiment)
     result = Runner(model, tokenizer, task, experiment.params, memory_at_start).run()
-    size, how = methods.file_size(model, experiment)
+    size, how = setup.file_size(model, experiment)
     run = {
         "created_at": created,
         "total_time": time.perf_counter() - start,
         "device": device,
         "file_size": size,
         "file_size_by": how,
-        "visited_slices_bytes": methods.visited_bytes(model),
+        "visited_slices_bytes": setup.visited_bytes(model),
         "dataset_info": task.dataset_info,
         "accelerator_memory_max": (
             torch.cuda.max_memory_reserved() - memory_at_start if cuda else None
@@ -94,7 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--max-steps", type=int, help="fewer steps than the setting has")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "demo" / "peft_twin", help="where result files go"
+        "--results",
+        type=Path,
+        default=ROOT / "demo" / "peft_comparison",
+        help="where result files go",
     )
     parser.add_argument("--data", type=Path, default=ROOT / "demo", help="where downloads go")
     options = parser.parse_args(arguments)
@@ -134,7 +137,7 @@ def _in_a_process(name: str, options: argparse.Namespace) -> int:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.peft_twin",
+        "benchmarks.quality.peft_comparison",
         "--experiment",
         name,
         "--setting",

@@ -2,7 +2,7 @@
 the switch modes, seed
 by seed.
 
-    python -m benchmarks.switch_modes --out benchmarks/results/switch-modes.json
+    python -m benchmarks.quality.switch_modes --out benchmarks/results/switch-modes.json
 
 gradient: the position with the largest Frobenius norm of the slice's gradient in the step before
     the move. magnitude:
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.text_tasks import rows_of, train_once
 from benchmarks.record import where
-from benchmarks.text_tasks import rows_of, train_once
 from slicefine import SliceConfig
 
 MODES = ("random", "ascending", "gradient", "magnitude")
