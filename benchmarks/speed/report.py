@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
