@@ -24,6 +24,7 @@ from slicefine.deltas.format import (
     CONFIG_FILE,
     FILE,
     DeltaError,
+    count_runs,
     delta_path,
     from_runs,
     read_file,
@@ -67,13 +68,16 @@ class WeightDelta:
 
     def check(self, key: str) -> None:
         """Raise ValueError unless every patch has values of its own shape and all have one dtype."""
+        sizes = [type(n) is int and n > 0 for n in self.shape]
+        if len(sizes) != 2 or not all(sizes) or type(self.transposed) is not bool:
+            raise ValueError(f"{key} has shape {self.shape!r}, transposed {self.transposed!r}")
+        if not isinstance(self.base_sha256, str):
+            raise ValueError(f"{key} has base_sha256 {self.base_sha256!r}; expected a string")
         if not self.patches:
             raise ValueError(f"{key} has no patches")
         for patch in self.patches:
-            shape = tuple(
-                n if i is None else len(i)
-                for i, n in zip((patch.rows, patch.cols), self.shape, strict=True)
-            )
+            features = zip((patch.rows, patch.cols), self.shape, strict=True)
+            shape = tuple(_index_length(key, index, n) for index, n in features)
             if not tuple(patch.old.shape) == tuple(patch.new.shape) == shape:
                 raise ValueError(
                     f"{key} has values of shape {tuple(patch.old.shape)} and"
@@ -83,15 +87,33 @@ class WeightDelta:
                 raise ValueError(f"{key} has values of several dtypes")
 
 
+def _index_length(key: str, index: Tensor | None, features: int) -> int:
+    """How many features an index names. Raises ValueError unless they ascend within a weight."""
+    if index is None:
+        return features
+    if index.dtype != torch.int64 or index.dim() != 1 or not len(index):
+        raise ValueError(f"{key} has features {index!r}; expected a vector of int64")
+    if int(index[0]) < 0 or int(index[-1]) >= features or bool((index.diff() < 1).any()):
+        raise ValueError(f"{key} has features that do not ascend from 0 to {features - 1}")
+    return len(index)
+
+
 @dataclass
 class FullDelta:
-    """A parameter or buffer that trained whole: a new head (``replaces`` nothing of the base), a
-    bias.
+    """A parameter or buffer that is fully trained: of a new head (``replaces`` nothing of the
+    base), a bias.
     """
 
     old: Tensor
     new: Tensor
     replaces: bool
+
+    def check(self, key: str) -> None:
+        """Raise ValueError unless both values have one shape and dtype."""
+        if (self.old.shape, self.old.dtype) != (self.new.shape, self.new.dtype):
+            raise ValueError(f"{key} has old and new values of different shape or dtype")
+        if type(self.replaces) is not bool:
+            raise ValueError(f"{key} has replaces {self.replaces!r}; expected true or false")
 
 
 @dataclass
@@ -113,14 +135,37 @@ class Delta:
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``. Returns the
-        file's SHA-256 identity.
+        """Write the delta, atomically; a folder gets ``adapter_model.safetensors``.
 
-        Raises TypeError for info that JSON cannot hold, ValueError for more patches than a
-        safetensors header can.
+        Returns:
+            The file's SHA-256 identity.
+
+        Raises:
+            TypeError: info that JSON cannot hold.
+            ValueError: what `load` would refuse: info with NaN, values of two dtypes, more patches
+                than a safetensors header holds.
+            OSError: such as a full disk; what was there stays.
         """
+        self.check()
         self.sha256 = write_file(delta_path(path), self._manifest(), dict(self._tensors()))
         return self.sha256
+
+    def check(self) -> None:
+        """Raise ValueError for what no reader takes; `save` and `load` both ask."""
+        for key, entry in [*self.weights.items(), *self.whole.items()]:
+            entry.check(key)
+        _check_record(self.base, self.config, self.info)
+        names = [name for name, _ in self._tensors()]
+        if len(set(names)) < len(names) or self.weights.keys() & self.whole.keys():
+            raise ValueError("two of its keys name the same values")
+        indices = sum(
+            index.nbytes
+            for weight in self.weights.values()
+            for patch in weight.patches
+            for index in (patch.rows, patch.cols)
+            if index is not None
+        )
+        _check_indices(indices, self.nbytes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -132,7 +177,7 @@ class Delta:
         manifest, tensors = read_file(path)
         try:
             return cls._from(manifest, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DeltaError(
                 f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it"
                 " was not written by slicefine"
@@ -168,40 +213,37 @@ class Delta:
 
     @classmethod
     def _from(cls, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
+        """A delta of what its file holds. Raises for a manifest of another form."""
         weights = {}
+        indices, values = 0, sum(t.nbytes for t in tensors.values())
         for key, entry in manifest["weights"].items():
-            out_features, in_features = entry["shape"]
+            shape = tuple(entry["shape"])
             patches = []
-            for i, p in enumerate(entry["patches"]):
-                rows, cols = (
-                    from_runs(p["rows"], out_features),
-                    from_runs(p["cols"], in_features),
-                )
-                patches.append(
-                    SliceValues(rows, cols, tensors[f"{key}/{i}/old"], tensors[f"{key}/{i}/new"])
-                )
-            weights[key] = WeightDelta(
-                (out_features, in_features), entry["transposed"], entry["base_sha256"], patches
-            )
-            weights[key].check(key)
+            for number, runs in enumerate(entry["patches"]):
+                old, new = (tensors[f"{key}/{number}/{which}"] for which in ("old", "new"))
+                ranges = (runs["rows"], runs["cols"])
+                counts = tuple(count_runs(r, n) for r, n in zip(ranges, shape, strict=True))
+                # before memory is taken for them
+                if tuple(old.shape) != counts:
+                    raise ValueError(
+                        f"{key} has values of shape {tuple(old.shape)} and {tuple(new.shape)} for"
+                        f" {counts}"
+                    )
+                indices += sum(8 * n for n, r in zip(counts, ranges, strict=True) if r is not None)
+                _check_indices(indices, values)
+                rows, cols = (from_runs(r) for r in ranges)
+                patches.append(SliceValues(rows, cols, old, new))
+            weights[key] = WeightDelta(shape, entry["transposed"], entry["base_sha256"], patches)
         whole = {
             key: FullDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
         }
-        for key, entry in whole.items():
-            if (entry.old.shape, entry.old.dtype) != (entry.new.shape, entry.new.dtype):
-                raise ValueError(f"{key} has old and new values of different shape or dtype")
-        for name in ("config", "base", "info"):
-            if not isinstance(manifest[name], dict):
-                raise TypeError(f"{name} is no object")
-        return cls(
-            weights,
-            whole,
-            manifest["config"],
-            manifest["base"],
-            manifest["info"],
-            manifest["file_sha256"],
-        )
+        records = (manifest[name] for name in ("config", "base", "info"))
+        delta = cls(weights, whole, *records, manifest["file_sha256"])
+        delta.check()
+        if unnamed := tensors.keys() - {name for name, _ in delta._tensors()}:
+            raise ValueError(f"nothing names its values {', '.join(sorted(unnamed)[:3])}")
+        return delta
 
     def config_json(self) -> str:
         """adapter_config.json: what people and tools look for; the truth is in the safetensors
@@ -265,7 +307,7 @@ class Delta:
         wrong = [
             key for key, weight in self.weights.items() if hashes.get(key) != weight.base_sha256
         ]
-        if not wrong and combined_hash(hashes) != self.base["sha256"]:
+        if not wrong and combined_hash(hashes) != self.base.get("sha256"):
             recorded = self.base.get("tensors", {})
             beside = [key for key in hashes if recorded.get(key) not in (None, hashes[key][:16])]
             beside += sorted(recorded.keys() ^ hashes.keys())
@@ -273,10 +315,14 @@ class Delta:
         return wrong
 
     def _wrong_entries(self, model: nn.Module) -> list[str]:
+        """Keys at which the model does not hold the old values; new heads replace nothing."""
         wrong = []
         for key, weight in self.weights.items():
             matrix = _matrix(model, key, weight)
             if not all(same_bits(_read(matrix, p), p.old) for p in weight.patches):
+                wrong.append(key)
+        for key, entry in self.whole.items():
+            if entry.replaces and not same_bits(tensor_of(model, key), entry.old):
                 wrong.append(key)
         return wrong
 
@@ -356,6 +402,35 @@ class Delta:
         return sorted({*shared, *(self.whole.keys() & theirs), *(other.whole.keys() & mine)})
 
 
+def _check_record(base: Any, config: Any, info: Any) -> None:
+    """Raise ValueError or TypeError for records that are not of their form."""
+    for name, record in (("base", base), ("config", config), ("info", info)):
+        if not isinstance(record, dict):
+            raise TypeError(f"{name} is no object")
+    for name in ("sha256", "model", "class"):
+        if not isinstance(base.get(name), (str, type(None))):
+            raise ValueError(f"base.{name} is no string")
+    if not isinstance(base.get("tensors", {}), dict):
+        raise ValueError("base.tensors is no object")
+    below = base.get("on", [])
+    if not isinstance(below, list):
+        raise ValueError("base.on is no list")
+    for entry in below:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError("base.on names no adapter")
+        if not isinstance(entry.get("sha256"), str):
+            raise ValueError(
+                f"it was trained on top of {entry['name']!r}, which was never saved and cannot be"
+                " found again; save that one first, without info"
+            )
+
+
+def _check_indices(indices: int, values: int) -> None:
+    """Raise ValueError where indices take more memory than the values that they are for."""
+    if indices > values + (1 << 24):
+        raise ValueError(f"{indices:,d} bytes of indices for {values:,d} bytes of values")
+
+
 # The base model
 
 
@@ -421,7 +496,8 @@ def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
     tensor = tensor_of(model, key).detach()
     if tensor.dim() == 3:  # experts
         return tensor.view(-1, tensor.shape[-1])
-    return tensor.t() if weight.transposed else tensor
+    # of another shape: the caller says so
+    return tensor.t() if weight.transposed and tensor.dim() == 2 else tensor
 
 
 def _read(matrix: Tensor, patch: SliceValues) -> Tensor:

@@ -1,24 +1,23 @@
 """The file of a delta: one safetensors file whose header holds a manifest, with SHA-256 of every
 tensor and of the file itself.
 
-Written atomically; read only if every byte is what was written.
+Written atomically; read once and only if every byte is what was written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from slicefine.atomic import replacing, tensor_sha256, version_of
+from slicefine.atomic import tensor_sha256, version_of
+from slicefine.deltas import container
 
 SUFFIX = ".safetensors"
 FILE = "adapter_model" + SUFFIX
@@ -26,7 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 FORMAT = "slicefine-delta"
 VERSION = 1
 _BLANK = "0" * 64  # stands where the file's own hash will
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
+_MARK = b'\\"file_sha256\\": \\"'
 
 
 class DeltaError(ValueError):
@@ -42,15 +41,20 @@ def write_file(
     """Write tensors and manifest, atomically; adds the SHA-256 of each tensor and of the file, and
     returns the latter.
 
-    kind: name and version of the format, which `read` insists on.
+    Args:
+        path: the file; folders above it are made.
+        manifest: JSON.
+        tensors: by name.
+        kind: name and version of the format, which `read_file` insists on.
 
-    Raises TypeError for a manifest that JSON cannot hold, ValueError for one longer than a
-    safetensors header.
+    Raises:
+        TypeError: the manifest holds what JSON cannot.
+        ValueError: the manifest is longer than a safetensors header, or holds NaN or an infinity.
+        OSError: such as a full disk; what was there stays.
     """
     for name, value in manifest.items():
         _check_json(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     hashes = {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()}
     content = {
         **manifest,
@@ -59,22 +63,26 @@ def write_file(
         "file_sha256": _BLANK,
         "tensors": hashes,
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"slicefine": json.dumps(content, sort_keys=True)})
-        sha256, where = _identity(temporary, _BLANK)
-        with open(temporary, "rb+") as file:
-            file.seek(where)
-            file.write(sha256.encode())
-    return sha256
+    text = json.dumps(content, sort_keys=True)
+    # info may have a file_sha256 of its own, further on
+    return container.write(path, tensors, {"slicefine": text}, seal=_MARK + _BLANK.encode())
 
 
 def read_file(
     path: Path, kind: tuple[str, int] | None = (FORMAT, VERSION)
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, tensors), checked byte for byte. kind: the format that it must be; None: any, for
-    signatures.
+    """Read a file, once, and check every byte of it.
 
-    Raises DeltaError naming the file, and the module where one is damaged; FileNotFoundError.
+    Args:
+        path: the file.
+        kind: the format that it must be; None: any, for signatures.
+
+    Returns:
+        (manifest, tensors); they stay as they are whatever becomes of the file.
+
+    Raises:
+        DeltaError: naming the file, and the module where one is damaged.
+        FileNotFoundError: there is none.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -85,19 +93,19 @@ def read_file(
         try:
             return _read_checked(path, kind)
         except DeltaError:
-            if (
-                version_of(path) == version
-            ):  # else it was replaced while it was read: a whole one is there now
+            # else it was replaced while it was read: a whole one is there now
+            if version_of(path) == version:
                 raise
 
 
 def delta_path(path: str | os.PathLike[str]) -> Path:
+    """The file of a delta that is named by its file or its folder."""
     path = Path(path)
     return path if path.suffix == SUFFIX and not path.is_dir() else path / FILE
 
 
 def _check_json(name: str, value: Any) -> None:
-    """Raise TypeError, naming where, for what JSON cannot hold: such as a tensor among the metrics."""
+    """Raise, naming where, for what JSON cannot hold: such as a tensor among the metrics."""
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str):
@@ -106,6 +114,8 @@ def _check_json(name: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for number, entry in enumerate(value):
             _check_json(f"{name}[{number}]", entry)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, which JSON cannot hold; leave it out, or give None")
     elif not (value is None or isinstance(value, (str, int, float))):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which JSON cannot hold; give a number, string,"
@@ -113,48 +123,26 @@ def _check_json(name: str, value: Any) -> None:
         )
 
 
-def _identity(path: Path, recorded: str) -> tuple[str, int]:
-    """SHA-256 of a file with its own recorded hash taken as zeros, and where in the file that hash
-    stands.
-    """
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError(
-                f"{path} would have a header of {length:,d} bytes; safetensors reads at most"
-                f" {_LONGEST_HEADER:,d}"
-            )
-        header = file.read(length)
-        mark = b'\\"file_sha256\\": \\"'
-        # info may have a file_sha256 of its own, further on
-        where = header.find(mark + recorded.encode(errors="replace")) + len(mark)
-        if where < len(mark) or len(recorded) != len(_BLANK):
-            raise DeltaError(f"{path} is damaged or no delta: its header has no file_sha256")
-        digest = hashlib.sha256(
-            start + header[:where] + _BLANK.encode() + header[where + len(_BLANK) :]
-        )
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest(), 8 + where
-
-
 def _read_checked(
     path: Path, kind: tuple[str, int] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {})["slicefine"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = container.read(path)
+        manifest = container.parse_json(content.metadata["slicefine"])
         recorded = str(manifest["file_sha256"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        blank = _with_blank_hash(content.header, recorded)
+    except OSError as error:
+        raise DeltaError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise DeltaError(f"{path} is larger than the memory that is free") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DeltaError(
             f"{path} is damaged or no delta: its header cannot be read ({type(error).__name__}:"
             f" {error})"
         ) from error
-    if _identity(path, recorded)[0] != recorded:
+    if content.sha256(blank) != recorded:
         raise DeltaError(
-            f"{path} is damaged: {_culprit(manifest, tensors)}. Take a copy that verifies."
+            f"{path} is damaged: {_culprit(manifest, content.tensors)}. Take a copy that verifies."
         )
     found = manifest.get("format"), manifest.get("version")
     if kind is not None and found != kind:
@@ -162,7 +150,16 @@ def _read_checked(
             f"{path} has format {found[0]!r} version {found[1]!r}; expected {kind[0]!r} version"
             f" {kind[1]}"
         )
-    return manifest, tensors
+    return manifest, content.tensors
+
+
+def _with_blank_hash(header: bytes, recorded: str) -> bytes:
+    """The header as it was when the file's hash was taken, with zeros in the place of the hash."""
+    where = header.find(_MARK + recorded.encode(errors="replace"))
+    if where < 0 or len(recorded) != len(_BLANK):
+        raise ValueError("it has no file_sha256")
+    where += len(_MARK)
+    return header[:where] + _BLANK.encode() + header[where + len(_BLANK) :]
 
 
 def _culprit(manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -189,26 +186,31 @@ def to_runs(index: Tensor | None) -> list[list[int]] | None:
     return runs
 
 
-def from_runs(runs: list[list[int]] | None, features: int) -> Tensor | None:
-    """Counterpart of `to_runs`. Raises ValueError unless the runs are ascending, apart and within
-    0 to features - 1.
+def count_runs(runs: Any, features: int) -> int:
+    """How many features [start, length] runs name; None names all.
+
+    Raises:
+        ValueError: they are not ascending, apart and within 0 to ``features - 1``.
     """
     if runs is None:
-        return None
-    end = 0
+        return features
+    end = total = 0
     for start, length in runs:
-        if (
-            type(start) is not int
-            or type(length) is not int
-            or start < end
-            or length < 1
-            or start + length > features
-        ):
+        numbers = type(start) is int and type(length) is int
+        if not numbers or start < end or length < 1 or start + length > features:
             raise ValueError(
                 f"the run of features [{start!r}, {length!r}] does not follow {end} within"
                 f" {features}"
             )
         end = start + length
+        total += length
     if not runs:
         raise ValueError("a patch has no features")
+    return total
+
+
+def from_runs(runs: list[list[int]] | None) -> Tensor | None:
+    """Counterpart of `to_runs`; takes 8 bytes for every feature that `count_runs` has counted."""
+    if runs is None:
+        return None
     return torch.cat([torch.arange(start, start + length) for start, length in runs])

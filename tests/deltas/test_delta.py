@@ -700,7 +700,7 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slicefine.deltas.format.save_file", full)
+    monkeypatch.setattr("slicefine.deltas.container._write_values", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_bytes() == good and not list(tmp_path.glob(".*.tmp"))

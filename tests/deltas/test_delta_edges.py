@@ -20,6 +20,7 @@ import slicefine
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel
 from slicefine.atomic import replacing, tensor_sha256
 from slicefine.deltas.delta import FILE, FullDelta, SliceValues, WeightDelta
+from slicefine.deltas.format import delta_path, write_file
 from slicefine.linear import SliceLinear
 from slicefine.model import named_slice_layers
 from slicefine.originals import Ledger
@@ -146,7 +147,7 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
     _, model = trained()
     model.save_pretrained(tmp_path)
     good = (tmp_path / FILE).read_bytes()
-    monkeypatch.setattr("slicefine.deltas.format._LONGEST_HEADER", 100)
+    monkeypatch.setattr("slicefine.deltas.container.LONGEST_HEADER", 100)
     with pytest.raises(
         ValueError, match="would have a header of .* bytes; safetensors reads at most 100"
     ):
@@ -507,13 +508,21 @@ def one_patch(rows: list[int] | None, cols: list[int] | None, old: Tensor, new: 
 )
 def test_a_whole_file_with_nonsense_in_it_is_refused(tmp_path, delta, problem):
     """Hashes tell damage, not malice: indices out of range would be a device-side assertion on a
-    GPU.
+    GPU. What a reader refuses is not written either.
     """
-    delta.save(tmp_path)
+    with pytest.raises(ValueError):
+        delta.save(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    forge(delta, tmp_path)
     with pytest.raises(
         DeltaError, match=rf"is whole but no well-formed delta \(ValueError: .*{problem}"
     ):
         Delta.load(tmp_path)
+
+
+def forge(delta: Delta, path: Path) -> None:
+    """Write a delta that its own check would refuse."""
+    write_file(delta_path(path), delta._manifest(), dict(delta._tensors()))
 
 
 @pytest.mark.parametrize(
