@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None, **training: Any) -> Trainer:
         data_collator=DataCollatorWithPadding(tokenizer),
         optimizers=optimizers,
         callbacks=[
-            SliceCallback()
+            SliceCallback(args.resume)
         ],  # coverage, moves, gradient norm; lets Trainer's own optimizers resume
     )
     trainer.train(resume_from_checkpoint=args.resume)

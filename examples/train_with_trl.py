@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None, **training: Any) -> SFTTrainer:
             optimizer,
             torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps),
         ),
-        callbacks=[SliceCallback()],
+        callbacks=[SliceCallback(args.resume)],
     )
     trainer.train(resume_from_checkpoint=args.resume)
     model.save_pretrained(args.output / "delta")

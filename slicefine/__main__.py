@@ -16,7 +16,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(
             f"slicefine: {error}. The command line needs its extras: pip install"
-            " 'slicefine[cli,hf]' (slicefine env shows what is there)"
+            " 'slicefine[cli,train]' (slicefine env shows what is there)"
         )
     app()
 
