@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SliceConfig": "config",
+    "SliceLayer": "layer",
     "SliceLinear": "linear",
     "SliceAdamW": "optim",
     "slice_state_dict": "optim",
@@ -26,6 +27,7 @@ __all__ = [
     "DeltaError",
     "SliceAdamW",
     "SliceConfig",
+    "SliceLayer",
     "SliceLinear",
     "SliceModel",
     "__version__",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from slicefine.config import SliceConfig as SliceConfig
     from slicefine.deltas.delta import Delta as Delta
     from slicefine.deltas.delta import DeltaError as DeltaError
+    from slicefine.layer import SliceLayer as SliceLayer
     from slicefine.linear import SliceLinear as SliceLinear
     from slicefine.model import SliceModel as SliceModel
     from slicefine.model import get_slice_model as get_slice_model

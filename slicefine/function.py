@@ -31,7 +31,9 @@ class SliceLinearFunction(torch.autograd.Function):
         else:
             cast_weight = weight
         needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
-        ctx.scoring = layer is not None and layer.schedule.needs_gradient_scores
+        ctx.scoring = (
+            layer is not None and layer.scores is not None and layer.schedule.needs_gradient_scores
+        )
         kept = None
         if needs_slice:
             kept = input if cols is None or ctx.scoring else ops.take_columns(input, cols)
@@ -75,7 +77,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _backward_once = once_differentiable(_backward)
 
 
-slice_product = SliceLinearFunction.apply
+slice_linear = SliceLinearFunction.apply
 
 
 def _slice_gradient(
@@ -86,7 +88,7 @@ def _slice_gradient(
     """
     layer = ctx.layer
     if ctx.scoring:
-        layer.add_scores(grad_output, kept)
+        layer.scores.add(layer, grad_output, kept)
         if cols is not None:
             kept = kept.index_select(1, cols)
     if layer is not None and layer.updater is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from slicefine.config import SliceConfig
 from slicefine.deltas import adapters, live
 from slicefine.deltas.adapters import DEFAULT, AdapterModel
 from slicefine.deltas.delta import Delta
+from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
 from slicefine.modules.attention import SliceMultiheadAttention, is_attention
 from slicefine.modules.experts import SliceExperts
 from slicefine.modules.parameters import (
-    HoldsSlices,
+    SlicedModule,
     SliceParameter,
-    give_back_parameters,
-    hold,
-    replace_parameter,
+    convert_module,
+    restore_parameters,
+    swap_parameter,
 )
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.targets import Target, find_targets, left_out_experts, matches_modules_to_save
@@ -230,7 +232,7 @@ class SliceModel(AdapterModel):
                 " are up to date): torch.distributed.checkpoint.state_dict.get_model_state_dict"
                 " gathers them for a plain model"
             )
-        give_back_parameters(self)
+        restore_parameters(self)
         plain: dict[int, nn.Module] = {}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
@@ -361,13 +363,13 @@ def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
     return whole
 
 
-def slice_layers(model: Any) -> Iterator[SliceLinear]:
-    return (module for module in model.modules() if isinstance(module, SliceLinear))
+def slice_layers(model: Any) -> Iterator[SliceLayer]:
+    return (module for module in model.modules() if isinstance(module, SliceLayer))
 
 
-def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLinear]]:
+def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, SliceLinear)
+        (name, module) for name, module in model.named_modules() if isinstance(module, SliceLayer)
     )
 
 
@@ -419,7 +421,7 @@ def _unique(targets: list[Target]) -> Iterator[Target]:
             yield target
 
 
-def _slice_of(target: Target, config: SliceConfig) -> SliceLinear:
+def _slice_of(target: Target, config: SliceConfig) -> SliceLayer:
     if target.parameter is None:
         return SliceLinear.from_linear(target.module, config, target.name, target.r)
     parameter = target.module._parameters[target.parameter]
@@ -428,20 +430,20 @@ def _slice_of(target: Target, config: SliceConfig) -> SliceLinear:
 
 
 def _replace_parameters(
-    model: nn.Module, targets: list[Target], layers: dict[str, SliceLinear]
+    model: nn.Module, targets: list[Target], layers: dict[str, SliceLayer]
 ) -> None:
     """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from
     now on.
     """
     for module in list(model.modules()):
         if is_attention(module):
-            hold(module, SliceMultiheadAttention)
+            convert_module(module, SliceMultiheadAttention)
     for target in _unique(targets):
         layer = layers.get(target.name)
         if target.parameter is not None and isinstance(layer, SliceParameter):
             if not isinstance(target.module, SliceMultiheadAttention):
-                hold(target.module, SliceExperts)
-            replace_parameter(target.module, target.parameter, layer)
+                convert_module(target.module, SliceExperts)
+            swap_parameter(target.module, target.parameter, layer)
 
 
 def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
@@ -467,9 +469,9 @@ def _set_trainable(model: nn.Module, names: set[str]) -> None:
         parameter.requires_grad_(name in names)
 
 
-def _share_tied(layers: dict[str, SliceLinear]) -> None:
+def _share_tied(layers: dict[str, SliceLayer]) -> None:
     """Layers with one weight get one slice and one schedule."""
-    first: dict[int, SliceLinear] = {}
+    first: dict[int, SliceLayer] = {}
     for layer in layers.values():
         owner = first.setdefault(id(layer.weight), layer)
         if owner is layer:
@@ -485,8 +487,8 @@ def _share_tied(layers: dict[str, SliceLinear]) -> None:
             owner.spec,
             owner.schedule,
         )
-        layer.ledger = owner.ledger
-        layer.place()
+        layer.originals = owner.originals
+        layer.select_slice()
 
 
 def _free_biases(model: nn.Module, mode: str) -> None:
@@ -499,61 +501,29 @@ def _free_biases(model: nn.Module, mode: str) -> None:
             if layer.bias is not None:
                 layer.bias.requires_grad_(True)
         for module in model.modules():
-            if isinstance(module, HoldsSlices):
+            if isinstance(module, SlicedModule):
                 module.free_biases()
 
 
 def _unload(layer: SliceLinear) -> nn.Module:
-    layer.synchronise()
-    if layer.fan_in_fan_out:
-        from slicefine.integrations.transformers import conv1d
-
-        plain = conv1d(layer.out_features, layer.in_features)
-    else:
-        plain = nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-        )
-    ours = {
-        "spec",
-        "schedule",
-        "state_on_switch",
-        "scores",
-        "_scores_task",
-        "_updater",
-        "_awaiting_weight",
-        "_versions",
-        "axis",
-        "fan_in_fan_out",
-        "ledger",
-        "_trained",
-        "_trained_version",
-        "plain_class",
-    }
-    kept = {key: value for key, value in layer.__dict__.items() if key not in ours}
-    if layer.fan_in_fan_out:
-        kept = {
-            key: value for key, value in kept.items() if key not in ("in_features", "out_features")
-        }
-    kept["_parameters"] = {
-        name: p for name, p in layer._parameters.items() if name != "slice_weight"
-    }
-    kept["_buffers"] = {
-        name: b for name, b in layer._buffers.items() if not name.startswith("slice_")
-    }
-    kept["_non_persistent_buffers_set"] = {
-        n for n in layer._non_persistent_buffers_set if not n.startswith("slice_")
-    }
-    plain.__dict__.update(kept)
-    plain.__class__ = layer.plain_class  # pyright: ignore[reportAttributeAccessIssue]  # a subclass with nn.Linear's own forward
+    plain = layer.to_plain()
     _renew_hook(plain)
     return plain
 
 
 def _renew_hook(module: nn.Module) -> None:
-    if "_hf_hook" in module.__dict__:
-        from slicefine.integrations.accelerate import renew_hook
+    """Bind a device map's hook to a module that has taken over another one's attributes.
 
-        renew_hook(module)
+    Accelerate's hook works by a ``forward`` on the instance, which would go on calling the module
+    that it was made for.
+    """
+    hook = module.__dict__.pop("_hf_hook", None)
+    if hook is None:
+        return
+    for name in ("_old_forward", "forward"):
+        module.__dict__.pop(name, None)
+    # whoever put the hook there has loaded the library
+    sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)
 
 
 def _let_inputs_carry_gradients(model: Any) -> None:

@@ -16,8 +16,9 @@ from torch.optim.optimizer import Optimizer
 from slicefine import ops
 from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.backends.reference import dynamic_codebook
-from slicefine.linear import SliceLinear, note_agreement
-from slicefine.moves import finish_step, layers_of, slices_of
+from slicefine.layer import SliceLayer, mark_synced
+from slicefine.moves import finish_step
+from slicefine.registry import layers_of, slices_of
 from slicefine.sharding import is_sharded
 
 
@@ -121,7 +122,7 @@ class SliceAdamW(Optimizer):
                     + ". Use SliceAdamW without it."
                 )
             for layer in layers_of(parameter) if self.optimizer_in_bwd else ():
-                layer._updater = weakref.ref(self)
+                layer.updater_reference = weakref.ref(self)
 
     # The default path: gradients first, then one update of all slices
 
@@ -184,7 +185,7 @@ class SliceAdamW(Optimizer):
                 )
         return state
 
-    def _options(self, group: dict[str, Any], layer: SliceLinear) -> AdamWOptions:
+    def _options(self, group: dict[str, Any], layer: SliceLayer) -> AdamWOptions:
         # A new seed for every update and layer, within the 63 bits that a schema's int holds.
         seed = (
             self.seed * 0x9E3779B97F4A7C15
@@ -204,7 +205,7 @@ class SliceAdamW(Optimizer):
         )
 
     def _update_slices(
-        self, group: dict[str, Any], slices: dict[Tensor, list[SliceLinear]], grads: list[Any]
+        self, group: dict[str, Any], slices: dict[Tensor, list[SliceLayer]], grads: list[Any]
     ) -> None:
         """One call per device for all slices of a group; slices: each parameter with the layers
         that use it.
@@ -302,13 +303,13 @@ class SliceAdamW(Optimizer):
         self._deferred.clear()
         super().zero_grad(set_to_none)
 
-    def _mark_trained(self, parameter: Tensor, layers: list[SliceLinear]) -> None:
+    def _mark_trained(self, parameter: Tensor, layers: list[SliceLayer]) -> None:
         self._trained_slices.add(parameter)
-        note_agreement(layers)
+        mark_synced(layers)
 
     # Optimizer_in_bwd: the update happens where the gradient is
 
-    def before_forward(self, layer: SliceLinear) -> None:
+    def before_forward(self, layer: SliceLayer) -> None:
         """Count the uses of a weight since the last step: one may be updated at once, several must
         wait for each other.
         """
@@ -326,7 +327,7 @@ class SliceAdamW(Optimizer):
             return
         self._uses[parameter] = self._uses.get(parameter, 0) + 1
 
-    def before_backward(self, layer: SliceLinear) -> None:
+    def before_backward(self, layer: SliceLayer) -> None:
         """Called before the weight is read: it must not have been updated since the forward pass."""
         layer.require_enabled("an update in backward")
         if layer.slice_weight in self._trained_slices:
@@ -337,7 +338,7 @@ class SliceAdamW(Optimizer):
             )
 
     @torch.no_grad()
-    def update_in_backward(self, layer: SliceLinear, grad_output: Tensor, input: Tensor) -> None:
+    def update_in_backward(self, layer: SliceLayer, grad_output: Tensor, input: Tensor) -> None:
         """Called in backward, after the input gradient of this use has been computed from the
         weight.
         """
@@ -458,7 +459,7 @@ class SliceAdamW(Optimizer):
         }
         for layers in slices_of(self).values():
             for layer in layers if self.optimizer_in_bwd else ():
-                layer._updater = weakref.ref(self)
+                layer.updater_reference = weakref.ref(self)
 
     def _indexed(self, packed: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
         for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
@@ -500,14 +501,12 @@ def slice_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """Schedules and masters of all slices of a model, by module name: what to save beside the state
     of an optimizer other
     than SliceAdamW. Tensors and numbers only."""
-    return {
-        name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLinear)
-    }
+    return {name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLayer)}
 
 
 def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Counterpart of `slice_state_dict`. Raises ValueError if the layers are not the same."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SliceLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SliceLayer)}
     if layers.keys() != state.keys():
         missing, extra = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The ledger: what stood in every slice before it first became active. Revert, disable and deltas
+"""Originals: what stood in every slice before it first became active. Revert, disable and deltas
 are made of it.
 
 Values are kept on the host in the weight's dtype and are only ever copied, never computed with:
@@ -24,7 +24,7 @@ _LOST = (
 
 
 @dataclass
-class Piece:
+class SavedSlice:
     """Values of one slice. rows, cols: (R,), (K,) int64 on the host, None for all; values: (R, K)
     on the host.
     """
@@ -34,7 +34,7 @@ class Piece:
     values: Tensor
 
 
-class Ledger:
+class Originals:
     """The originals of the slices of one weight, each entry recorded once, at its first visit.
 
     spec: the slices that the weight can have. Pieces may share entries (a row crosses a column);
@@ -42,9 +42,9 @@ class Ledger:
     """
 
     def __init__(self, spec: SliceSpec) -> None:
-        self.pieces: list[Piece] = []
+        self.slices: list[SavedSlice] = []
         self._spec = spec
-        self._most_pieces = 16  # until they are joined
+        self._most_slices = 16  # until they are joined
         self._rows = torch.zeros(spec.out_features, dtype=torch.bool)
         self._cols = torch.zeros(spec.in_features, dtype=torch.bool)
         # blocks: the features of their rows -> (in,) bool, which columns are on record there
@@ -54,12 +54,13 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """Host memory of the values, in bytes."""
-        return sum(piece.values.numel() * piece.values.element_size() for piece in self.pieces)
+        return sum(saved.values.numel() * saved.values.element_size() for saved in self.slices)
 
     @torch.no_grad()
     def record(self, values: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
-        """Keep ``values`` (R, K), what the weight holds at a slice about to train, where the ledger
-        has nothing yet.
+        """Keep ``values`` (R, K), what the weight holds at a slice about to train.
+
+        Entries that are on record already keep what stands there.
         """
         rows, cols = _to_host(rows), _to_host(cols)
         crossing = True
@@ -76,13 +77,13 @@ class Ledger:
             rows, values = _unseen(self._rows, rows, values, 0)
         if any(index is not None and not len(index) for index in (rows, cols)):
             return  # all of it is on record; a process that holds none of the other features records empty values
-        piece = Piece(rows, cols, values.detach().to("cpu", copy=True))
-        for earlier in self.pieces if crossing else ():
+        saved = SavedSlice(rows, cols, values.detach().to("cpu", copy=True))
+        for earlier in self.slices if crossing else ():
             self._overlay(
-                piece, earlier
+                saved, earlier
             )  # what an earlier slice has changed is not an original any more
-        self.pieces.append(piece)
-        if len(self.pieces) > self._most_pieces:
+        self.slices.append(saved)
+        if len(self.slices) > self._most_slices:
             self.join()
 
     def _mark(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -108,83 +109,83 @@ class Ledger:
                 seen |= common.unsqueeze(1) & columns[cols]
         return seen
 
-    def _overlay(self, piece: Piece, earlier: Piece) -> None:
-        same_kind = (piece.rows is None) == (earlier.rows is None) and (piece.cols is None) == (
+    def _overlay(self, saved: SavedSlice, earlier: SavedSlice) -> None:
+        same_kind = (saved.rows is None) == (earlier.rows is None) and (saved.cols is None) == (
             earlier.cols is None
         )
-        if same_kind and (piece.rows is None or piece.cols is None):
+        if same_kind and (saved.rows is None or saved.cols is None):
             return  # features are recorded once
-        mine_r, theirs_r = _common(piece.rows, earlier.rows, len(self._rows))
+        mine_r, theirs_r = _common(saved.rows, earlier.rows, len(self._rows))
         if not len(mine_r):
             return
-        mine_c, theirs_c = _common(piece.cols, earlier.cols, len(self._cols))
-        piece.values[mine_r.unsqueeze(1), mine_c] = earlier.values[theirs_r.unsqueeze(1), theirs_c]
+        mine_c, theirs_c = _common(saved.cols, earlier.cols, len(self._cols))
+        saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[theirs_r.unsqueeze(1), theirs_c]
 
     def join(self) -> None:
-        """One piece for all columns, one for all rows, one for all blocks of the same rows: fewer
+        """One tensor for all columns, one for all rows, one for all blocks of the same rows: fewer
         and longer copies.
         """
-        groups: dict[tuple[int, ...] | str, list[Piece]] = {}
-        for piece in self.pieces:
+        groups: dict[tuple[int, ...] | str, list[SavedSlice]] = {}
+        for saved in self.slices:
             key = (
                 "columns"
-                if piece.rows is None
+                if saved.rows is None
                 else "rows"
-                if piece.cols is None
-                else tuple(piece.rows.tolist())
+                if saved.cols is None
+                else tuple(saved.rows.tolist())
             )
-            groups.setdefault(key, []).append(piece)
-        self.pieces = [_joined(group) for group in groups.values()]
-        self._most_pieces = 2 * len(self.pieces) + 16
+            groups.setdefault(key, []).append(saved)
+        self.slices = [_joined(group) for group in groups.values()]
+        self._most_slices = 2 * len(self.slices) + 16
 
-    def originals(self) -> list[Tensor]:
-        return [piece.values for piece in self.pieces]
+    def values(self) -> list[Tensor]:
+        return [saved.values for saved in self.slices]
 
     @torch.no_grad()
     def read(self, weight: Tensor) -> list[Tensor]:
-        """What ``weight`` (out, in) holds now at every piece, on the host."""
-        return [read_slice(weight, *_on(piece, weight)).to("cpu") for piece in self.pieces]
+        """What ``weight`` (out, in) holds now at every slice, on the host."""
+        return [read_slice(weight, *_on(saved, weight)).to("cpu") for saved in self.slices]
 
     @torch.no_grad()
     def write(self, weight: Tensor, values: Sequence[Tensor]) -> None:
-        """Write one tensor per piece to ``weight`` (out, in)."""
-        for piece, value in zip(self.pieces, values, strict=True):
-            write_slice(weight, *_on(piece, weight), value.to(weight.device))
+        """Write one tensor per slice to ``weight`` (out, in)."""
+        for saved, value in zip(self.slices, values, strict=True):
+            write_slice(weight, *_on(saved, weight), value.to(weight.device))
 
     def exchange(self, weight: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
-        """Write one tensor per piece; returns what stood there, for the way back."""
+        """Write one tensor per slice; returns what stood there, for the way back."""
         before = self.read(weight)
         self.write(weight, values)
         return before
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether ``weight`` (out, in) has the originals at every piece: nothing that trained is in
+        """Whether ``weight`` (out, in) has the originals at every slice: nothing that trained is in
         it.
         """
         return all(
-            same_bits(now, piece.values)
-            for now, piece in zip(self.read(weight), self.pieces, strict=True)
+            same_bits(now, saved.values)
+            for now, saved in zip(self.read(weight), self.slices, strict=True)
         )
 
     def take(self, weight: Tensor) -> None:
         """From now on the originals are what ``weight`` (out, in) holds."""
-        for piece, values in zip(self.pieces, self.read(weight), strict=True):
-            piece.values = values
+        for saved, values in zip(self.slices, self.read(weight), strict=True):
+            saved.values = values
 
     def restored(self, weight: Tensor) -> Tensor:
         """(out, in), on the host: the weight as it was before anything trained."""
         original = weight.detach().to("cpu", copy=True)
-        self.write(original, self.originals())
+        self.write(original, self.values())
         return original
 
     def cast(self, dtype: torch.dtype) -> None:
         """Follow the weight to another dtype."""
-        for piece in self.pieces:
-            piece.values = piece.values.to(dtype)
+        for saved in self.slices:
+            saved.values = saved.values.to(dtype)
 
     def clear(self) -> None:
         """Forget everything: the weight as it stands is the original."""
-        self.pieces.clear()
+        self.slices.clear()
         self._blocks.clear()
         self._rows.zero_()
         self._cols.zero_()
@@ -192,18 +193,18 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and None only, so ``torch.load(weights_only=True)`` takes it."""
         return {
-            key: [getattr(piece, key) for piece in self.pieces]
+            key: [getattr(saved, key) for saved in self.slices]
             for key in ("rows", "cols", "values")
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counterpart of `state_dict`. Raises ValueError if pieces are missing."""
+        """Counterpart of `state_dict`. Raises ValueError if slices are missing."""
         if len({len(state[key]) for key in ("rows", "cols", "values")}) > 1:
             raise ValueError("the loaded slice state has lost originals. " + _LOST)
         self.clear()
         for rows, cols, values in zip(state["rows"], state["cols"], state["values"], strict=True):
             rows, cols = _to_host(rows), _to_host(cols)
-            self.pieces.append(Piece(rows, cols, values.to("cpu")))
+            self.slices.append(SavedSlice(rows, cols, values.to("cpu")))
             if rows is not None and cols is not None:
                 self._mark(rows, cols)
             elif cols is not None:
@@ -247,21 +248,21 @@ def _unseen(seen: Tensor, index: Tensor, values: Tensor, dim: int) -> tuple[Tens
     return index[new], values.index_select(dim, new.nonzero().flatten().to(values.device))
 
 
-def _joined(pieces: list[Piece]) -> Piece:
+def _joined(slices: list[SavedSlice]) -> SavedSlice:
     """Pieces of whole columns, of whole rows, or of the same rows, as one; where they share entries
     they agree.
     """
-    first, dim = pieces[0], 0 if pieces[0].cols is None else 1
-    if len(pieces) == 1:
+    first, dim = slices[0], 0 if slices[0].cols is None else 1
+    if len(slices) == 1:
         return first
-    indices: list[Tensor] = [piece.cols if dim else piece.rows for piece in pieces]  # pyright: ignore[reportAssignmentType]
+    indices: list[Tensor] = [saved.cols if dim else saved.rows for saved in slices]  # pyright: ignore[reportAssignmentType]
     union = torch.cat(indices).unique()
     shape = list(first.values.shape)
     shape[dim] = len(union)
     values = first.values.new_empty(shape)
-    for piece, index in zip(pieces, indices, strict=True):
-        values.index_copy_(dim, torch.searchsorted(union, index), piece.values)
-    return Piece(first.rows if dim else union, union if dim else None, values)
+    for saved, index in zip(slices, indices, strict=True):
+        values.index_copy_(dim, torch.searchsorted(union, index), saved.values)
+    return SavedSlice(first.rows if dim else union, union if dim else None, values)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -287,8 +288,8 @@ def _to_host(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.to("cpu", copy=True)
 
 
-def _on(piece: Piece, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    rows, cols = piece.rows, piece.cols
+def _on(saved: SavedSlice, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, cols = saved.rows, saved.cols
     return None if rows is None else rows.to(weight.device), (
         None if cols is None else cols.to(weight.device)
     )

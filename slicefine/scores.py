@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slicefine import ops
+from slicefine import ops, sharding
 from slicefine.slices import SliceSpec, read_slice
+
+
+class GradientScores:
+    """Squared gradient norms of the positions of a layer, summed over the micro-batches of a step.
+
+    Only layers with switch_mode "gradient" have them.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._task = -1
+
+    def add(self, layer: Any, grad_output: Tensor, input: Tensor) -> None:
+        """Score the next positions of ``layer`` by the gradient of one backward pass.
+
+        Args:
+            layer: the `SliceLayer` that these scores belong to.
+            grad_output: (n, out).
+            input: (n, in).
+        """
+        task, axis = torch._C._current_graph_task_id(), layer.schedule.next_axis
+        # a pass that starts without an accumulated gradient starts anew, so that a skipped or
+        # discarded step leaves nothing
+        if task != self._task and layer.slice_weight.grad is None:
+            self.clear()
+        self._task = task
+        new = gradient_scores(grad_output, input, layer.spec, axis)
+        self._sums[axis] = self._sums.get(axis, 0) + new
+
+    def clear(self) -> None:
+        self._sums = {}
+
+    def of(self, spec: SliceSpec, axis: str) -> Tensor:
+        """(positions,) float64; zeros where nothing has been scored."""
+        zeros = torch.zeros(spec.positions(axis), dtype=torch.float64)
+        return self._sums.get(axis, zeros)
+
+
+def position_scores(layer: Any, axis: str) -> Tensor:
+    """What decides the next position of a layer with a score mode: (positions,) float64."""
+    if layer.scores is not None:
+        return layer.scores.of(layer.spec, axis)
+    norms = slice_norms(layer.weight_matrix, layer.spec, axis)
+    if sharding.is_sharded(layer.weight):
+        return sharding.sum_over_shards(norms.square(), layer.weight).sqrt()
+    return norms
 
 
 def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from slicefine.linear import SliceLinear
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,7 +34,7 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def check_sharding(layer: SliceLinear) -> None:
+def check_sharding(layer: Any) -> None:
     """Raise ValueError, naming what does not work, unless write-through is local to each process."""
     weight, master = layer._parameters["weight"], layer._parameters["slice_weight"]
     slice_type, mode = layer.spec.slice_type, layer.schedule.mode
@@ -83,7 +80,7 @@ def check_sharding(layer: SliceLinear) -> None:
         )
 
 
-def check_whole(layer: SliceLinear) -> None:
+def check_whole(layer: Any) -> None:
     """Raise RuntimeError before a forward pass that would not use the weight of the layer, or would
     train what it never reads.
     """
@@ -107,11 +104,11 @@ def check_whole(layer: SliceLinear) -> None:
         )
 
 
-def shard_ledger(layer: SliceLinear) -> None:
-    """Cut what the ledger has recorded of the whole weight down to this process's part, as the
+def shard_originals(layer: Any) -> None:
+    """Cut what the originals have recorded of the whole weight down to this process's part, as the
     master has been.
     """
-    if layer.ledger is None:
+    if layer.originals is None:
         return
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -122,15 +119,15 @@ def shard_ledger(layer: SliceLinear) -> None:
         sizes, offsets = compute_local_shape_and_global_offset(
             torch.Size(shape), master.device_mesh, master.placements
         )
-        for piece in layer.ledger.pieces:
-            # the sharded extent is whole in every piece: slices are cut along the features that
+        for saved in layer.originals.slices:
+            # the sharded extent is whole in every slice: slices are cut along the features that
             # they have all of
-            piece.values = piece.values.narrow(
+            saved.values = saved.values.narrow(
                 dim, min(offsets[dim], shape[dim]), sizes[dim]
             ).clone()
 
 
-def check_conversion(layer: SliceLinear, convert: Callable[[Tensor], Tensor]) -> None:
+def check_conversion(layer: Any, convert: Callable[[Tensor], Tensor]) -> None:
     """Raise RuntimeError if a sharded layer is to change its dtype or device: optimizer and FSDP2
     hold the shards as they are.
     """
@@ -145,7 +142,7 @@ def check_conversion(layer: SliceLinear, convert: Callable[[Tensor], Tensor]) ->
 
 
 def shard_values(values: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of what the processes hold of a piece of the ledger, cut as ``like``, a layer's
+    """A DTensor of what the processes hold of a saved slice, cut as ``like``, a layer's
     master, is.
     """
     from torch.distributed.tensor import DTensor

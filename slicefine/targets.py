@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from slicefine.config import SliceConfig
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.modules.attention import is_attention, projections
 from slicefine.modules.experts import is_experts, why_not_experts
-from slicefine.modules.parameters import HoldsSlices
+from slicefine.modules.parameters import SlicedModule
 
 _HEAD_NAMES = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
 
@@ -216,7 +216,7 @@ def _obstacle(
     of_attention: bool = False,
 ) -> str | None:
     """Why a named module cannot become a slice; raised unless the config named everything."""
-    if isinstance(module, SliceLinear):
+    if isinstance(module, SliceLayer):
         raise ValueError(
             f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()"
         )
@@ -425,7 +425,7 @@ def _parameter_target(
         reason = f"it is quantised ({parameter.dtype}); load the model unquantised"
     if reason is None and parameter.is_meta:
         reason = "it is on the meta device, without values; load the weights first"
-    if reason is None and ("forward" in module.__dict__ or isinstance(module, HoldsSlices)):
+    if reason is None and ("forward" in module.__dict__ or isinstance(module, SlicedModule)):
         reason = (
             "the forward of its module has been replaced on the instance; make slices before"
             " dispatching the model"

@@ -20,7 +20,7 @@ from slicefine.capacity.samples import Samples, joined, logits_of, predict
 from slicefine.capacity.side import AdditiveSide, default_feature, features_of
 from slicefine.config import SliceConfig
 from slicefine.deltas.delta import Delta
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.model import get_slice_model
 from slicefine.optim import SliceAdamW
 from slicefine.targets import find_targets, output_head
@@ -244,7 +244,7 @@ def lora_model(model: nn.Module, r: int, config: SliceConfig) -> Any:
         if t.skipped is None and t.module is not output_head(model)
     ]
     linear = {
-        n: m for n, m in model.named_modules() if n in names and not isinstance(m, SliceLinear)
+        n: m for n, m in model.named_modules() if n in names and not isinstance(m, SliceLayer)
     }
     return peft.get_peft_model(
         model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(linear))

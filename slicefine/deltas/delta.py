@@ -31,7 +31,7 @@ from slicefine.deltas.format import (
     to_runs,
     write_file,
 )
-from slicefine.originals import Piece, same_bits
+from slicefine.originals import SavedSlice, same_bits
 from slicefine.sharding import is_sharded
 from slicefine.slices import read_slice, write_slice
 
@@ -534,8 +534,8 @@ def meet(a: SliceValues, b: SliceValues) -> bool:
 # Making slice values
 
 
-def slice_values(pieces: Iterable[Piece], current: Iterable[Tensor]) -> list[SliceValues]:
-    """Patches from a ledger's pieces and what stands there now."""
+def slice_values(saved: Iterable[SavedSlice], current: Iterable[Tensor]) -> list[SliceValues]:
+    """The values of saved slices and what stands there now."""
     return [
-        SliceValues(p.rows, p.cols, p.values, new) for p, new in zip(pieces, current, strict=True)
+        SliceValues(p.rows, p.cols, p.values, new) for p, new in zip(saved, current, strict=True)
     ]

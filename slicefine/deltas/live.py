@@ -24,7 +24,7 @@ from slicefine.deltas.delta import (
     tensor_of,
     whole_state,
 )
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.originals import same_bits, set_version
 
 
@@ -89,16 +89,16 @@ def resume_from(model: Any, delta: Delta) -> None:
             " not train here"
         )
     for key, weight in delta.weights.items():
-        ledger = layers[key].required_ledger("resume from a delta")
+        originals = layers[key].required_originals("resume from a delta")
         for patch in weight.patches:
-            ledger.record(patch.old, patch.rows, patch.cols)
+            originals.record(patch.old, patch.rows, patch.cols)
     for key, entry in delta.whole.items():
         tensor_of(model, key).copy_(entry.new)
         if not entry.replaces and key in register.full:
             register.full[key] = FullDelta(entry.old, entry.old, False)
     for key, weight in delta.weights.items():
         delta.write_one(model, key, weight, "new")
-        layers[key].read_back()
+        layers[key].refresh_master()
     register.parents = [{"name": register.trainable, "sha256": delta.sha256}]
 
 
@@ -127,10 +127,10 @@ def restart_from_base(model: Any) -> None:
     """Give up what the slices have trained; the model's values are their originals from here on."""
     register: AdapterRegister = model._adapters
     for layer in layers_of(model):
-        layer._trained = None
+        layer.set_aside = None
         # also where it trained on top of an adapter
-        layer.required_ledger("be reverted").take(layer.weight_matrix)
-        layer.read_back()
+        layer.required_originals("be reverted").take(layer.weight_matrix)
+        layer.refresh_master()
     for entry in register.full.values():
         entry.new = entry.old
     register.versions.clear()
@@ -144,7 +144,7 @@ def check_originals(model: Any, below: list[str]) -> None:
     """
     wrong = []
     for name, layer in named_layers(model):
-        if not layer.required_ledger("be switched on").holds(layer.weight_matrix):
+        if not layer.required_originals("be switched on").holds(layer.weight_matrix):
             wrong.append(name)
     for key, entry in model._adapters.full.items():
         now = tensor_of(model, key)
@@ -222,25 +222,25 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
     return Delta(weights, full, model.slice_config.to_dict(), base, {**content, **info})
 
 
-def _one_layer_per_weight(model: Any) -> dict[str, SliceLinear]:
+def _one_layer_per_weight(model: Any) -> dict[str, SliceLayer]:
     """Layers by state-dict key; of layers that share a weight the first."""
-    layers: dict[int, tuple[str, SliceLinear]] = {}
+    layers: dict[int, tuple[str, SliceLayer]] = {}
     for name, layer in named_layers(model):
         layers.setdefault(id(layer.weight), (layer.state_key(name), layer))
     return dict(layers.values())
 
 
-def _weight_delta(layer: SliceLinear) -> WeightDelta:
-    layer.synchronise()
-    ledger = layer.required_ledger("be saved as a delta")
-    ledger.join()
-    values = slice_values(ledger.pieces, ledger.read(layer.weight_matrix))
+def _weight_delta(layer: SliceLayer) -> WeightDelta:
+    layer.sync()
+    originals = layer.required_originals("be saved as a delta")
+    originals.join()
+    values = slice_values(originals.slices, originals.read(layer.weight_matrix))
     shape = (layer.out_features, layer.in_features)
     return WeightDelta(shape, layer.fan_in_fan_out, "", values)
 
 
 def _original_values(
-    model: Any, layers: Iterable[SliceLinear], full: dict[str, FullDelta]
+    model: Any, layers: Iterable[SliceLayer], full: dict[str, FullDelta]
 ) -> Callable[[str, Tensor], Tensor]:
     """(state-dict key, tensor in the model) -> the value that it had in the base."""
     by_weight = {id(layer.weight): layer for layer in layers}
@@ -253,7 +253,7 @@ def _original_values(
         layer = by_weight.get(id(parameters.get(key)))
         if layer is None:
             return value
-        restored = layer.required_ledger("be saved").restored(layer.weight_matrix)
+        restored = layer.required_originals("be saved").restored(layer.weight_matrix)
         if layer.fan_in_fan_out:
             restored = restored.t()
         return restored.reshape(layer.weight.shape)
@@ -280,12 +280,12 @@ def _progress(model: Any) -> dict[str, Any]:
     return {"steps": steps, "coverage": covered / max(1, entries)}
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, SliceLinear]]:
+def named_layers(model: nn.Module) -> Iterator[tuple[str, SliceLayer]]:
     """Layers with slices, by module name."""
     for name, module in model.named_modules():
-        if isinstance(module, SliceLinear):
+        if isinstance(module, SliceLayer):
             yield name, module
 
 
-def layers_of(model: nn.Module) -> Iterator[SliceLinear]:
+def layers_of(model: nn.Module) -> Iterator[SliceLayer]:
     return (layer for _, layer in named_layers(model))

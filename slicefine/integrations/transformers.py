@@ -9,17 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.optim import SliceAdamW, load_slice_state_dict, slice_state_dict
-
-
-def conv1d(out_features: int, in_features: int) -> nn.Module:
-    """An empty Conv1D, transformers' linear layer with weight (in, out), on the meta device."""
-    with torch.device("meta"):
-        return Conv1D(out_features, in_features)
 
 
 class SliceCallback(transformers.TrainerCallback):
@@ -58,7 +50,7 @@ class SliceCallback(transformers.TrainerCallback):
         Raises:
             ValueError: if the checkpoint that is resumed from has none.
         """
-        layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
+        layers = [m for m in model.modules() if isinstance(m, SliceLayer)]
         if not layers:
             warnings.warn(
                 "SliceCallback: the model has no slices; call get_slice_model(model, ...) first",
@@ -95,7 +87,7 @@ class SliceCallback(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any
     ) -> None:
         layers = (
-            [m for m in model.modules() if isinstance(m, SliceLinear)] if model is not None else []
+            [m for m in model.modules() if isinstance(m, SliceLayer)] if model is not None else []
         )
         if not layers or logs is None:
             return

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slicefine.modules.parameters import HoldsSlices
+from slicefine.modules.parameters import SlicedModule
 
 PACKED, SEPARATE = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -32,7 +32,7 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention
 
 
-class SliceMultiheadAttention(HoldsSlices):
+class SliceMultiheadAttention(SlicedModule):
     """The forward of nn.MultiheadAttention through `SliceParameter` and `SliceLinear` children;
     same arguments, same results.
 
@@ -58,7 +58,7 @@ class SliceMultiheadAttention(HoldsSlices):
         if weight is None or weight.requires_grad:
             return weight
         if child is not None:
-            child.synchronise()
+            child.sync()
         return weight.detach().requires_grad_(torch.is_grad_enabled())
 
     def forward(

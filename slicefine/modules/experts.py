@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slicefine import ops
-from slicefine.modules.parameters import HoldsSlices, SliceParameter
+from slicefine.modules.parameters import SlicedModule, SliceParameter
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def why_not_experts(module: Any, parameter: Tensor, slice_type: str) -> str | No
     return None
 
 
-class SliceExperts(HoldsSlices):
+class SliceExperts(SlicedModule):
     """The forward of transformers' modules of experts, through `SliceParameter` children.
 
     Mixed in front of the module's own class by `slicefine.get_slice_model` (``target_parameters``);
@@ -111,10 +111,9 @@ def _sliced_product(layer: SliceParameter, input: Tensor, offsets: Tensor) -> Te
             "optimizer_in_bwd=True does not work with target_parameters: the gradients of all"
             " experts make one update. Use SliceAdamW(..., optimizer_in_bwd=False), the default."
         )
-    layer.synchronise()
-    scoring = (
-        torch.is_grad_enabled() and layer.schedule.needs_gradient_scores and not layer.disabled
-    )
+    layer.sync()
+    scoring = layer.scores is not None and torch.is_grad_enabled() and not layer.disabled
+    scoring = scoring and layer.schedule.needs_gradient_scores
     return _ExpertsFunction.apply(
         input, layer.weight, layer.master, layer.cols, offsets, layer if scoring else None
     )
@@ -146,7 +145,7 @@ class _ExpertsFunction(torch.autograd.Function):
             if start < end:
                 dy, x = grad_output[start:end], kept[start:end]
                 if ctx.scored is not None:
-                    ctx.scored.add_scores(dy, x)
+                    ctx.scored.scores.add(ctx.scored, dy, x)
                     x = x.index_select(1, cols)
                 part = ops.slice_grad(dy, x)
                 if grad is None:

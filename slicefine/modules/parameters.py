@@ -1,9 +1,9 @@
 """Slices of parameters that a module uses itself, without a linear layer to call: a projection of
 nn.MultiheadAttention, experts.
 
-A `SliceParameter` is a child of that module under the parameter's name; `HoldsSlices`, mixed into
+A `SliceParameter` is a child of that module under the parameter's name; `SlicedModule`, mixed into
 the module's class, keeps the
-state-dict key. To optimizers, moves and deltas it is a `SliceLinear`.
+state-dict key. To optimizers, moves and deltas it is a `SliceLayer`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# imported for its hook, as in `slicefine.linear`
+from slicefine import moves as moves
 from slicefine.config import SliceConfig
-from slicefine.function import slice_product
-from slicefine.linear import SliceLinear
+from slicefine.function import slice_linear
+from slicefine.layer import SliceLayer
 from slicefine.sharding import local
 
 
-class SliceParameter(SliceLinear):
+class SliceParameter(SliceLayer):
     """The moving slice of a parameter of another module.
 
     weight: (out, in), or (experts, out, in): then one slice holds the same columns of every expert,
@@ -39,7 +41,7 @@ class SliceParameter(SliceLinear):
             "bias", None
         )  # a bias belongs to the module that holds the parameter
         layer.out_features, layer.in_features = parameter.shape[:-1].numel(), parameter.shape[-1]
-        layer._become_slice(config, name, r)
+        layer.make_slice(config, name, r)
         return layer
 
     @property
@@ -51,13 +53,13 @@ class SliceParameter(SliceLinear):
     ) -> Tensor:
         """``input @ weight[start:stop].T + bias``. input: (..., in). bias: (stop - start,)."""
         stop = self.out_features if stop is None else stop
-        input, layer = self.before_product(input)
+        input, layer = self.prepare_input(input)
         if (start, stop) == (0, self.out_features):
-            return slice_product(
+            return slice_linear(
                 input, self.weight_matrix, bias, self.master, self.rows, self.cols, layer
             )
         if layer is not None:  # scores and updates in backward are of whole rows of the gradient
-            whole = slice_product(
+            whole = slice_linear(
                 input, self.weight_matrix, None, self.master, self.rows, self.cols, layer
             )
             return (
@@ -71,7 +73,7 @@ class SliceParameter(SliceLinear):
         else:  # the same shapes wherever the slice is: rows of other parts are computed and dropped
             inside = (rows >= start) & (rows < stop)
             part, rows = part * inside[:, None], (rows - start).clamp(0, stop - start - 1)
-        return slice_product(
+        return slice_linear(
             input, self.weight_matrix[start:stop], bias, part, rows, self.cols, None
         )
 
@@ -94,7 +96,7 @@ class SliceParameter(SliceLinear):
         missing_keys.extend(prefix[:-1] if key == prefix + "weight" else key for key in missing)
 
 
-class HoldsSlices(nn.Module):
+class SlicedModule(nn.Module):
     """Mixed into the class of a module some of whose parameters have become `SliceParameter`
     children.
     """
@@ -119,11 +121,11 @@ class HoldsSlices(nn.Module):
             if bias is not None and self.slice_of(name) is not None:
                 bias.requires_grad_(True)
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Turn the module into what it was: its own class, its own parameters in their order."""
         held = {name: child for name in self._modules if (child := self.slice_of(name)) is not None}
         for name, child in held.items():
-            child.synchronise()
+            child.sync()
             del self._modules[name]
         order = self.__dict__.pop("_parameter_order")
         late = [name for name in self._parameters if name not in order]
@@ -145,24 +147,24 @@ class HoldsSlices(nn.Module):
         return _rebuild, (mixin, own), state
 
 
-def hold(module: nn.Module, mixin: type[HoldsSlices]) -> None:
+def convert_module(module: nn.Module, mixin: type[SlicedModule]) -> None:
     """Let a module hold slices, in place: its class becomes ``mixin`` in front of its own."""
-    if not isinstance(module, HoldsSlices):
+    if not isinstance(module, SlicedModule):
         module.__dict__["_parameter_order"] = list(module._parameters)
         module.__class__ = _mixed(mixin, type(module))
 
 
-def replace_parameter(module: nn.Module, name: str, layer: SliceParameter) -> None:
-    """Put the slice in the parameter's place; the module already `hold`s slices."""
+def swap_parameter(module: nn.Module, name: str, layer: SliceParameter) -> None:
+    """Put the slice in the parameter's place; the module already converts slices."""
     del module._parameters[name]
     module._modules[name] = layer
 
 
-def give_back_parameters(model: nn.Module) -> None:
-    """Undo `hold` and `replace_parameter` in a whole model."""
+def restore_parameters(model: nn.Module) -> None:
+    """Undo `convert_module` and `swap_parameter` in a whole model."""
     for module in list(model.modules()):
-        if isinstance(module, HoldsSlices):
-            module.give_back()
+        if isinstance(module, SlicedModule):
+            module.restore()
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 
-from slicefine.moves import slices_of
 from slicefine.optim import SliceAdamW
 from slicefine.plan.layers import (
     SHORT_STACKS,
@@ -30,6 +29,7 @@ from slicefine.plan.layers import (
     phases_of_layers,
 )
 from slicefine.plan.tracker import MemoryReport, track_compiled, track_memory
+from slicefine.registry import slices_of
 
 
 @dataclass(frozen=True)

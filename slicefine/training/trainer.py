@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from slicefine.integrations.transformers import SliceCallback
-from slicefine.linear import SliceLinear, layers_of
+from slicefine.layer import SliceLayer
+from slicefine.registry import layers_of
 from slicefine.optim import SliceAdamW
 from slicefine.training.data import Row, UserError
 from slicefine.training.recipe import Recipe
@@ -84,7 +85,7 @@ def refuse_sliced_head(model: Any) -> None:
     slice of it would get no gradient.
     """
     head = model.get_output_embeddings()
-    if isinstance(head, SliceLinear):
+    if isinstance(head, SliceLayer):
         name = next(name for name, module in model.named_modules() if module is head)
         raise UserError(
             f"{name} has slices, and SFTTrainer computes its loss from {name}.weight without"

@@ -379,7 +379,7 @@ def test_a_wrong_input_dtype_fails_as_in_nn_linear():
 
 
 def test_layers_die_with_their_model():
-    from slicefine.linear import layers_of
+    from slicefine.registry import layers_of
 
     layer = make()
     parameter = layer.slice_weight

@@ -458,7 +458,7 @@ def test_slices_in_training_are_an_adapter_too(tmp_path):
     model.set_adapter(["a", "mine"])
     layer = model.body[0]
     layer.schedule.position["column"] = 0  # the slice moves to columns that a has changed
-    layer.place()
+    layer.select_slice()
     train(model, 1)
     both = state(model)
     with pytest.raises(
@@ -604,7 +604,7 @@ def test_names_and_missing_things_are_told(tmp_path):
 
 def test_without_originals_nothing_pretends():
     _, model = trained(keep_originals=False)
-    assert all(m.ledger is None for _, m in named_slice_layers(model))
+    assert all(m.originals is None for _, m in named_slice_layers(model))
     for call in (model.revert, model.delta, lambda: model.disable_adapter().__enter__()):
         with pytest.raises(
             RuntimeError,

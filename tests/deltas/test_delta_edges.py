@@ -23,7 +23,7 @@ from slicefine.deltas.delta import FILE, FullDelta, SliceValues, WeightDelta
 from slicefine.deltas.format import delta_path, write_file
 from slicefine.linear import SliceLinear
 from slicefine.model import named_slice_layers
-from slicefine.originals import Ledger
+from slicefine.originals import Originals
 from slicefine.slices import SliceSpec, read_slice
 from tests.deltas import test_delta
 
@@ -44,7 +44,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-# The ledger
+# The originals
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -114,15 +114,15 @@ def test_a_ledger_stays_small():
     """
     for slice_type, positions in (("block", 16 * 16), ("row_column", 16)):
         spec = SliceSpec(64, 64, slice_type, 4, 4)
-        ledger, weight = Ledger(spec), torch.randn(64, 64)
+        originals, weight = Originals(spec), torch.randn(64, 64)
         for position in range(positions):
             for axis in spec.axes:
                 rows, cols = spec.features(axis, position)
-                ledger.record(read_slice(weight, rows, cols), rows, cols)
-        ledger.join()
-        assert len(ledger.pieces) == (16 if slice_type == "block" else 2)
-        assert ledger.nbytes <= weight.numel() * 4 * (1 if slice_type == "block" else 31 / 16)
-        assert ledger.holds(weight)
+                originals.record(read_slice(weight, rows, cols), rows, cols)
+        originals.join()
+        assert len(originals.slices) == (16 if slice_type == "block" else 2)
+        assert originals.nbytes <= weight.numel() * 4 * (1 if slice_type == "block" else 31 / 16)
+        assert originals.holds(weight)
 
 
 def test_many_blocks_fit_in_a_file(tmp_path):
@@ -136,7 +136,7 @@ def test_many_blocks_fit_in_a_file(tmp_path):
     layer = model[0]
     for _ in range(64 * 64):
         layer.schedule.move(lambda axis: torch.zeros(1))
-        layer.place()
+        layer.select_slice()
     model.save_pretrained(tmp_path)
     assert len(Delta.load(tmp_path).weights["0.weight"].patches) == 64
     with open(tmp_path / FILE, "rb") as file:
@@ -386,7 +386,12 @@ def test_an_error_in_the_middle_of_a_switch_leaves_what_was(tmp_path, fails_at, 
 
         return wrapper
 
-    for owner, name in ((Ledger, "exchange"), (Ledger, "write"), (Delta, "write"), (Delta, "read")):
+    for owner, name in (
+        (Originals, "exchange"),
+        (Originals, "write"),
+        (Delta, "write"),
+        (Delta, "read"),
+    ):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     try:
         model.set_adapter("b")
@@ -705,4 +710,4 @@ def test_fake_tensors_have_no_originals():
         for _ in range(2):
             model(torch.randn(3, 8)).sum().backward()
             optimizer.step()
-        assert all(layer.ledger is None for _, layer in named_slice_layers(model))
+        assert all(layer.originals is None for _, layer in named_slice_layers(model))

@@ -16,10 +16,12 @@ import slicefine
 ROOT = Path(__file__).parents[2]
 # A module imports only from layers below its own, or within its own layer's folder. Folders are one entry.
 LAYERS = [
-    {"config", "slices", "atomic", "sharding"},
+    {"config", "slices", "atomic", "registry", "sharding"},
     {"originals", "backends"},
     {"ops"},
-    {"scores", "moves", "function"},
+    {"scores", "function"},
+    {"layer"},
+    {"moves"},
     {"linear"},
     {"modules"},
     {"optim", "targets", "plan.tracker", "deltas"},
@@ -32,12 +34,9 @@ LAYERS = [
     {"continual"},
     {"cli", "__main__", "__init__"},
 ]
-CORE = {name for layer in LAYERS[:8] for name in layer}
-# To be mended with the split of the layer: types only, and two calls that reach up.
+CORE = {name for layer in LAYERS[:10] for name in layer}
+# To be mended.
 ALLOWED = {
-    ("moves", "linear"),
-    ("sharding", "linear"),
-    ("model", "integrations"),
     ("cli", "cli"),
     ("slices", "config"),
     ("config", "slices"),
@@ -148,6 +147,7 @@ def test_the_public_names():
         "DeltaError",
         "SliceAdamW",
         "SliceConfig",
+        "SliceLayer",
         "SliceLinear",
         "SliceModel",
         "get_slice_model",

@@ -1,0 +1,593 @@
+"""SliceLayer: a frozen weight with a moving slice that trains.
+
+``weight`` is frozen and always the truth: the forward pass is one ``F.linear``. ``slice_weight`` is
+the only trainable parameter: a contiguous master copy of the active slice (float32; float64 for a
+float64 weight). Whatever optimizer moves it, ``weight[slice] = cast(slice_weight)`` follows:
+`SliceAdamW` does it in its kernel, for any other `torch.optim` optimizer a hook does after its step
+(`slicefine.moves`), and every forward checks.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from slicefine import ops, sharding
+from slicefine.config import SliceConfig
+from slicefine.originals import Originals, set_version
+from slicefine.registry import layers_of, register
+from slicefine.scores import GradientScores
+from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to, write_slice
+
+
+class Updater(Protocol):
+    """What `optimizer_in_bwd` needs of an optimizer (`SliceAdamW`)."""
+
+    def before_forward(self, layer: SliceLayer) -> None: ...
+
+    def before_backward(self, layer: SliceLayer) -> None: ...
+
+    def update_in_backward(self, layer: SliceLayer, grad_output: Tensor, input: Tensor) -> None: ...
+
+
+class State(enum.Enum):
+    """How the weight of a layer and the master of its slice stand to each other."""
+
+    AGREED = "neither has been written to since they agreed"
+    OFF = "the slices are disabled: the weight has its original values, the master the trained"
+    STAND_IN = "another tensor is in the place of one of them, for reading only"
+    APART = "one of them is on its way to another device"
+    UNCHECKED = "slice state was loaded, and whether the weight belongs to it is not known yet"
+    WEIGHT_WRITTEN = "the weight has been written to, perhaps the master too"
+    MASTER_WRITTEN = "the master has been written to"
+
+
+class Agreement(NamedTuple):
+    """Weight and master as they were when they last agreed.
+
+    A version of -1 stands for a tensor that has been assigned since. ``unchecked``: see
+    `State.UNCHECKED`.
+    """
+
+    weight: Tensor | None
+    weight_version: int
+    master: Tensor | None
+    master_version: int
+    unchecked: bool = False
+
+    @classmethod
+    def now(cls, layer: SliceLayer, unchecked: bool = False) -> Agreement:
+        weight, master = _pair(layer)
+        return cls(weight, weight._version, master, master._version, unchecked)
+
+    def state(self, layer: SliceLayer) -> State:
+        parameters = layer._parameters
+        weight, master = parameters.get("weight"), parameters.get("slice_weight")
+        same = weight is self.weight and master is self.master and weight is not None
+        if same and weight._version == self.weight_version:  # type: ignore[union-attr]
+            unwritten = master._version == self.master_version  # type: ignore[union-attr]
+            if unwritten and not self.unchecked:
+                return State.AGREED
+        if layer.disabled:
+            return State.OFF
+        # torch.func.functional_call, FSDP2's gathered weights, replicas of nn.DataParallel and
+        # parametrizations: all of them change what the names stand for without assigning it here
+        if not same:
+            return State.STAND_IN
+        if layer.slice_weight.device != layer.slice_rows.device:
+            return State.APART
+        if self.unchecked:
+            return State.UNCHECKED
+        # the weight wins where both were written to, as by weight averaging, which knows nothing of
+        # positions
+        if weight._version != self.weight_version:  # type: ignore[union-attr]
+            return State.WEIGHT_WRITTEN
+        return State.MASTER_WRITTEN
+
+
+class SetAside(NamedTuple):
+    """What stood in the weight of a disabled layer: one tensor per saved slice, on the host."""
+
+    values: list[Tensor]
+    # version counter of the weight
+    version: int
+
+
+class SliceLayer(nn.Module):
+    """A frozen weight with a moving slice that trains; mixed in front of the class that uses it.
+
+    Every attribute that a slice adds to a module is declared here, and nowhere else, so that
+    `SliceLinear.to_plain` can leave all of them behind.
+    """
+
+    # what the slice may be, where it is, and what happens to optimizer state when it moves
+    spec: SliceSpec
+    schedule: SliceSchedule
+    state_on_switch: str
+    axis: str
+    slice_rows: Tensor
+    slice_cols: Tensor
+    # the master and how it stands to the weight
+    slice_weight: nn.Parameter
+    agreement: Agreement
+    # the way back
+    originals: Originals | None
+    set_aside: SetAside | None
+    # only with switch_mode="gradient", and only with optimizer_in_bwd
+    scores: GradientScores | None
+    updater_reference: weakref.ref[Updater] | None
+    # fully_shard replaces one parameter after the other: the weight alone, or slice_weight too
+    weight_sharded: bool = False
+    sharded: bool = False
+    # the weight is stored (in, out), as Conv1D's
+    fan_in_fan_out: bool = False
+    # the class of the layer without a slice
+    plain_class: type[nn.Module] = nn.Linear
+
+    if TYPE_CHECKING:  # of the module that it is mixed into
+        weight: nn.Parameter
+        bias: nn.Parameter | None
+        in_features: int
+        out_features: int
+
+    @classmethod
+    def own_attributes(cls) -> set[str]:
+        """Names of all that a slice adds to a module."""
+        return set(SliceLayer.__annotations__)
+
+    def make_slice(self, config: SliceConfig, name: str, r: int | None = None) -> None:
+        """Freeze the weight and give it a slice at its first position.
+
+        Args:
+            config: what the slice is.
+            name: where the layer is in its model, for errors and the seed of random orders.
+            r: overrides config.r.
+        """
+        weight = self.weight
+        _check_weight(weight, name)
+        seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
+        self.spec = SliceSpec(
+            self.out_features,
+            self.in_features,
+            config.slice_type,
+            r or config.r,
+            config.r_out or r or config.r,
+            config.contiguous,
+            seed,
+        )
+        self.schedule = SliceSchedule(
+            self.spec, config.switch_mode, config.switch_interval, config.start_position
+        )
+        self.state_on_switch = config.state_on_switch
+        weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for buffer in ("slice_rows", "slice_cols"):
+            index = torch.empty(0, dtype=torch.int64, device=weight.device)
+            self.register_buffer(buffer, index, persistent=False)
+        shape, precise = self.spec.parameter_shape, _master_dtype(weight.dtype)
+        self.slice_weight = nn.Parameter(torch.zeros(shape, dtype=precise, device=weight.device))
+        self.scores = GradientScores() if config.switch_mode == "gradient" else None
+        self.updater_reference = None
+        # fake tensors, with which memory is planned, have no values to keep
+        keep = config.keep_originals and not is_fake(weight)
+        self.originals = Originals(self.spec) if keep else None
+        self.set_aside = None
+        self.select_slice()
+
+    # The active slice
+
+    @property
+    def weight_matrix(self) -> Tensor:
+        """(out_features, in_features), a view of ``weight`` however it is stored.
+
+        Under FSDP2 this process's part of it.
+        """
+        weight = sharding.local(self.weight)
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(R,) int64, the active output features; None for all."""
+        return None if self.axis == "column" else self.slice_rows
+
+    @property
+    def cols(self) -> Tensor | None:
+        """(K,) int64, the active input features; None for all."""
+        return None if self.axis == "row" else self.slice_cols
+
+    def active(self, flat: Tensor) -> Tensor:
+        """The (R, K) part of slice_weight, its gradient or its moments.
+
+        It differs from ``flat`` for ``row_column``, and under FSDP2.
+        """
+        flat = sharding.local(flat)
+        if self.spec.slice_type != "row_column":
+            return flat
+        R, K = self.spec.shape(self.axis)
+        return flat.view(-1)[: R * K].view(R, K)
+
+    @torch.no_grad()
+    def select_slice(self) -> None:
+        """Select the scheduled slice and load its master copy from the weight."""
+        # a plain string: compiled code guards on it, and would recompile at every move were it
+        # computed from the move count
+        self.axis = self.schedule.axis
+        rows, cols = self.spec.features(self.axis, self.schedule.position[self.axis])
+        for name, index in (("slice_rows", rows), ("slice_cols", cols)):
+            buffer = getattr(self, name)
+            if index is None:
+                continue
+            if buffer.numel() == index.numel():
+                # in place: compiled code and kernels keep reading the same tensor
+                buffer.copy_(index)
+            else:
+                setattr(self, name, index.to(buffer.device))
+        if self.spec.slice_type == "row_column":
+            # the unused tail
+            self.slice_weight.zero_()
+        truth = read_slice(self.weight_matrix, self.rows, self.cols)
+        self.active(self.slice_weight).copy_(truth)
+        if self.originals is not None:
+            self.originals.record(truth, self.rows, self.cols)
+        self.mark_synced()
+
+    # Weight and master
+
+    @torch.no_grad()
+    def write_through(self) -> None:
+        """``weight[slice] = cast(slice_weight)``, to nearest."""
+        self.require_enabled("an optimizer step")
+        values = self.active(self.slice_weight).to(self.weight.dtype)
+        write_slice(self.weight_matrix, self.rows, self.cols, values)
+        self.mark_synced()
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Make the master follow the weight.
+
+        Entries that round to the same value keep their float32 precision.
+        """
+        master = self.active(self.slice_weight)
+        truth = read_slice(self.weight_matrix, self.rows, self.cols)
+        master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
+        self.mark_synced()
+
+    def mark_synced(self) -> None:
+        """Note that weight and master agree, for every layer that shares them."""
+        mark_synced({self, *layers_of(self.slice_weight)})
+
+    def sync(self) -> None:
+        """Bring weight and slice_weight together after one of them was written to from outside."""
+        state = self.agreement.state(self)
+        if state is State.UNCHECKED:
+            _check_belongs(self)
+        elif state is State.WEIGHT_WRITTEN:
+            self.refresh_master()
+        elif state is State.MASTER_WRITTEN:
+            self.write_through()
+
+    @property
+    def updater(self) -> Updater | None:
+        """The optimizer that updates this slice during backward, if one does."""
+        return None if self.updater_reference is None else self.updater_reference()
+
+    # On and off
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the weight stands at its original values while training is set aside."""
+        return self.set_aside is not None
+
+    @property
+    def master(self) -> Tensor:
+        """slice_weight as the product takes it: without a gradient while the slices are disabled."""
+        return self.slice_weight.detach() if self.disabled else self.slice_weight
+
+    def disable(self) -> None:
+        """Put the original values back, bit for bit, and keep the trained ones until `enable`."""
+        if self.disabled:
+            return
+        self.sync()
+        originals = self.required_originals("be disabled")
+        originals.join()
+        version = self.weight._version
+        trained = originals.exchange(self.weight_matrix, originals.values())
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer.set_aside = SetAside(trained, version)
+        self.mark_synced()
+
+    def enable(self) -> None:
+        """Undo `disable`, bit for bit; the master keeps its float32 precision."""
+        if self.set_aside is None:
+            return
+        values, version = self.set_aside
+        self.required_originals("be enabled").write(self.weight_matrix, values)
+        # a graph built before may go on to its backward, as in preference training with the base as
+        # reference
+        set_version(self.weight, version)
+        for layer in {self, *layers_of(self.slice_weight)}:
+            layer.set_aside = None
+        # changes nothing unless the model has been cast in between
+        self.refresh_master()
+
+    def required_originals(self, purpose: str) -> Originals:
+        if self.originals is None:
+            raise RuntimeError(
+                f"a slice cannot {purpose}: its original values were not kept"
+                " (SliceConfig(keep_originals=False)). Train with keep_originals=True, the"
+                " default, and resume with the slices' own state (load_slice_state_dict, or"
+                " SliceAdamW's)."
+            )
+        return self.originals
+
+    def require_enabled(self, doing: str) -> None:
+        if self.disabled:
+            raise RuntimeError(
+                f"{doing} while the slices are disabled would be lost: leave disable_adapter() (or"
+                " set_adapter back) first"
+            )
+
+    # Forward
+
+    def prepare_input(self, input: Tensor) -> tuple[Tensor, SliceLayer | None]:
+        """Checks before every use of the weight, and autocast.
+
+        Returns:
+            The input as autocast wants it, and this layer if backward must know it.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            sharding.check_whole(self)
+            self.sync()
+        device = input.device.type
+        if ops.autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        if self.disabled:
+            return input, None
+        updater = self.updater
+        if updater is not None:
+            if compiling:
+                raise RuntimeError(
+                    "optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW"
+                    " without it"
+                )
+            updater.before_forward(self)
+            return input, self
+        if self.scores is None or not torch.is_grad_enabled():
+            return input, None
+        return input, self if self.schedule.needs_gradient_scores else None
+
+    # State: same keys as without a slice, consistent after copies and casts
+
+    def state_key(self, name: str) -> str:
+        """The state-dict key of the weight of the layer called ``name``."""
+        return f"{name}.weight"
+
+    def slice_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the weight: schedule, master and originals.
+
+        Returns:
+            Tensors and numbers only, so that ``torch.load(weights_only=True)`` takes it.
+        """
+        self.require_enabled("saving the state of slices")
+        master = self.slice_weight.detach().clone()
+        state: dict[str, Any] = {"schedule": self.schedule.state_dict(), "master": master}
+        if self.originals is not None:
+            saved = state["originals"] = self.originals.state_dict()
+            if self.sharded:
+                like = self.slice_weight
+                saved["values"] = [sharding.shard_values(v, like) for v in saved["values"]]
+        return state
+
+    @torch.no_grad()
+    def load_slice_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of `slice_state`; the model's state dict may be loaded before or after.
+
+        Raises:
+            ValueError: The state is of another slice, or sharded and the layer is not.
+        """
+        if state["master"].shape != self.slice_weight.shape:
+            raise ValueError(
+                f"the saved slice has shape {tuple(state['master'].shape)}, this layer's"
+                f" {tuple(self.slice_weight.shape)}: build the model with the saved SliceConfig"
+            )
+        if sharding.is_sharded(state["master"]) != self.sharded:
+            raise ValueError(
+                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is"
+                f" {'' if self.sharded else 'not '}sharded: load it before fully_shard, or save it"
+                " from a model that is sharded like this one"
+            )
+        self.require_enabled("loading the state of slices")
+        self.sync()
+        self.schedule.load_state_dict(state["schedule"])
+        if "originals" not in state:
+            # the original values are unknown
+            self.originals = None
+        elif self.originals is not None:
+            values = [sharding.local(value) for value in state["originals"]["values"]]
+            self.originals.load_state_dict({**state["originals"], "values": values})
+            self.originals.cast(self.weight.dtype)
+            self.originals.check_covers(self.schedule.visited)
+        self.select_slice()
+        self.slice_weight.copy_(state["master"])
+        self.agreement = Agreement.now(self, unchecked=True)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        self.sync()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "slice_weight", None)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        self.require_enabled("loading weights")
+        # before the first step, loaded weights define the originals, unless the slice resumed from
+        # a delta: then they have others already
+        originals = self.originals
+        untouched = originals is not None and self.schedule.steps == 0 and not self.weight.is_meta
+        untouched = untouched and originals.holds(self.weight_matrix)  # type: ignore[union-attr]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "slice_weight" in missing_keys:
+            missing_keys.remove(prefix + "slice_weight")
+        for other in layers_of(self.slice_weight):
+            # load_state_dict(assign=True) would untie them
+            other.weight = self.weight
+        self.refresh_master()
+        if originals is not None and untouched:
+            originals.clear()
+            truth = read_slice(self.weight_matrix, self.rows, self.cols)
+            originals.record(truth, self.rows, self.cols)
+
+    def _apply(self, fn, recurse: bool = True) -> SliceLayer:
+        self.sync()
+        if self.sharded:
+            sharding.check_conversion(self, fn)
+        # kept out of the conversion: its dtype is float32 whatever the weight's is, and it stays
+        # the same Parameter object, because an optimizer may hold it
+        master = self._parameters.pop("slice_weight")
+        assert master is not None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["slice_weight"] = master
+        weight = self.weight
+        if not self.sharded:
+            _convert_master(master, weight)
+        if not weight.is_meta:
+            if self.originals is not None:
+                self.originals.cast(weight.dtype)
+            if self.set_aside is None:
+                self.refresh_master()
+            else:
+                values = [value.to(weight.dtype) for value in self.set_aside.values]
+                self.set_aside = self.set_aside._replace(values=values)
+        self.mark_synced()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sync()
+        state = self.__dict__.copy()
+        # an optimizer belongs to the layers it was made for
+        state["updater_reference"] = None
+        del state["agreement"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
+        self.mark_synced()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name not in ("weight", "slice_weight"):
+            return
+        # fully_shard assigns DTensors to the names of parameters and calls nothing else, so this is
+        # the only place that learns of it
+        is_shard = sharding.is_sharded(value)
+        if name == "slice_weight":
+            register(self)
+        elif is_shard:
+            self.weight_sharded = True
+        if name == "slice_weight" and is_shard and not self.sharded:
+            sharding.check_sharding(self)
+            sharding.shard_originals(self)
+            self.sharded = True
+            self.mark_synced()
+        elif "agreement" in self.__dict__ and is_shard == self.sharded:
+            # what FSDP2 gathers for a forward pass is a copy, and stays a stand-in
+            self.agreement = _assigned(self.agreement, name, value)
+
+
+def mark_synced(layers: Iterable[SliceLayer]) -> None:
+    """Note that weight and master of these layers agree; they are all that share the two."""
+    for layer in layers:
+        # nn.Module's __setattr__ takes longer than the update of a small slice
+        layer.__dict__["agreement"] = Agreement.now(layer)
+
+
+def _assigned(agreement: Agreement, name: str, value: Any) -> Agreement:
+    """The agreement after a parameter has been replaced by assignment."""
+    if name == "weight":
+        if value is agreement.weight:
+            return agreement
+        return agreement._replace(weight=value, weight_version=-1)
+    if value is agreement.master:
+        return agreement
+    return agreement._replace(master=value, master_version=-1)
+
+
+def _pair(layer: SliceLayer) -> tuple[Tensor, Tensor]:
+    weight, master = layer._parameters.get("weight"), layer._parameters.get("slice_weight")
+    if weight is None or master is None:
+        # replicas of nn.DataParallel and parametrized weights keep theirs elsewhere
+        return layer.weight, layer.slice_weight
+    return weight, master
+
+
+def _check_belongs(layer: SliceLayer) -> None:
+    """Raise RuntimeError unless the weight is the one that loaded slice state was saved with."""
+    truth = read_slice(layer.weight_matrix, layer.rows, layer.cols)
+    if not bool(rounds_to(layer.active(layer.slice_weight).detach(), truth).all()):
+        raise RuntimeError(
+            "the loaded slice state does not belong to the weights in the model: the saved"
+            " master of the active slice differs from the weight. Load the model's state dict"
+            " of the same checkpoint too."
+        )
+    layer.mark_synced()
+
+
+def _convert_master(master: nn.Parameter, weight: Tensor) -> None:
+    """Follow the weight to its device and precision."""
+    if weight.is_meta:
+        master.data = torch.empty_like(master.data, device="meta")
+    else:
+        master.data = master.data.to(weight.device, _master_dtype(weight.dtype))
+    if master.grad is None:
+        return
+    # optimizer_in_bwd leaves a gradient without values
+    applied = type(master.grad) is not Tensor
+    if applied or weight.is_meta:
+        master.grad = None
+    else:
+        master.grad = master.grad.to(master.device, master.dtype)
+
+
+def _check_weight(weight: Tensor, name: str) -> None:
+    """Raise an error that names the layer unless its weight can have a slice."""
+    if sharding.is_sharded(weight):
+        raise ValueError(
+            f"layer {name!r} has a sharded weight (a DTensor); make slices first, then fully_shard"
+        )
+    dtypes = ", ".join(str(dtype) for dtype in _WEIGHT_DTYPES)
+    if not weight.dtype.is_floating_point:
+        raise TypeError(
+            f"layer {name!r} has a quantised weight ({weight.dtype}); slices train"
+            f" {dtypes} weights. Load the model unquantised,"
+            " or leave this layer out (exclude_modules)."
+        )
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise TypeError(f"layer {name!r} has a {weight.dtype} weight; expected one of {dtypes}")
+    if weight.is_meta:
+        raise ValueError(
+            f"layer {name!r} has a weight on the meta device, without values; load the weights"
+            " before making slices"
+        )
+
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _master_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
