@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
+from slicefine import SliceAdamW, SliceConfig, SliceLayer, get_slice_model
 from tests.two_processes import pair
 
 pytestmark = pytest.mark.skipif(
@@ -131,7 +131,7 @@ def ddp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
     norms = train(wrapped, optimizer_for(wrapped, kind), range(STEPS), micro)
     masters = {n: p.detach().clone() for n, p in model.named_parameters() if "slice_weight" in n}
     positions = {
-        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLinear)
+        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLayer)
     }
     return {
         "state": whole(model),
@@ -234,7 +234,7 @@ def fsdp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
     model = shard(get_slice_model(net(), config(**kwargs)))
     norms = train(model, optimizer_for(model, kind), range(STEPS), micro)
     positions = {
-        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLinear)
+        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLayer)
     }
     held = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     return {"state": whole(model), "norms": norms, "positions": positions, "held": held}

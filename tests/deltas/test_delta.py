@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel, get_slice_model
 from slicefine.deltas.delta import CONFIG_FILE, FILE
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.model import named_slice_layers
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_save_revert_and_load_are_bit_exact(tmp_path, slice_type, contiguous, dt
 
     fresh = SliceModel.from_pretrained(base(dtype=dtype), tmp_path)
     assert same(state(fresh), after) and isinstance(fresh, Net)
-    assert not any(isinstance(m, SliceLinear) for m in fresh.modules())
+    assert not any(isinstance(m, SliceLayer) for m in fresh.modules())
     with fresh.disable_adapter():
         assert same(state(fresh), before)
     assert same(state(fresh), after)
@@ -351,7 +351,7 @@ def test_asks_21_merged_equals_unmerged_in_bfloat16():
     x = torch.randn(64, 12, dtype=torch.bfloat16)
     unmerged = model(x)
     model.merge_and_unload()
-    assert not any(isinstance(m, SliceLinear) for m in model.modules())
+    assert not any(isinstance(m, SliceLayer) for m in model.modules())
     assert torch.equal(model(x), unmerged)
 
 

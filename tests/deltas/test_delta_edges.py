@@ -21,7 +21,7 @@ from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel
 from slicefine.atomic import replacing, tensor_sha256
 from slicefine.deltas.delta import FILE, FullDelta, SliceValues, WeightDelta
 from slicefine.deltas.format import delta_path, write_file
-from slicefine.linear import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.model import named_slice_layers
 from slicefine.originals import Originals
 from slicefine.slices import SliceSpec, read_slice
@@ -420,7 +420,7 @@ def test_a_delta_that_its_config_does_not_fit_leaves_the_model_plain(tmp_path):
     ):
         SliceModel.from_pretrained(plain, tmp_path / "both", is_trainable=True)
     assert same(state(plain), before) and not isinstance(plain, SliceModel)
-    assert not any(isinstance(m, SliceLinear) for m in plain.modules())
+    assert not any(isinstance(m, SliceLayer) for m in plain.modules())
 
 
 def test_merging_deltas_of_blocks(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, SliceModel, get_slice_model
+from slicefine import SliceAdamW, SliceConfig, SliceLayer, SliceLinear, SliceModel, get_slice_model
 from tests.families import FAMILIES, SUPPORT, Family, committed_table, table
 
 STEPS, INTERVAL, LR = 5, 2, 1e-2
@@ -113,7 +113,7 @@ def test_family(family: Family, slice_type: str, tmp_path):
             target_parameters=family.parameters or None,
         ),
     )
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SliceLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SliceLayer)}
     key_of = {
         n: n if n not in {k.rpartition(".")[0] for k in keys} else f"{n}.weight" for n in layers
     }
@@ -154,7 +154,7 @@ def test_family(family: Family, slice_type: str, tmp_path):
         assert same(model.state_dict(), before)
     assert same(model.state_dict(), after)
     merged = model.merge_and_unload()
-    assert not any(isinstance(m, SliceLinear) for m in merged.modules())
+    assert not any(isinstance(m, SliceLayer) for m in merged.modules())
     assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
     assert list(merged.state_dict()) == keys
     assert all(torch.equal(value, after[key]) for key, value in merged.state_dict().items())
@@ -410,5 +410,5 @@ def test_the_messages_of_the_support_matrix_are_the_ones_given():
             get_slice_model(model, SliceConfig(r=4, **{"target_modules": ["0"], **options}))
         assert said[what] in str(error.value)
         assert not hasattr(model, "slice_config") and not any(
-            isinstance(m, SliceLinear) for m in model.modules()
+            isinstance(m, SliceLayer) for m in model.modules()
         )

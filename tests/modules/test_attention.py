@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slicefine import (
     SliceAdamW,
     SliceConfig,
+    SliceLayer,
     SliceLinear,
     SliceModel,
     get_slice_model,
@@ -118,7 +119,7 @@ def test_unbatched_input_and_separate_widths():
     same(model(*inputs("unbatched")), plain(*inputs("unbatched")))
     plain = Net(kdim=8, vdim=10)
     model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
-    names = {n for n, m in model.named_modules() if isinstance(m, SliceLinear)}
+    names = {n for n, m in model.named_modules() if isinstance(m, SliceLayer)}
     assert names == {
         f"attention.{n}" for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
     }
@@ -458,7 +459,7 @@ def test_the_fast_paths_of_the_encoder_do_not_bypass_slices(excluded):
         "layers.0": r".*layers\.0\..*|layers\.0\..*",
     }[excluded[0] if excluded else None]
     model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4, exclude_modules=exclude))
-    layers = [m for m in model.modules() if isinstance(m, SliceLinear)]
+    layers = [m for m in model.modules() if isinstance(m, SliceLayer)]
     assert (
         len(layers) == {None: 8, "self_attn": 4, "layers.0": 4}[excluded[0] if excluded else None]
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slicefine import (
     SliceAdamW,
     SliceConfig,
-    SliceLinear,
+    SliceLayer,
     get_slice_model,
     list_targets,
     track_memory,
@@ -208,7 +208,7 @@ def test_bit_equal_to_the_default_implementation_before_and_after(dtype, tmp_pat
     merged = model.merge_and_unload()
     assert torch.equal(merged(IDS).logits, trained) and list(merged.state_dict()) == keys
     assert repr(merged) == repr(qwen3(dtype)) and not any(
-        isinstance(m, SliceLinear) for m in merged.modules()
+        isinstance(m, SliceLayer) for m in merged.modules()
     )
 
 

@@ -32,6 +32,7 @@ import slicefine
 from slicefine import (
     SliceAdamW,
     SliceConfig,
+    SliceLayer,
     SliceLinear,
     get_slice_model,
     list_targets,
@@ -130,7 +131,7 @@ def dense_slice_gradients(model: nn.Module, step: int = 0) -> list[torch.Tensor]
     loss_of(plain, *batch(step)).backward()
     found = []
     for name, layer in model.named_modules():
-        if isinstance(layer, SliceLinear):
+        if isinstance(layer, SliceLayer):
             found.append(plain.get_submodule(name).weight.grad[:, layer.slice_cols])  # type: ignore[index, union-attr]
     return [*found, plain.classifier.weight.grad, plain.classifier.bias.grad]  # type: ignore[list-item, union-attr]
 
@@ -140,7 +141,7 @@ def test_asks_01_gradient_accumulation():
     losses = train(one, SliceAdamW(one.parameters(), lr=1e-2), range(7))
     again = train(four, SliceAdamW(four.parameters(), lr=1e-2), range(7), micro=4)
     assert again == pytest.approx(losses, rel=1e-5)
-    assert [m.schedule.steps for m in four.modules() if isinstance(m, SliceLinear)] == [
+    assert [m.schedule.steps for m in four.modules() if isinstance(m, SliceLayer)] == [
         7
     ] * 4  # four batches, one update
     torch.testing.assert_close(weights(four), weights(one), rtol=0, atol=2e-5)
@@ -416,7 +417,7 @@ def test_asks_15_fp16_grad_scaler():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-    steps = [m.schedule.steps for m in model.modules() if isinstance(m, SliceLinear)]
+    steps = [m.schedule.steps for m in model.modules() if isinstance(m, SliceLayer)]
     assert (
         steps == [2] * 4 and scaler.get_scale() == 2.0**9
     )  # the overflow was skipped and counted nowhere
@@ -518,7 +519,7 @@ def test_asks_23_ten_moves_compile_once():
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     train(compiled, SliceAdamW(model.parameters(), lr=1e-2), range(11))
     assert counter.frame_count == 1
-    assert {m.schedule.moves for m in model.modules() if isinstance(m, SliceLinear)} == {11}
+    assert {m.schedule.moves for m in model.modules() if isinstance(m, SliceLayer)} == {11}
 
 
 def test_asks_24_update_in_backward_is_refused_under_compile():
@@ -558,7 +559,7 @@ def test_asks_25_more_than_one_device(both):
     start = weights(dispatched)
     train(dispatched, SliceAdamW(dispatched.parameters(), lr=1e-2), range(4))
     assert seen and all(
-        issubclass(kind, SliceLinear) for kind in seen
+        issubclass(kind, SliceLayer) for kind in seen
     )  # the slice is called, not what it replaced
     assert (weights(dispatched)["blocks.0.0.weight"] != start["blocks.0.0.weight"]).any(
         0
@@ -587,7 +588,7 @@ def test_asks_26_hooks_and_keys_are_kept():
     assert calls == [SliceLinear, "pre", "backward"]
     assert list(model.state_dict()) == keys
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == len(layers)
-    assert sum(isinstance(m, SliceLinear) for m in model.modules()) == 4
+    assert sum(isinstance(m, SliceLayer) for m in model.modules()) == 4
 
 
 def test_asks_28_the_compiled_module_knows_nothing_of_torch():
