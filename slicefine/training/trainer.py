@@ -20,8 +20,8 @@ from torch.utils.data import Sampler
 
 from slicefine.integrations.transformers import SliceCallback
 from slicefine.layer import SliceLayer
-from slicefine.registry import layers_of
 from slicefine.optim import SliceAdamW
+from slicefine.registry import layers_of
 from slicefine.training.data import Row, UserError
 from slicefine.training.recipe import Recipe
 from slicefine.training.tasks import CausalLM, ImageClassification, Task
