@@ -26,9 +26,9 @@ def test_classes_have_few_methods():
 
 def test_the_density_of_the_code():
     core, tests = size_report.total(CORE), size_report.total(("tests",))
-    assert core.tokens_per_line <= 8.1
+    assert core.tokens_per_line <= 8.3
     assert tests.tokens_per_line <= 9.8
-    assert core.comment_share >= 0.008
+    assert core.comment_share >= 0.010
 
 
 def test_lines_end_at_the_margin():
@@ -38,7 +38,7 @@ def test_lines_end_at_the_margin():
 
 
 def test_modules_do_not_import_each_other_in_circles():
-    known = {"benchmarks.bench"}
+    known: set[str] = set()
     assert {circle[0] for circle in size_report.import_circles()} <= known
 
 
