@@ -32,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # the package exports functions of the modules' names
-adamw, adamw_8bit, grad, fused = (
+adamw, adamw_8bit, grad, fused, writes = (
     importlib.import_module(f"slicefine_kernels.{op}")
-    for op in ("slice_adamw", "slice_adamw_8bit", "slice_grad", "slice_grad_adamw")
+    for op in ("slice_adamw", "slice_adamw_8bit", "slice_grad", "slice_grad_adamw", "write_slices")
 )
 
 TARGETS = {
@@ -218,6 +218,10 @@ def variants(target: str) -> Iterator[Variant]:
         )
         eight = {**constants, "BLOCKS": adamw_8bit._BLOCKS}
         del eight["BLOCK"]
+        plain = {"WEIGHT_DTYPE": weight, "BLOCK": config.BLOCK}
+        kernel = writes._write_slices_kernel
+        table = {"table_ptr": "*i64"}
+        yield Variant("write_slices", dtype, kernel, table, plain, config.num_warps)
         yield Variant(
             "slice_adamw_8bit", dtype, adamw_8bit._slice_adamw_8bit_kernel, types, eight, 8
         )

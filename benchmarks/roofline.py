@@ -7,7 +7,7 @@ gradients are float32.
 
 from __future__ import annotations
 
-OPS = ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw")
+OPS = ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw", "write_slices")
 
 
 def op_bytes(op: str, n: int, R: int, K: int, e: int) -> float:
@@ -20,6 +20,8 @@ def op_bytes(op: str, n: int, R: int, K: int, e: int) -> float:
         return R * K * (16 + e + 1 / 16)
     if op == "slice_grad_adamw":
         return e * n * (R + K) + R * K * (24 + e)
+    if op == "write_slices":
+        return R * K * (4 + e)
     raise ValueError(f"no op {op!r}; expected one of {', '.join(OPS)}")
 
 
@@ -33,4 +35,6 @@ def op_flops(op: str, n: int, R: int, K: int) -> int:
         return 36 * R * K
     if op == "slice_grad_adamw":
         return 2 * n * R * K + 14 * R * K
+    if op == "write_slices":
+        return 0
     raise ValueError(f"no op {op!r}; expected one of {', '.join(OPS)}")

@@ -1,13 +1,16 @@
-// Python bindings: addresses as integers, no torch header. slicefine/backends/cpu.py checks every argument before it comes here.
+// Python bindings: addresses as integers, no torch header. slicefine/backends/cpu.py checks every argument before it comes
+// here, but for the values of indices, which only this module reads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "ops.h"
+#include "table.h"
 
 namespace py = pybind11;
 using namespace slicefine;
@@ -20,9 +23,11 @@ struct Isa {
   decltype(&generic::slice_adamw) slice_adamw;
   decltype(&generic::slice_adamw_8bit) slice_adamw_8bit;
   decltype(&generic::slice_grad_adamw) slice_grad_adamw;
+  decltype(&generic::write_slices) write_slices;
 };
 
-#define SLICEFINE_ISA_ENTRY(isa) Isa{#isa, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, &isa::slice_grad_adamw}
+#define SLICEFINE_ISA_ENTRY(isa) \
+  Isa{#isa, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, &isa::slice_grad_adamw, &isa::write_slices}
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> list;
@@ -50,77 +55,121 @@ void select_isa(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not one of: " + names);
 }
 
-template <typename T = void>
-T* address(uintptr_t value) { return reinterpret_cast<T*>(value); }
-
-using GradTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int>;
-using SliceTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int>;
-using MomentsTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
-using Moments8Tuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, double>;
-using OptionsTuple = std::tuple<double, double, double, double, double, bool, bool, uint64_t>;
-
-GradInputs grad_inputs(const GradTuple& t) {
-  return {address(std::get<0>(t)), address(std::get<2>(t)), std::get<1>(t), std::get<3>(t), std::get<4>(t),
-          address<const int64_t>(std::get<5>(t)), std::get<6>(t), std::get<7>(t), DType(std::get<8>(t))};
+// An index that is out of range would read or write outside of a tensor; a slice has few of them.
+void check_index(const char* name, const int64_t* index, int64_t count, int64_t features) {
+  if (!index) return;
+  for (int64_t i = 0; i < count; ++i)
+    if (index[i] < 0 || index[i] >= features)
+      throw py::index_error(std::string(name) + " holds " + std::to_string(index[i]) + "; there are features 0 to " +
+                            std::to_string(features - 1));
 }
 
-Slice slice(const SliceTuple& t) {
-  return {address(std::get<0>(t)), std::get<1>(t), std::get<2>(t), address<const int64_t>(std::get<3>(t)),
-          address<const int64_t>(std::get<4>(t)), std::get<5>(t), std::get<6>(t), DType(std::get<7>(t)), 0};
+// A row of Python's as a struct; the caster checks that it has as many numbers as the struct has columns.
+template <typename Row>
+using Numbers = std::array<int64_t, sizeof(Row) / sizeof(int64_t)>;
+
+template <typename Row>
+Row row_of(const Numbers<Row>& numbers) {
+  Row row;
+  std::memcpy(&row, numbers.data(), sizeof(Row));
+  return row;
 }
 
-Moments moments(const MomentsTuple& t) {
-  return {address(std::get<0>(t)), address(std::get<1>(t)), address(std::get<2>(t)), address(std::get<3>(t)), std::get<4>(t)};
+GradInputs grad_inputs(const Numbers<GradientRow>& numbers) {
+  const auto row = row_of<GradientRow>(numbers);
+  const int64_t* rows = address(row.rows);
+  check_index("rows", rows, row.R, row.out_features);
+  return {address<void>(row.grad_output), address<void>(row.input), row.stride_grad_output, row.stride_input, row.n, rows,
+          row.R, row.K, DType(row.dtype)};
 }
 
-Moments8 moments8(const Moments8Tuple& t) {
-  return {address<float>(std::get<0>(t)), address<uint8_t>(std::get<1>(t)), address<uint8_t>(std::get<2>(t)),
-          address<float>(std::get<3>(t)), address<float>(std::get<4>(t)), address<const float>(std::get<5>(t)), std::get<6>(t)};
+Slice slice(const SliceRow& row, int64_t first_row = 0) {
+  const int64_t *rows = address(row.rows), *cols = address(row.cols);
+  check_index("rows", rows, row.R, row.out_features);
+  check_index("cols", cols, row.K, row.in_features);
+  return {address<void>(row.weight), row.stride_row, row.stride_col, rows, cols, row.R, row.K, DType(row.dtype), first_row};
 }
 
-AdamWOptions options(const OptionsTuple& t) {
-  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t), std::get<6>(t), std::get<7>(t)};
+std::vector<Slice> slices(const Table<SliceRow>& table) {
+  std::vector<Slice> found;
+  found.reserve(table.size());
+  int64_t first_row = 0;
+  for (const SliceRow& row : table) {
+    found.push_back(slice(row, first_row));
+    first_row += row.R;
+  }
+  return found;
+}
+
+double step(const SliceRow& row) { return *address<const float>(row.step); }
+
+Moments moments(const SliceRow& row) {
+  return {address<void>(row.master), address<void>(row.exp_avg), address<void>(row.exp_avg_sq), address<void>(row.grad), step(row)};
+}
+
+Moments8 moments8(const SliceRow& row) {
+  return {address<float>(row.master), address<uint8_t>(row.exp_avg), address<uint8_t>(row.exp_avg_sq),
+          address<float>(row.exp_avg_scale), address<float>(row.exp_avg_sq_scale), address<const float>(row.grad), step(row)};
+}
+
+AdamWOptions options(const OptionValues& o) {
+  return {o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.maximize, o.stochastic, o.seed};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("version") = SLICEFINE_VERSION;
+  m.attr("layout") = layout();
   m.def("isas", [] { std::vector<std::string> names; for (const Isa& isa : supported_isas()) names.push_back(isa.name); return names; });
   m.def("current_isa", [] { return std::string(current.name); });
   m.def("select_isa", &select_isa);
-  m.def("take_columns", [](uintptr_t x, int64_t stride, uintptr_t cols, int64_t n, int64_t K, int dtype, uintptr_t out, int threads) {
+  m.def("take_columns", [](int64_t x, int64_t stride, int64_t width, int64_t cols, int64_t n, int64_t K, int dtype, int64_t out, int threads) {
+    check_index("cols", address(cols), K, width);
     py::gil_scoped_release release;
-    take_columns(address(x), stride, address<const int64_t>(cols), n, K, DType(dtype), address(out), threads);
+    take_columns(address<void>(x), stride, address(cols), n, K, DType(dtype), address<void>(out), threads);
   });
-  m.def("slice_grad", [](const GradTuple& in, uintptr_t out, int threads) {
+  m.def("slice_grad", [](const Numbers<GradientRow>& row, int64_t out, int threads) {
+    const GradInputs in = grad_inputs(row);
     py::gil_scoped_release release;
-    current.slice_grad(grad_inputs(in), address(out), threads);
+    current.slice_grad(in, address<void>(out), threads);
   });
-  // table: 13 numbers a slice: W, its strides, rows, cols, R, K, dtype, master, exp_avg, exp_avg_sq, grad, step
-  m.def("slice_adamw", [](uintptr_t table, int64_t count, const OptionsTuple& opts, int threads) {
-    py::gil_scoped_release release;
-    std::vector<Slice> s;
+  m.def("slice_adamw", [](const py::buffer& buffer, const py::handle& given, int threads) {
+    const Table<SliceRow> table(buffer);
+    const AdamWOptions o = options(OptionValues(given));
+    const std::vector<Slice> s = slices(table);
     std::vector<Moments> m;
-    s.reserve(count), m.reserve(count);
-    for (const int64_t* e = address<const int64_t>(table); int64_t(s.size()) < count; e += 13) {
-      s.push_back({address(e[0]), e[1], e[2], address<const int64_t>(e[3]), address<const int64_t>(e[4]), e[5], e[6], DType(e[7]),
-                   s.empty() ? 0 : s.back().first_row + s.back().R});
-      m.push_back({address(e[8]), address(e[9]), address(e[10]), address(e[11]), double(*address<const float>(e[12]))});
-    }
-    current.slice_adamw(s.data(), m.data(), count, options(opts), threads);
-  });
-  m.def("slice_adamw_8bit", [](const std::vector<SliceTuple>& slices, const std::vector<Moments8Tuple>& states, uintptr_t codebook,
-                               const OptionsTuple& opts, int threads) {
+    m.reserve(table.size());
+    for (const SliceRow& row : table) m.push_back(moments(row));
     py::gil_scoped_release release;
-    std::vector<Slice> s;
+    current.slice_adamw(s.data(), m.data(), table.size(), o, threads);
+  });
+  m.def("slice_adamw_8bit", [](const py::buffer& buffer, int64_t codebook, const py::handle& given, int threads) {
+    const Table<SliceRow> table(buffer);
+    const AdamWOptions o = options(OptionValues(given));
+    const std::vector<Slice> s = slices(table);
     std::vector<Moments8> m;
-    for (const auto& t : slices) s.push_back(slice(t));
-    for (const auto& t : states) m.push_back(moments8(t));
-    current.slice_adamw_8bit(s.data(), m.data(), int64_t(s.size()), address<const float>(codebook), options(opts), threads);
-  });
-  m.def("slice_grad_adamw", [](const GradTuple& in, const SliceTuple& s, const MomentsTuple& state, const OptionsTuple& opts, int threads) {
+    m.reserve(table.size());
+    for (const SliceRow& row : table) m.push_back(moments8(row));
     py::gil_scoped_release release;
-    current.slice_grad_adamw(grad_inputs(in), slice(s), moments(state), options(opts), threads);
+    current.slice_adamw_8bit(s.data(), m.data(), table.size(), address<const float>(codebook), o, threads);
+  });
+  m.def("slice_grad_adamw", [](const Numbers<GradientRow>& gradient, const Numbers<SliceRow>& numbers, const py::handle& given, int threads) {
+    const GradInputs in = grad_inputs(gradient);
+    const auto row = row_of<SliceRow>(numbers);
+    const Slice s = slice(row);
+    const Moments m = moments(row);
+    const AdamWOptions o = options(OptionValues(given));
+    py::gil_scoped_release release;
+    current.slice_grad_adamw(in, s, m, o, threads);
+  });
+  m.def("write_slices", [](const py::buffer& buffer, int threads) {
+    const Table<SliceRow> table(buffer);
+    const std::vector<Slice> s = slices(table);
+    std::vector<const void*> masters;
+    masters.reserve(table.size());
+    for (const SliceRow& row : table) masters.push_back(address<void>(row.master));
+    py::gil_scoped_release release;
+    current.write_slices(s.data(), masters.data(), table.size(), threads);
   });
 }

@@ -1,4 +1,4 @@
-// The arguments of the three ops, and their declaration in each instruction set's namespace.
+// The arguments of the ops, and their declaration in each instruction set's namespace.
 #pragma once
 #include "numeric.h"
 
@@ -57,6 +57,7 @@ void take_columns(const void* x, int64_t stride, const int64_t* cols, int64_t n,
                         const AdamWOptions& options, int threads);                                                   \
   void slice_grad_adamw(const GradInputs& in, const Slice& slice, const Moments& moments, const AdamWOptions& options, \
                         int threads);                                                                                \
+  void write_slices(const Slice* slices, const void* const* masters, int64_t count, int threads);                     \
   }
 
 SLICEFINE_DECLARE_OPS(generic)

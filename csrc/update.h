@@ -1,6 +1,9 @@
 // AdamW on a part of one slice's master, and W[slice] = cast(master): what the two updating ops share on the host.
 #pragma once
+#include <algorithm>
+
 #include "ops.h"
+#include "parallel.h"
 
 namespace slicefine {
 namespace SLICEFINE_ISA {
@@ -75,6 +78,22 @@ inline void prefetch(const Slice& slice, int64_t row0, int64_t rows, int64_t col
     __builtin_prefetch(weight + (row * slice.stride_row + col * slice.stride_col) * element_size, 1);
   }
 #endif
+}
+
+// body(slice, begin, end) for the rows of all slices, spread over threads: rows [begin, end) of a slice, each once.
+template <typename Body>
+void for_each_part(const Slice* slices, int64_t count, int threads, const Body& body) {
+  if (count == 0) return;
+  const int64_t rows = slices[count - 1].first_row + slices[count - 1].R;
+  int64_t elements = 0;
+  for (int64_t i = 0; i < count; ++i) elements += slices[i].R * slices[i].K;
+  const int64_t rows_per_thread = elements ? 1 + rows * (1 << 15) / elements : 1;
+  parallel_for(rows, threads, rows_per_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t from = std::max<int64_t>(begin - slices[i].first_row, 0), to = std::min(end - slices[i].first_row, slices[i].R);
+      if (from < to) body(i, from, to);
+    }
+  });
 }
 
 template <typename P>

@@ -35,6 +35,9 @@ class SliceLinearFunction(torch.autograd.Function):
             layer is not None and layer.scores is not None and layer.schedule.needs_gradient_scores
         )
         kept = None
+        if input.shape[-1] != weight.shape[1]:
+            # raises in nn.Linear's words, before columns are taken that are not there
+            return F.linear(input, cast_weight, bias)
         if needs_slice:
             kept = input if cols is None or ctx.scoring else ops.take_columns(input, cols)
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward

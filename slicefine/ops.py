@@ -9,17 +9,24 @@ rows and K columns.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from slicefine.backends import reference
-from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
-from slicefine.backends.select import backend_for, direct
+from slicefine.backends.checks import (
+    check_one_device,
+    check_operands,
+    check_slice,
+    check_slice_8bit,
+)
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit, SliceWrite
+from slicefine.backends.select import backend_for, direct, watched
 from slicefine.backends.select import use_backend as use_backend
 
 # The ops
@@ -39,10 +46,10 @@ def slice_grad(
         ValueError: Shapes or devices do not agree.
         TypeError: Dtypes do not agree, or the index is no int64 tensor.
     """
-    module = direct(grad_output)
+    module = direct(grad_output, input)
     if module is None:
         return _ops.slice_grad(grad_output, input, rows)
-    _check_operands("slice_grad", grad_output, input, rows)
+    check_operands("slice_grad", grad_output, input, rows)
     return module.slice_grad(grad_output, input, rows)
 
 
@@ -87,6 +94,16 @@ def slice_grad_adamw(
     _ops.slice_grad_adamw(grad_output, input, master, *rest, *_flat(options))
 
 
+def write_slices(slices: Sequence[SliceWrite]) -> None:
+    """``weight[rows][:, cols] = cast(master)`` for many slices, to nearest.
+
+    Raises:
+        ValueError: Shapes or devices do not agree.
+        TypeError: A master has not the dtype that its weight asks for.
+    """
+    _ops.write_slices(*_columns(slices, SliceWrite))
+
+
 def take_columns(
     input: Tensor,  # [..., in]
     cols: Tensor,  # [K] int64
@@ -121,101 +138,186 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
-# Checks
+# Many small slices again and again
 
 
-def _check_operands(op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None) -> None:
-    shape, other = grad_output.shape, input.shape
-    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
-        raise ValueError(
-            f"{op}: grad_output has shape {tuple(shape)} and input {tuple(other)}; expected (n,"
-            " out) and (n, K) with the same n"
+class _Prepared:
+    """Slices that an op is called for at every step, with what need not be found out again.
+
+    Where the `cpu` backend runs, the slices are checked and their table of addresses is made once,
+    and made anew when an address has changed. Elsewhere, and while a compiler, a mode or a profiler
+    watches, every call goes through the op.
+    """
+
+    def __init__(self, op: str, slices: Sequence[Any], changed: Sequence[str]) -> None:
+        """changed: the fields that the op writes to."""
+        self.slices = list(slices)
+        self._op = op
+        fields = [[t for t in s._replace(**self._without) if t is not None] for s in self.slices]
+        self._tensors = [t for tensors in fields for t in tensors]
+        self._addresses: list[int] = []
+        self._numbers = array("q")
+        self._written = [getattr(s, name) for s in self.slices for name in changed]
+        self._dtypes = {s.weight.dtype for s in self.slices}
+        ordinary = (Tensor, torch.nn.Parameter)
+        self._plain = all(type(t) in ordinary and t.is_cpu for t in self._tensors)
+
+    # fields that are given with every call
+    _without: ClassVar[dict[str, None]] = {}
+
+    def _table(self) -> tuple[Any, array] | None:
+        """(module, the table as it is now) where the compiled module may be called straight."""
+        if not self._plain or watched():
+            return None
+        module = backend_for("cpu", self._dtypes, self._op)
+        if not hasattr(module, "adamw_table"):
+            return None
+        addresses = [t.data_ptr() for t in self._tensors]
+        if addresses != self._addresses:
+            for s in self.slices:
+                self._check(s)
+            self._numbers = self._made(module)
+            self._addresses = addresses
+        return module, self._numbers
+
+    def _check(self, s: Any) -> None:
+        raise NotImplementedError
+
+    def _made(self, module: Any) -> array:
+        raise NotImplementedError
+
+
+class PreparedWrites(_Prepared):
+    """`write_slices` for slices that are written again and again, after every optimizer step.
+
+    Make it once and call `write` after every step. Make a new one when a tensor has been replaced
+    by another, or when ``.data`` of a tensor has been that a view among them was made of; a move
+    that rewrites the indices in place and new ``.data`` of the tensors themselves need none.
+
+    Args:
+        slices: As for `write_slices`.
+    """
+
+    def __init__(self, slices: Sequence[SliceWrite]) -> None:
+        super().__init__("write_slices", slices, ("weight",))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write every master to its weight.
+
+        Raises:
+            ValueError, TypeError: As `write_slices`.
+            IndexError: An index is out of range; nothing has been written.
+        """
+        found = self._table() if self.slices else None
+        if found is None:
+            return write_slices(self.slices)
+        module, numbers = found
+        module.write_table(numbers)
+        return increment_version(self._written)
+
+    def _check(self, s: SliceWrite) -> None:
+        check_slice(self._op, s)
+
+    def _made(self, module: Any) -> array:
+        return module.write_rows(self.slices)
+
+
+class PreparedAdamW(_Prepared):
+    """`slice_adamw` or `slice_adamw_8bit` for slices that are updated at every step.
+
+    Make it once and call `step` at every step with the gradients of that step. Make a new one when
+    a tensor of a slice has been replaced by another (other slices, a fresh state after a move), or
+    when ``.data`` of a tensor has been that a view among them was made of. A move that rewrites the
+    indices in place, new ``.data`` of the tensors themselves and new gradients need none.
+
+    Args:
+        slices: As for `slice_adamw`, or all `AdamWSlice8bit`; their ``grad`` is not read.
+        codebook: [2, 256], for slices with moments in 8 bits.
+    """
+
+    _without: ClassVar[dict[str, None]] = {"grad": None}
+
+    def __init__(
+        self,
+        slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit],
+        codebook: Tensor | None = None,
+    ) -> None:
+        eight = bool(slices) and isinstance(slices[0], AdamWSlice8bit)
+        if eight and codebook is None:
+            raise ValueError("slices with moments in 8 bits need a codebook; got None")
+        scales = ("exp_avg_scale", "exp_avg_sq_scale") if eight else ()
+        changed = ("master", "exp_avg", "exp_avg_sq", *scales, "weight")
+        super().__init__("slice_adamw_8bit" if eight else "slice_adamw", slices, changed)
+        self._codebook = codebook if eight else None
+        # the table points at the step counts themselves, so they must be what the kernel reads
+        self._plain &= all(s.step.dtype == torch.float32 for s in slices)
+        self._sizes = [(s.master.dtype, s.master.numel()) for s in slices]
+        self._grads: list[int] = []
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], options: AdamWOptions) -> None:
+        """One update of every slice; the caller has counted the step in ``slice.step``.
+
+        Args:
+            grads: One for each slice, in order: its R * K values come first and may be followed by
+                others that are not read (the unused tail of a parameter that serves two axes).
+            options: As for `slice_adamw`.
+
+        Raises:
+            ValueError, TypeError: As `slice_adamw`, or not as many gradients as slices.
+            IndexError: An index is out of range; nothing has been written.
+        """
+        if len(grads) != len(self.slices):
+            raise ValueError(f"{len(grads)} gradients for {len(self.slices)} slices")
+        found = self._table() if self.slices and self._fit(grads) else None
+        if found is None:
+            return self._through_the_op(grads, options)
+        module, numbers = found
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self._grads:
+            module.set_gradients(numbers, addresses)
+            self._grads = addresses
+        if self._codebook is None:
+            module.adamw_of_table(numbers, options)
+        else:
+            module.adamw_8bit_of_table(numbers, self._codebook, options)
+        return increment_version(self._written)
+
+    def _fit(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the kernel can read the gradients as they are."""
+        return all(
+            type(g) is Tensor and g.dtype is dtype and g.numel() >= count and g.is_contiguous()
+            for g, (dtype, count) in zip(grads, self._sizes, strict=True)
         )
-    if grad_output.dtype != input.dtype:
-        raise TypeError(
-            f"{op}: grad_output is {grad_output.dtype} and input {input.dtype}; expected one dtype"
-        )
-    if grad_output.device != input.device:
-        raise ValueError(
-            f"{op}: grad_output is on {grad_output.device}, the input on {input.device}; expected"
-            " one device"
-        )
-    if rows is not None:
-        _check_index(op, "rows", rows, grad_output.device)
 
+    def _through_the_op(self, grads: Sequence[Tensor], options: AdamWOptions) -> None:
+        parts = [
+            g if g.shape == s.master.shape else g.reshape(-1)[: s.master.numel()].view_as(s.master)
+            for g, s in zip(grads, self.slices, strict=True)
+        ]
+        slices: Any = [s._replace(grad=g) for s, g in zip(self.slices, parts, strict=True)]
+        if self._codebook is None:
+            return slice_adamw(slices, options)
+        return slice_adamw_8bit(slices, self._codebook, options)
 
-def _check_index(op: str, name: str, index: Tensor, device: torch.device) -> None:
-    if index.dtype != torch.int64 or index.dim() != 1 or index.device != device:
-        raise TypeError(
-            f"{op}: {name} is {index.dtype} of shape {tuple(index.shape)} on {index.device};"
-            f" expected (features,) int64 on {device}"
-        )
+    def _check(self, s: AdamWSlice | AdamWSlice8bit) -> None:
+        if isinstance(s, AdamWSlice):
+            check_slice(self._op, s, (s.exp_avg, s.exp_avg_sq))
+        else:
+            check_slice_8bit(s._replace(grad=s.master))
 
-
-def _check_slice(op: str, s: AdamWSlice | AdamWSlice8bit, states: tuple[Tensor, ...]) -> None:
-    """states: gradient and moments that have the master's dtype."""
-    weight, rows, cols = s.weight, s.rows, s.cols
-    shape = (
-        weight.shape[0] if rows is None else rows.numel(),
-        weight.shape[1] if cols is None else cols.numel(),
-    )
-    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    device = weight.device
-    for name, index in (("rows", rows), ("cols", cols)):
-        if index is not None and (index.dtype != torch.int64 or index.device != device):
-            _check_index(op, name, index, device)
-    for t in (s.master, *states):
-        if t.shape != shape or t.dtype != expected or t.device != device:
-            break
-    else:
-        if s.step.device == device:
-            return
-    if any(t.shape != shape for t in (s.master, *states)):
-        raise ValueError(
-            f"{op}: the slice of weight {tuple(weight.shape)} has shape {shape}; got master"
-            f" {tuple(s.master.shape)} and gradient or moments {[tuple(t.shape) for t in states]}"
-        )
-    if odd := [str(t.dtype) for t in (s.master, *states) if t.dtype != expected]:
-        raise TypeError(
-            f"{op}: master, gradient and moments of a {weight.dtype} weight must be {expected}; got"
-            f" {', '.join(odd)}"
-        )
-    tensors = [t for t in (s.master, *states, rows, cols, s.step) if t is not None]
-    odd = sorted({str(t.device) for t in tensors if t.device != device})
-    raise ValueError(
-        f"{op}: the weight is on {device}, other tensors of its slice are on {', '.join(odd)}"
-    )
-
-
-def _check_slice_8bit(s: AdamWSlice8bit) -> None:
-    op = "slice_adamw_8bit"
-    _check_slice(op, s, (s.grad,))
-    shape, blocks = s.master.shape, (-(-s.master.numel() // BLOCK_8BIT),)
-    codes, scales = (s.exp_avg, s.exp_avg_sq), (s.exp_avg_scale, s.exp_avg_sq_scale)
-    wrong = any(x.dtype != torch.uint8 or x.shape != shape for x in codes)
-    wrong |= any(x.dtype != torch.float32 or x.shape != blocks for x in scales)
-    wrong |= any(x.device != s.weight.device for x in (*codes, *scales))
-    if wrong or s.weight.dtype == torch.float64:
-        raise ValueError(
-            f"{op}: a slice of shape {tuple(shape)} has moments"
-            f" {[(str(x.dtype), tuple(x.shape)) for x in codes]} and scales"
-            f" {[(str(x.dtype), tuple(x.shape)) for x in scales]} for a {s.weight.dtype} weight on"
-            f" {s.weight.device}; expected uint8 of the slice's shape and scales of shape {blocks}"
-            " in float32, a float32, bfloat16 or float16 weight, all on one device"
-        )
-
-
-def _check_one_device(op: str, tensors: Sequence[Tensor]) -> None:
-    if len({t.device for t in tensors}) > 1:
-        devices = ", ".join(sorted({str(t.device) for t in tensors}))
-        raise ValueError(f"{op}: one call works on one device; got tensors on {devices}")
+    def _made(self, module: Any) -> array:
+        self._grads = []
+        numbers, _ = module.adamw_table([s._replace(grad=None) for s in self.slices])
+        return numbers
 
 
 # What the dispatcher calls, with the flat arguments of the schemas
 
 
 def _slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
-    _check_operands("slice_grad", grad_output, input, rows)
+    check_operands("slice_grad", grad_output, input, rows)
     device = grad_output.device.type
     run = backend_for(device, {grad_output.dtype}).slice_grad
     if not autocast_enabled(device):
@@ -231,15 +333,29 @@ def _slice_adamw(*flat: Any) -> None:
     options = AdamWOptions(*flat[width:])
     for s in slices:
         assert s.grad is not None
-        _check_slice(op, s, (s.grad, s.exp_avg, s.exp_avg_sq))
+        check_slice(op, s, (s.grad, s.exp_avg, s.exp_avg_sq))
     weights = [s.weight for s in slices]
-    _check_one_device(op, weights)
+    check_one_device(op, weights)
     if not slices:
         return
     module = backend_for(weights[0].device.type, {w.dtype for w in weights})
     module.slice_adamw(slices, options)
     # autograd cannot see a kernel's writes; a graph that still needs an old weight must notice them
     increment_version([t for s in slices for t in (s.master, s.exp_avg, s.exp_avg_sq, s.weight)])
+
+
+def _write_slices(*flat: Any) -> None:
+    """flat: a list of tensors for each field of SliceWrite."""
+    op = "write_slices"
+    slices = [SliceWrite(*tensors) for tensors in zip(*flat, strict=True)]
+    for s in slices:
+        check_slice(op, s)
+    weights = [s.weight for s in slices]
+    check_one_device(op, weights)
+    if slices:
+        module = backend_for(weights[0].device.type, {w.dtype for w in weights}, op)
+        module.write_slices(slices)
+        increment_version(weights)
 
 
 def _slice_adamw_8bit(*flat: Any) -> None:
@@ -252,9 +368,9 @@ def _slice_adamw_8bit(*flat: Any) -> None:
     slices = [AdamWSlice8bit(*tensors) for tensors in zip(*lists, strict=True)]
     options = AdamWOptions(*flat[width:])
     for s in slices:
-        _check_slice_8bit(s)
+        check_slice_8bit(s)
     weights = [s.weight for s in slices]
-    _check_one_device(op, [*weights, codebook] if weights else [])
+    check_one_device(op, [*weights, codebook] if weights else [])
     if codebook.dtype != torch.float32 or codebook.shape != (2, 256):
         raise ValueError(
             f"{op}: codebook is {codebook.dtype} of shape {tuple(codebook.shape)}; expected float32"
@@ -274,8 +390,8 @@ def _slice_grad_adamw(grad_output: Tensor, input: Tensor, master: Tensor, *flat:
     op, width = "slice_grad_adamw", len(AdamWSlice._fields) - 2
     active, options = AdamWSlice(master, None, *flat[:width]), AdamWOptions(*flat[width:])
     weight, rows = active.weight, active.rows
-    _check_operands(op, grad_output, input, rows)
-    _check_slice(op, active, (active.exp_avg, active.exp_avg_sq))
+    check_operands(op, grad_output, input, rows)
+    check_slice(op, active, (active.exp_avg, active.exp_avg_sq))
     found = (grad_output.shape[1] if rows is None else rows.numel(), input.shape[1])
     if found != master.shape or weight.device != input.device:
         raise ValueError(
@@ -312,6 +428,9 @@ _SCHEMAS = {
         "(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         f" Tensor(d!)[] weights, Tensor?[] rows, Tensor?[] cols, Tensor[] steps, {_OPTIONS}) -> ()"
     ),
+    "write_slices": (
+        "(Tensor[] masters, Tensor(a!)[] weights, Tensor?[] rows, Tensor?[] cols) -> ()"
+    ),
     "slice_adamw_8bit": (
         "(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         " Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor codebook,"
@@ -331,6 +450,7 @@ for _name, _function, _fake in (
     ("slice_adamw", _slice_adamw, _fake_nothing),
     ("slice_adamw_8bit", _slice_adamw_8bit, _fake_nothing),
     ("slice_grad_adamw", _slice_grad_adamw, _fake_nothing),
+    ("write_slices", _write_slices, _fake_nothing),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _function, "CompositeExplicitAutograd")

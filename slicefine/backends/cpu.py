@@ -1,5 +1,4 @@
-"""The `cpu` backend: the one place that imports the compiled module, and that turns tensors into
-addresses for it.
+"""The `cpu` backend: the one place that imports the compiled module slicefine._C.
 
 The module knows nothing of torch, so a build serves every torch release. If it is missing, the
 reason is kept in
@@ -16,12 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit, SliceWrite
 from slicefine.backends.reference import accumulation_dtype
+from slicefine.backends.table import (
+    DTYPES,
+    SliceRow,
+    gradient_row,
+    index_address,
+    mismatch,
+    slice_row,
+    table,
+)
 
 unavailable: str | None = None
 try:
     _C: Any = importlib.import_module("slicefine._C")
+    unavailable = mismatch(_C)
 except ImportError as error:
     _C = None
     unavailable = (
@@ -29,27 +38,28 @@ except ImportError as error:
         " reinstall slicefine (pip install --force-reinstall --no-deps .)"
     )
 
-# csrc/numeric.h, DType
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-
-def take_columns(input: Tensor, cols: Tensor) -> Tensor:
+def take_columns(
+    input: Tensor,  # [..., in]
+    cols: Tensor,  # [K] int64
+) -> Tensor:  # [N, K]
     """See `slicefine.backends.reference.take_columns`."""
     width, K = input.shape[-1], cols.shape[0]
-    if input.is_contiguous():
+    if input.is_contiguous() and width:
         n, stride = input.numel() // width, width
     else:
-        input = input.reshape(-1, width)
+        input = input.reshape(-1, width) if width else input.new_empty((0, 1))
         input = input if input.stride(1) == 1 or width == 1 else input.contiguous()
         n, stride = input.shape[0], input.stride(0)
     out = input.new_empty((n, K))
     _C.take_columns(
         input.data_ptr(),
         stride,
-        _index(cols),
+        width,
+        index_address(cols),
         n,
         K,
-        _DTYPES[input.dtype],
+        DTYPES[input.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -62,52 +72,17 @@ def slice_grad(
     rows: Tensor | None = None,  # [R] int64
 ) -> Tensor:  # [R, K]
     """See `slicefine.backends.reference.slice_grad`."""
-    arguments, keep = _grad_inputs(grad_output, input, rows)
-    height = grad_output.shape[1] if rows is None else rows.shape[0]
+    row, _keep = gradient_row(grad_output, input, rows)
     dtype = accumulation_dtype(grad_output.dtype)
-    out = grad_output.new_empty((height, input.shape[1]), dtype=dtype)
-    _C.slice_grad(arguments, out.data_ptr(), torch.get_num_threads())
-    del keep
+    out = grad_output.new_empty((row.R, row.K), dtype=dtype)
+    _C.slice_grad(row, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     """See `slicefine.backends.reference.slice_adamw`."""
-    # one array of numbers for the whole call: a hundred small tuples would take as long to convert
-    # as the update itself
-    table: list[int] = []
-    keep = []
-    for p, g, m, v, w, r, c, step in slices:
-        assert g is not None
-        if g.dtype != p.dtype or not g.is_contiguous():
-            g = g.to(p.dtype).contiguous()
-            keep.append(g)
-        if step.dtype != torch.float32:
-            step = step.float()
-            keep.append(step)
-        if not (p.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
-            _check_contiguous(master=p, exp_avg=m, exp_avg_sq=v)
-        stride_row, stride_col = w.stride()
-        R, K = p.shape
-        table += (
-            w.data_ptr(),
-            stride_row,
-            stride_col,
-            _index(r),
-            _index(c),
-            R,
-            K,
-            _DTYPES[w.dtype],
-            p.data_ptr(),
-            m.data_ptr(),
-            v.data_ptr(),
-            g.data_ptr(),
-            step.data_ptr(),
-        )
-    numbers = array("q", table)
-    address, _ = numbers.buffer_info()
-    _C.slice_adamw(address, len(slices), _numbers(options), torch.get_num_threads())
-    del keep
+    numbers, _keep = adamw_table(slices)
+    adamw_of_table(numbers, options)
 
 
 def slice_adamw_8bit(
@@ -116,18 +91,8 @@ def slice_adamw_8bit(
     options: AdamWOptions,
 ) -> None:
     """See `slicefine.backends.reference.slice_adamw_8bit`."""
-    grads = [s.grad.to(s.master.dtype).contiguous() for s in slices]
-    places = [_slice(s.weight, s.master, s.rows, s.cols) for s in slices]
-    states = []
-    for s, grad in zip(slices, grads, strict=True):
-        tensors = (s.master, s.exp_avg, s.exp_avg_sq, s.exp_avg_scale, s.exp_avg_sq_scale)
-        _check_contiguous(**dict(zip(_STATE_8BIT, tensors, strict=True)))
-        states.append((*(t.data_ptr() for t in (*tensors, grad)), float(s.step)))
-    book = codebook.contiguous()
-    _C.slice_adamw_8bit(places, states, book.data_ptr(), _numbers(options), torch.get_num_threads())
-
-
-_STATE_8BIT = ("master", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    numbers, _keep = adamw_table(slices)
+    adamw_8bit_of_table(numbers, codebook, options)
 
 
 def slice_grad_adamw(
@@ -143,74 +108,59 @@ def slice_grad_adamw(
             f" {accumulation_dtype(grad_output.dtype)}, but the master is {active.master.dtype};"
             " expected them to agree"
         )
-    arguments, keep = _grad_inputs(grad_output, input, active.rows)
-    place = _slice(active.weight, active.master, active.rows, active.cols)
-    state = _moments(active)
-    _C.slice_grad_adamw(arguments, place, state, _numbers(options), torch.get_num_threads())
-    del keep
+    gradient, _keep = gradient_row(grad_output, input, active.rows)
+    step = active.step.float()
+    place = slice_row(active._replace(step=step))
+    _C.slice_grad_adamw(gradient, place, options, torch.get_num_threads())
 
 
-def _numbers(options: AdamWOptions) -> tuple:
-    """The options as csrc/bindings.cpp takes them."""
-    o = options
-    decays = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay)
-    return (*decays, o.maximize, o.seed is not None, o.seed or 0)
+def write_slices(slices: Sequence[SliceWrite]) -> None:
+    """See `slicefine.backends.reference.write_slices`."""
+    write_table(write_rows(slices))
 
 
-def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
-    """The kernel's view of the operands, and the tensors that must outlive the call."""
-    (n, out), K = grad_output.shape, input.shape[1]
-    if grad_output.stride(1) != 1 and out > 1:
-        grad_output = grad_output.contiguous()
-    if input.stride(1) != 1 and K > 1:
-        input = input.contiguous()
-    arguments = (
-        grad_output.data_ptr(),
-        grad_output.stride(0),
-        input.data_ptr(),
-        input.stride(0),
-        n,
-        0 if rows is None else _index(rows),
-        out if rows is None else rows.numel(),
-        K,
-        _DTYPES[grad_output.dtype],
-    )
-    return arguments, (grad_output, input)
+# Tables that the caller may keep: `slicefine.ops.PreparedSlices`
 
 
-def _slice(weight: Tensor, master: Tensor, rows: Tensor | None, cols: Tensor | None) -> tuple:
-    return (
-        weight.data_ptr(),
-        weight.stride(0),
-        weight.stride(1),
-        _index(rows),
-        _index(cols),
-        master.shape[0],
-        master.shape[1],
-        _DTYPES[weight.dtype],
-    )
+def adamw_table(
+    slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit],
+) -> tuple[array, list[Tensor]]:
+    """The table of an update, and copies that must outlive it: gradients that are not contiguous or
+    of another dtype, step counts that are not float32.
+    """
+    rows, keep = [], []
+    for s in slices:
+        grad, step = s.grad, s.step
+        if grad is not None and (grad.dtype != s.master.dtype or not grad.is_contiguous()):
+            grad = grad.to(s.master.dtype).contiguous()
+            keep.append(grad)
+        if step.dtype != torch.float32:
+            step = step.float()
+            keep.append(step)
+        rows.append(slice_row(s._replace(step=step), grad))
+    return table(rows), keep
 
 
-def _moments(s: AdamWSlice) -> tuple:
-    _check_contiguous(master=s.master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
-    addresses = (s.master.data_ptr(), s.exp_avg.data_ptr(), s.exp_avg_sq.data_ptr())
-    return (*addresses, 0, float(s.step))
+def write_rows(slices: Sequence[SliceWrite]) -> array:
+    return table(slice_row(s) for s in slices)
 
 
-def _check_contiguous(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected"
-                " contiguous"
-            )
+def set_gradients(numbers: array, addresses: list[int]) -> None:
+    """Point the table of an update at other gradients, contiguous and of the masters' dtype."""
+    numbers[_GRAD :: len(SliceRow._fields)] = array("q", addresses)
 
 
-def _index(index: Tensor | None) -> int:
-    if index is None:
-        return 0
-    if not index.is_contiguous():
-        raise ValueError(
-            f"an index has strides {index.stride()}; expected a contiguous int64 tensor"
-        )
-    return index.data_ptr()
+_GRAD = SliceRow._fields.index("grad")
+
+
+def adamw_of_table(numbers: array, options: AdamWOptions) -> None:
+    _C.slice_adamw(numbers, options, torch.get_num_threads())
+
+
+def adamw_8bit_of_table(numbers: array, codebook: Tensor, options: AdamWOptions) -> None:
+    book = codebook.contiguous()
+    _C.slice_adamw_8bit(numbers, book.data_ptr(), options, torch.get_num_threads())
+
+
+def write_table(numbers: array) -> None:
+    _C.write_slices(numbers, torch.get_num_threads())

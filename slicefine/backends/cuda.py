@@ -1,5 +1,4 @@
-"""The `cuda` backend: precompiled kernels for machines where no compiler may run; turns tensors
-into addresses for them.
+"""The `cuda` backend: precompiled kernels for machines where no compiler may run.
 
 The module knows nothing of torch and carries its own CUDA runtime, so a build serves every torch
 release. If it is missing, the
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 
 from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
+from slicefine.backends.table import gradient_row, mismatch, slice_row, table
 
 unavailable: str | None = None
 try:
     _CUDA: Any = importlib.import_module("slicefine._CUDA")
+    unavailable = mismatch(_CUDA)
 except ImportError as error:
     _CUDA = None
     unavailable = (
@@ -33,7 +34,7 @@ except ImportError as error:
 if torch.version.hip:
     unavailable = "torch is built for ROCm, the kernels for CUDA"
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/numeric.h, DType
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # capability: cp.async, bfloat16 on tensor cores
 
 
@@ -46,22 +47,25 @@ def slice_grad(
     _check("slice_grad", {"grad_output": grad_output, "input": input}, {"rows": rows})
     height = grad_output.shape[1] if rows is None else rows.numel()
     out = grad_output.new_empty((height, input.shape[1]), dtype=torch.float32)
-    arguments, _keep = _grad_inputs(grad_output, input, rows)
+    row, _keep = gradient_row(grad_output, input, rows, _tf32())
     launch = _launch(input)
     partials, counters = _workspace(launch)
-    _CUDA.slice_grad(arguments, out.data_ptr(), (*launch, partials.data_ptr(), counters.data_ptr()))
+    _CUDA.slice_grad(row, out.data_ptr(), (*launch, partials.data_ptr(), counters.data_ptr()))
     return out
 
 
 def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     """See `slicefine.backends.reference.slice_adamw`; one launch for up to 300 slices."""
     op = "slice_adamw"
-    ready = [s._replace(grad=_float32(s.grad)) for s in slices]
-    places = _slices(op, ready)
-    states = [_state(op, s.weight, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq) for s in ready]
-    if places:
-        launch = _launch(ready[0].weight)
-        _CUDA.slice_adamw(places, states, _numbers(options), (*launch, 0, 0))
+    _check_one_device(op, slices)
+    grads = [_float32(s.grad) for s in slices]
+    rows = []
+    for s, grad in zip(slices, grads, strict=True):
+        _check_slice(op, s, grad)
+        _check_state(op, s.weight, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+        rows.append(slice_row(s, grad))
+    if rows:
+        _CUDA.slice_adamw(table(rows), options, (*_launch(slices[0].weight), 0, 0))
 
 
 def slice_adamw_8bit(
@@ -71,27 +75,23 @@ def slice_adamw_8bit(
 ) -> None:
     """See `slicefine.backends.reference.slice_adamw_8bit`; one launch for up to 270 slices."""
     op = "slice_adamw_8bit"
-    ready = [s._replace(grad=_float32(s.grad)) for s in slices]
-    places = _slices(op, ready)
-    states = [
-        (
-            *_state(op, s.weight, torch.uint8, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq),
-            *_state(
-                op,
-                s.weight,
-                exp_avg_scale=s.exp_avg_scale,
-                exp_avg_sq_scale=s.exp_avg_sq_scale,
-            ),
+    _check_one_device(op, slices)
+    grads = [_float32(s.grad) for s in slices]
+    rows = []
+    for s, grad in zip(slices, grads, strict=True):
+        _check_slice(op, s, grad)
+        _check_state(op, s.weight, torch.uint8, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+        _check_state(
+            op, s.weight, exp_avg_scale=s.exp_avg_scale, exp_avg_sq_scale=s.exp_avg_sq_scale
         )
-        for s in ready
-    ]
-    if not places:
+        rows.append(slice_row(s, grad))
+    if not rows:
         return
     if codebook.shape != (2, 256):
         raise ValueError(f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)")
-    (book,) = _state(op, ready[0].weight, codebook=codebook)
-    launch = _launch(ready[0].weight)
-    _CUDA.slice_adamw_8bit(places, states, book, _numbers(options), (*launch, 0, 0))
+    _check_state(op, slices[0].weight, codebook=codebook)
+    launch = _launch(slices[0].weight)
+    _CUDA.slice_adamw_8bit(table(rows), codebook.data_ptr(), options, (*launch, 0, 0))
 
 
 def slice_grad_adamw(
@@ -105,15 +105,15 @@ def slice_grad_adamw(
     """
     op, weight = "slice_grad_adamw", active.weight
     _check(op, {"grad_output": grad_output, "input": input}, {"rows": active.rows})
-    place = _slice(op, active._replace(grad=None))
-    state = _state(op, weight, exp_avg=active.exp_avg, exp_avg_sq=active.exp_avg_sq)
+    _check_slice(op, active, None)
+    _check_state(op, weight, exp_avg=active.exp_avg, exp_avg_sq=active.exp_avg_sq)
     if weight.device != input.device:
         raise ValueError(f"{op}: the input is on {input.device}, the weight on {weight.device}")
-    arguments, _keep = _grad_inputs(grad_output, input, active.rows)
+    gradient, _keep = gradient_row(grad_output, input, active.rows, _tf32())
     launch = _launch(input)
     partials, counters = _workspace(launch)
     where = (*launch, partials.data_ptr(), counters.data_ptr())
-    _CUDA.slice_grad_adamw(arguments, place, state, _numbers(options), where)
+    _CUDA.slice_grad_adamw(gradient, slice_row(active), options, where)
 
 
 def _float32(grad: Tensor | None) -> Tensor:
@@ -121,11 +121,8 @@ def _float32(grad: Tensor | None) -> Tensor:
     return grad.to(torch.float32).contiguous()
 
 
-def _numbers(options: AdamWOptions) -> tuple:
-    """The options as csrc/bindings_cuda.cpp takes them."""
-    o = options
-    decays = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay)
-    return (*decays, o.maximize, o.seed is not None, o.seed or 0)
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _check(op: str, tensors: dict[str, Tensor], indices: dict[str, Tensor | None]) -> None:
@@ -162,28 +159,7 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-def _grad_inputs(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> tuple[tuple, tuple]:
-    """The kernel's view of the operands, and the tensors that must outlive the launch."""
-    grad_output, input = (
-        t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (grad_output, input)
-    )
-    arguments = (
-        grad_output.data_ptr(),
-        grad_output.stride(0),
-        input.data_ptr(),
-        input.stride(0),
-        input.shape[0],
-        0 if rows is None else rows.data_ptr(),
-        grad_output.shape[1] if rows is None else rows.numel(),
-        input.shape[1],
-        _DTYPES[grad_output.dtype],
-        torch.backends.cuda.matmul.fp32_precision == "tf32",
-    )
-    return arguments, (grad_output, input)
-
-
-def _slices(op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]) -> list[tuple]:
-    """`_slice` of each, all on one device."""
+def _check_one_device(op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]) -> None:
     for i, s in enumerate(slices):
         first = slices[0].weight.device
         if s.weight.device != first:
@@ -191,30 +167,19 @@ def _slices(op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]) ->
                 f"{op}: weight 0 is on {first}, weight {i} on {s.weight.device}; expected one"
                 " device"
             )
-    return [_slice(op, s) for s in slices]
 
 
-def _slice(op: str, s: AdamWSlice | AdamWSlice8bit) -> tuple:
+def _check_slice(op: str, s: AdamWSlice | AdamWSlice8bit, grad: Tensor | None) -> None:
     _check(op, {"weight": s.weight}, {"rows": s.rows, "cols": s.cols})
-    master, step = _state(op, s.weight, master=s.master, step=s.step)
-    return (
-        master,
-        0 if s.grad is None else _state(op, s.weight, grad=s.grad)[0],
-        s.weight.data_ptr(),
-        0 if s.rows is None else s.rows.data_ptr(),
-        0 if s.cols is None else s.cols.data_ptr(),
-        step,
-        s.weight.stride(0),
-        s.weight.stride(1),
-        *s.master.shape,
-        _DTYPES[s.weight.dtype],
-    )
+    _check_state(op, s.weight, master=s.master, step=s.step)
+    if grad is not None:
+        _check_state(op, s.weight, grad=grad)
 
 
-def _state(
+def _check_state(
     op: str, weight: Tensor, dtype: torch.dtype = torch.float32, **tensors: Tensor
-) -> tuple[int, ...]:
-    """Addresses of tensors of this type on the weight's device."""
+) -> None:
+    """Tensors of this type, contiguous, on the weight's device."""
     for name, tensor in tensors.items():
         if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != weight.device:
             raise ValueError(
@@ -222,7 +187,6 @@ def _state(
                 f" for shape {tuple(tensor.shape)}; expected contiguous"
                 f" {str(dtype).removeprefix('torch.')} on {weight.device}"
             )
-    return tuple(tensor.data_ptr() for tensor in tensors.values())
 
 
 def refuses_a_device() -> str | None:

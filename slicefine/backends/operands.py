@@ -69,3 +69,12 @@ class AdamWSlice8bit(NamedTuple):
     rows: Tensor | None  # [R] int64
     cols: Tensor | None  # [K] int64
     step: Tensor  # []
+
+
+class SliceWrite(NamedTuple):
+    """A slice and the values that its weight is to hold."""
+
+    master: Tensor  # [R, K] float32, or float64 where the weight is float64
+    weight: Tensor  # [out, in]
+    rows: Tensor | None  # [R] int64
+    cols: Tensor | None  # [K] int64

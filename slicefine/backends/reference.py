@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
+from slicefine.backends.operands import (
+    BLOCK_8BIT,
+    AdamWOptions,
+    AdamWSlice,
+    AdamWSlice8bit,
+    SliceWrite,
+)
 from slicefine.slices import write_slice
 
 
@@ -107,6 +113,12 @@ def slice_grad_adamw(
     """`slice_grad` followed by `slice_adamw` for one slice; its ``grad`` is not read."""
     grad = slice_grad(grad_output, input, active.rows)
     slice_adamw([active._replace(grad=grad)], options)
+
+
+def write_slices(slices: Sequence[SliceWrite]) -> None:
+    """``weight[rows][:, cols] = cast(master)`` for each slice, to nearest."""
+    for s in slices:
+        write_slice(s.weight, s.rows, s.cols, s.master.to(s.weight.dtype))
 
 
 def dynamic_codebook() -> Tensor:

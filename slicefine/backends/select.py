@@ -250,17 +250,24 @@ _modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def direct(tensor: Tensor) -> ModuleType | None:
-    """The compiled module, where a call with this tensor may go straight to it: an ordinary tensor
-    on the CPU, no backend forced, and no compiler, mode or profiler that wants to see the op.
+def watched() -> bool:
+    """Whether a compiler, a mode or a profiler wants to see every op."""
+    return torch.compiler.is_compiling() or bool(_modes()) or _profiling()
+
+
+def direct(*tensors: Tensor) -> ModuleType | None:
+    """The compiled module, where a call with these tensors may go straight to it: ordinary ones on
+    the CPU, no backend forced, and nobody watching.
 
     PyTorch's dispatcher takes a few microseconds for an op in Python, and ten times as much after a
     matrix product has emptied the caches: together a fifth of what a slice costs beside a frozen
     layer on the CPU. A GPU's kernels run meanwhile.
     """
-    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
+    if _forced is not None or watched():
         return None
-    if _forced is not None or _modes() or _profiling():
-        return None
-    module = _compiled.get(tensor.dtype)
+    for tensor in tensors:
+        # a view that the dispatcher would have to negate first is not what its memory holds
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.is_neg():
+            return None
+    module = _compiled.get(tensors[0].dtype)
     return module if module is not None and module.unavailable is None else None

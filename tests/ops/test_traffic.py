@@ -18,7 +18,7 @@ from slicefine_kernels.configs import grad_config, token_splits
 
 from slicefine import ops
 from slicefine.backends import reference
-from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
+from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit, SliceWrite
 
 ROOT = Path(__file__).parents[2]
 ADAMW = AdamWOptions(1e-2, 0.9, 0.999, 1e-8, 0.0)
@@ -159,6 +159,19 @@ def test_slice_adamw_moves_the_bytes_of_the_model(dtype):
         count["loaded"] + count["stored"]
         == layers * readme("slice_adamw", "bytes", R=R, K=K, e=dtype.itemsize) + table
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_slices_moves_the_bytes_of_the_model(dtype):
+    R, K, layers = 70, 33, 3
+    slices = [
+        SliceWrite(torch.rand(R, K), torch.randn(R, K).to(dtype), None, None) for _ in range(layers)
+    ]
+    with counting() as count:
+        ops.write_slices(slices)
+    table = layers * -(-R * K // 1024) * 8 * 8
+    compulsory = layers * readme("write_slices", "bytes", R=R, K=K, e=dtype.itemsize)
+    assert count["loaded"] + count["stored"] == compulsory + table
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -137,6 +137,11 @@ def test_one_op_one_name_in_every_place():
         assert (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
         assert all(callable(getattr(module, op)) for module in (reference, cpu, cuda))
         assert f"`{op}`" in (ROOT / "kernels" / "README.md").read_text()
+    # on a GPU without a compiler the reference writes
+    assert (ROOT / "csrc" / "write_slices.cpp").exists()
+    assert (ROOT / "kernels" / "slicefine_kernels" / "write_slices.py").exists()
+    assert all(callable(module.write_slices) for module in (reference, cpu))
+    assert "`write_slices`" in (ROOT / "kernels" / "README.md").read_text()
 
 
 def test_the_public_names():

@@ -1,0 +1,148 @@
+"""How tensors become the numbers that the compiled modules take: every column named once.
+
+csrc/table.h has the same columns; `mismatch` compares the two when a module is loaded, and the
+modules check the length of every row and table that they are given.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slicefine.backends.operands import BLOCK_8BIT, AdamWSlice, AdamWSlice8bit, SliceWrite
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class GradientRow(NamedTuple):
+    """The operands of one gradient: addresses, strides and sizes in elements."""
+
+    grad_output: int
+    stride_grad_output: int
+    out_features: int
+    input: int
+    stride_input: int
+    n: int
+    rows: int
+    R: int
+    K: int
+    dtype: int
+    allow_tf32: int
+
+
+class SliceRow(NamedTuple):
+    """One slice; an address of 0 is a tensor that is not there, or every row or column."""
+
+    weight: int
+    out_features: int
+    in_features: int
+    stride_row: int
+    stride_col: int
+    dtype: int
+    rows: int
+    cols: int
+    R: int
+    K: int
+    master: int
+    grad: int
+    exp_avg: int
+    exp_avg_sq: int
+    exp_avg_scale: int
+    exp_avg_sq_scale: int
+    step: int
+
+
+def mismatch(module: Any) -> str | None:
+    """Why a compiled module is not one of this package's sources, or None if it is."""
+    expected = {
+        "SliceRow": SliceRow._fields,
+        "GradientRow": GradientRow._fields,
+        "dtypes": {str(dtype).removeprefix("torch."): i for dtype, i in DTYPES.items()},
+        "BLOCK_8BIT": BLOCK_8BIT,
+    }
+    if getattr(module, "layout", None) == expected:
+        return None
+    return (
+        f"{module.__name__} at {module.__file__} was built from other sources than this package;"
+        " build it again (pip install --force-reinstall --no-deps .)"
+    )
+
+
+def gradient_row(
+    grad_output: Tensor,  # [N, out]
+    input: Tensor,  # [N, K]
+    rows: Tensor | None,  # [R]
+    allow_tf32: bool = False,
+) -> tuple[GradientRow, tuple[Tensor, Tensor]]:
+    """The row, and the tensors that must outlive the call."""
+    (n, out_features), K = grad_output.shape, input.shape[1]
+    if grad_output.stride(1) != 1 and out_features > 1:
+        grad_output = grad_output.contiguous()
+    if input.stride(1) != 1 and K > 1:
+        input = input.contiguous()
+    row = GradientRow(
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        out_features,
+        input.data_ptr(),
+        input.stride(0),
+        n,
+        index_address(rows),
+        out_features if rows is None else rows.shape[0],
+        K,
+        DTYPES[grad_output.dtype],
+        allow_tf32,
+    )
+    return row, (grad_output, input)
+
+
+def slice_row(s: AdamWSlice | AdamWSlice8bit | SliceWrite, grad: Tensor | None = None) -> SliceRow:
+    """grad: contiguous, of the master's dtype, in place of the one that the slice has."""
+    weight, master = s.weight, s.master
+    moments: tuple[Tensor, ...] = ()
+    if isinstance(s, SliceWrite):
+        check_contiguous(master=master)
+    elif isinstance(s, AdamWSlice):
+        moments = (s.exp_avg, s.exp_avg_sq)
+        check_contiguous(master=master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
+    else:
+        moments = (s.exp_avg, s.exp_avg_sq, s.exp_avg_scale, s.exp_avg_sq_scale)
+        names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+        check_contiguous(master=master, **dict(zip(names, moments, strict=True)))
+    addresses = [t.data_ptr() for t in moments] + [0] * (4 - len(moments))
+    place = (weight.data_ptr(), *weight.shape, *weight.stride(), DTYPES[weight.dtype])
+    indices = (index_address(s.rows), index_address(s.cols), *master.shape)
+    values = (master.data_ptr(), 0 if grad is None else grad.data_ptr())
+    step = 0 if isinstance(s, SliceWrite) else s.step.data_ptr()
+    return SliceRow._make((*place, *indices, *values, *addresses, step))
+
+
+def table(rows: Iterable[SliceRow]) -> array:
+    """Rows one after the other, as the modules read many slices."""
+    numbers = array("q")
+    for row in rows:
+        numbers.extend(row)
+    return numbers
+
+
+def check_contiguous(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; expected"
+                " contiguous"
+            )
+
+
+def index_address(index: Tensor | None) -> int:
+    if index is None:
+        return 0
+    if not index.is_contiguous():
+        raise ValueError(
+            f"an index has strides {index.stride()}; expected a contiguous int64 tensor"
+        )
+    return index.data_ptr()
