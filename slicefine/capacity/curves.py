@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicefine.capacity.editing import METHODS, Trial
+from slicefine.capacity.editing import METHODS, Attempt
 from slicefine.capacity.samples import Samples, predict
 from slicefine.config import SliceConfig
 
@@ -101,7 +101,7 @@ def _measure(
     lr: float,
     seed: int,
 ) -> Point:
-    trial = Trial(model, method, size, config, layers, seed=seed)
+    trial = Attempt(model, method, size, config, layers, seed=seed)
     order = _order(len(samples), seed)
     fit = trial.fit(
         samples[order[:N]],

@@ -41,7 +41,7 @@ class Fit:
     wrong: int
 
 
-class Trial:
+class Attempt:
     """A model with the parameters of one method on it, until `keep` or `remove`.
 
     method: "slice", "lora" or "side". size: width r of a slice, rank of LoRA, hidden neurons of a

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.atomic import write_text
-from slicefine.capacity.editing import METHODS, Trial, unload_lora
+from slicefine.capacity.editing import METHODS, Attempt, unload_lora
 from slicefine.capacity.samples import Inputs, Samples, count, joined, predict, take
 from slicefine.capacity.side import AdditiveSide, default_feature, exact_side, features_of
 from slicefine.capacity.side_file import base_sha256, load_side, save_side
@@ -353,7 +353,7 @@ def patch(
     if mode == "exact":
         result = _exact(model, edits, kept, layers, feature, margin, base, seed)
     else:
-        trial = Trial(model, method, size or SIZES[method], config, layers, feature, seed)
+        trial = Attempt(model, method, size or SIZES[method], config, layers, feature, seed)
         fit = trial.fit(edits, kept, steps=steps, lr=lr, margin=margin, seed=seed)
         trained = getattr(trial, "_trained", set())
         delta = trial.keep({})

@@ -134,7 +134,7 @@ def advice_for(
     positions, for the report."""
     from slicefine.diagnose.advice import advise as recommend
     from slicefine.diagnose.survey import Options, survey
-    from slicefine.diagnose.trials import Recipe
+    from slicefine.diagnose.trials import TrialOptions
 
     base = SliceConfig(r=r, modules_to_save=subject.whole_modules or None, seed=seed)
     steps = epochs * -(-subject.rows_in_all // batch_size)
@@ -173,7 +173,7 @@ def advice_for(
                 steps,
                 trial_steps,
                 planner(subject, name, batch_size, max_length),
-                Recipe(seed=seed, context=context),
+                TrialOptions(seed=seed, context=context),
                 track=track,
             )
         except ValueError as error:
@@ -220,28 +220,18 @@ def _trial_batches(
 
 
 def _show(found: dict[str, Any]) -> None:
+    """The recommendation, then its evidence, each wrapped to the width of the terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(title="Recommendation, by measured effect; then what is a rule", show_lines=True)
-    for column, options in (
-        ("", {}),
-        ("setting", {}),
-        ("use", {}),
-        ("held-out loss", {"justify": "right"}),
-        ("evidence", {"ratio": 1}),
-    ):
-        table.add_column(column, **options)  # type: ignore[arg-type]
+    console = Console()
+    console.print("Recommendation, by measured effect; then what is a rule\n")
     for number, line in enumerate(found["lines"], 1):
         value = f"{line['value']:.2g}" if isinstance(line["value"], float) else str(line["value"])
-        table.add_row(
-            str(number),
-            line["setting"],
-            value,
-            "-" if line["effect"] is None else f"{-line['effect']:+.4f}",
-            line["evidence"],
-        )
-    console = Console()
-    console.print(table)
+        effect = line["effect"]
+        gain = "" if effect is None else f"   held-out loss {-effect:+.4f}"
+        console.print(Text(f"{number}. {line['setting']}: {value}{gain}", style="bold"))
+        console.print(Padding(Text(line["evidence"]), (0, 0, 1, 3)))
     for claim in found["claims"]:
-        console.print(f"- {claim}", highlight=False)
+        console.print(Padding(Text(f"- {claim}"), 0))

@@ -12,142 +12,138 @@ from slicefine.cli.capacity import whole_numbers
 from slicefine.training.data import UserError, labels_of, split_rows
 
 BUILT_IN = ("digits-permuted", "digits-rotated")
+MEASURES = ("AA", "AF", "LA", "BWT", "JA")
+
+
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="files in their order, a.csv,b.csv; or digits-permuted or digits-rotated, five tasks"
+        " that need no model"
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="folder or hub id of a Hugging Face model; each task gets a new head"),
+]
+Sizes = Annotated[
+    str,
+    typer.Option(
+        help="rank=4,16,64 (of the slices) or width=16,128,1024 (of a perceptron on the digits)"
+    ),
+]
+Modes = Annotated[
+    str,
+    typer.Option(help="same,disjoint,attach: what the slices of later tasks do to earlier ones"),
+]
+EvalTasks = Annotated[str | None, typer.Option(help="test files, in the order of --tasks")]
+EvalShare = Annotated[
+    float, typer.Option(min=0.01, max=0.9, help="without --eval-tasks, test on this share")
+]
+Kind = Annotated[str, typer.Option(help="text-classification or image-classification")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="default: 1e-3 for slices of a model, 3e-3 of a perceptron, 0.05 for SGD on a whole"
+        " one"
+    ),
+]
+SwitchInterval = Annotated[
+    int,
+    typer.Option(min=0, help="steps between moves in modes same and attach; 0: the slice stays"),
+]
+Replay = Annotated[
+    int, typer.Option(min=0, help="samples of every earlier task to repeat; not for attach")
+]
+Functional = Annotated[
+    float, typer.Option(min=0, help="weight of the change of earlier heads' logits; not for attach")
+]
+Joint = Annotated[
+    bool, typer.Option("--joint/--no-joint", help="also train on all tasks at once, the reference")
+]
+Alone = Annotated[
+    bool, typer.Option("--alone", help="also train each task by itself from the base")
+]
+Threshold = Annotated[float, typer.Option(help="of AA per doubling, for the suggested knee")]
+Output = Annotated[
+    Path | None, typer.Option(help="folder for the deltas of mode attach, by size and task")
+]
+AsJson = Annotated[
+    Path | None, typer.Option("--json", help="write matrix, AA, AF, LA, BWT by mode and size")
+]
 
 
 def continual(
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "files in their order, a.csv,b.csv; or digits-permuted or digits-rotated, five"
-                " tasks that need no model"
-            )
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="folder or hub id of a Hugging Face model; each task gets a new head"),
-    ] = None,
-    sweep: Annotated[
-        str,
-        typer.Option(
-            help="rank=4,16,64 (of the slices) or width=16,128,1024 (of a perceptron on the digits)"
-        ),
-    ] = "rank=16",
-    modes: Annotated[
-        str,
-        typer.Option(
-            help="same,disjoint,attach: what the slices of later tasks do to earlier ones"
-        ),
-    ] = "same,disjoint,attach",
-    eval_tasks: Annotated[
-        str | None, typer.Option(help="test files, in the order of --tasks")
-    ] = None,
-    eval_share: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="without --eval-tasks, test on this share")
-    ] = 0.25,
-    task: Annotated[
-        str, typer.Option(help="text-classification or image-classification")
-    ] = "text-classification",
+    tasks: Tasks,
+    model: Model = None,
+    sweep: Sizes = "rank=16",
+    modes: Modes = "same,disjoint,attach",
+    eval_tasks: EvalTasks = None,
+    eval_share: EvalShare = 0.25,
+    task: Kind = "text-classification",
     text_column: str = "text",
     label_column: str = "label",
     image_column: str = "image",
     max_length: Annotated[int, typer.Option(min=1, help="tokens")] = 128,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            help=(
-                "default: 1e-3 for slices of a model, 3e-3 of a perceptron, 0.05 for SGD on a"
-                " whole one"
-            )
-        ),
-    ] = None,
+    lr: LearningRate = None,
     head_lr: Annotated[float, typer.Option(help="of the heads")] = 2e-3,
     slice_type: str = "column",
     contiguous: Annotated[bool, typer.Option("--contiguous/--scattered")] = True,
-    switch_interval: Annotated[
-        int,
-        typer.Option(
-            min=0, help="steps between moves in modes same and attach; 0: the slice stays"
-        ),
-    ] = 0,
-    replay: Annotated[
-        int, typer.Option(min=0, help="samples of every earlier task to repeat; not for attach")
-    ] = 0,
-    functional: Annotated[
-        float,
-        typer.Option(min=0, help="weight of the change of earlier heads' logits; not for attach"),
-    ] = 0.0,
-    joint: Annotated[
-        bool,
-        typer.Option("--joint/--no-joint", help="also train on all tasks at once, the reference"),
-    ] = True,
-    alone: Annotated[
-        bool, typer.Option("--alone", help="also train each task by itself from the base")
-    ] = False,
+    switch_interval: SwitchInterval = 0,
+    replay: Replay = 0,
+    functional: Functional = 0.0,
+    joint: Joint = True,
+    alone: Alone = False,
     seeds: Annotated[str, typer.Option(help="such as 0,1,2")] = "0",
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast, for models")] = True,
     device: Annotated[str | None, typer.Option(help="cuda or cpu")] = None,
-    threshold: Annotated[
-        float, typer.Option(help="of AA per doubling, for the suggested knee")
-    ] = 0.01,
-    output: Annotated[
-        Path | None, typer.Option(help="folder for the deltas of mode attach, by size and task")
-    ] = None,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", help="write matrix, AA, AF, LA, BWT by mode and size")
-    ] = None,
+    threshold: Threshold = 0.01,
+    output: Output = None,
+    as_json: AsJson = None,
     report: Annotated[Path | None, typer.Option(help="write an HTML page")] = None,
 ) -> None:
     """Fine-tune on tasks one after the other and print what each mode and size learns and forgets."""
     try:
         over, sizes = _sweep(sweep)
-        numbers = (
-            [int(s) for s in seeds.split(",")]
-            if all(s.isdigit() for s in seeds.split(","))
-            else None
+        study = _Study(
+            over=over,
+            sizes=sizes,
+            modes=modes.split(","),
+            seeds=_seeds(seeds),
+            lr=lr,
+            bf16=bf16,
+            options={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "head_lr": head_lr,
+                "replay": replay,
+                "functional": functional,
+            },
+            slices={
+                "slice_type": slice_type,
+                "contiguous": contiguous,
+                "switch_interval": switch_interval or None,
+            },
+            joint=joint,
+            alone=alone,
+            threshold=threshold,
+            output=output,
         )
-        if numbers is None:
-            raise UserError(f"--seeds {seeds}: expected whole numbers, such as 0,1,2")
         files = _Files(
-            tasks,
-            eval_tasks,
-            eval_share,
-            task,
-            text_column,
-            label_column,
-            image_column,
-            max_length,
-            model,
-            device,
+            tasks=tasks,
+            eval_tasks=eval_tasks,
+            eval_share=eval_share,
+            kind=task,
+            text=text_column,
+            label=label_column,
+            image=image_column,
+            max_length=max_length,
+            model=model,
+            device=device,
         )
-        recipe: dict[str, Any] = dict(
-            epochs=epochs,
-            batch_size=batch_size,
-            head_lr=head_lr,
-            replay=replay,
-            functional=functional,
-        )
-        slices = dict(
-            slice_type=slice_type, contiguous=contiguous, switch_interval=switch_interval or None
-        )
-        result = _run(
-            files,
-            over,
-            sizes,
-            modes.split(","),
-            recipe,
-            lr,
-            bf16,
-            slices,
-            numbers,
-            joint,
-            alone,
-            threshold,
-            output,
-        )
+        result = _run(files, study)
     except (UserError, ImportError) as error:
         typer.echo(f"slicefine continual: {error}", err=True)
         raise typer.Exit(2) from None
@@ -159,9 +155,8 @@ def continual(
     if report is not None:
         from slicefine.continual.report import continual_page
 
-        continual_page(
-            result, "Task after task", f"{model or tasks}, {sweep}, {epochs} epochs"
-        ).write(report)
+        subtitle = f"{model or tasks}, {sweep}, {epochs} epochs"
+        continual_page(result, "Task after task", subtitle).write(report)
 
 
 @dataclass
@@ -187,68 +182,89 @@ def _sweep(text: str) -> tuple[str, list[int]]:
     return over, whole_numbers(values, f"--sweep {over}=")
 
 
-def _run(
-    files: _Files,
-    over: str,
-    sizes: list[int],
-    modes: list[str],
-    recipe: dict[str, Any],
-    lr: float | None,
-    bf16: bool,
-    slices: dict[str, Any],
-    seeds: list[int],
-    joint: bool,
-    alone: bool,
-    threshold: float,
-    output: Path | None,
-) -> Any:
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--seeds {text}: expected whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+@dataclass
+class _Study:
+    """What is varied, and how each task trains. options: of `TrainingOptions`; slices: of
+    `SliceConfig`.
+    """
+
+    over: str
+    sizes: list[int]
+    modes: list[str]
+    seeds: list[int]
+    lr: float | None
+    bf16: bool
+    options: dict[str, Any]
+    slices: dict[str, Any]
+    joint: bool
+    alone: bool
+    threshold: float
+    output: Path | None
+
+
+def _run(files: _Files, study: _Study) -> Any:
     from slicefine.config import SliceConfig
-    from slicefine.continual.sequence import MODES, Recipe
+    from slicefine.continual.sequence import MODES
     from slicefine.continual.sweep import sweep
 
-    if over == "rank" and (unknown := [m for m in modes if m not in MODES[:3]]):
+    unknown = [mode for mode in study.modes if mode not in MODES[:3]]
+    if study.over == "rank" and unknown:
         raise UserError(f"--modes {unknown[0]}: expected some of {', '.join(MODES[:3])}")
     try:
-        if files.tasks in BUILT_IN:
-            make, tasks, base_test, targets = _digits(files.tasks, over, sizes)
-            lr = lr if lr is not None else 0.05 if over == "width" else 3e-3
-            made = Recipe(**recipe, lr=lr, optimizer="sgd" if over == "width" else "adamw")
-        else:
-            if over == "width":
-                raise UserError(
-                    "--sweep width=: a pretrained model has one width; sweep rank=, or take --tasks"
-                    " digits-permuted"
-                )
-            make, tasks = _files(files)
-            base_test, targets = None, "all-linear"
-            made = Recipe(
-                **recipe,
-                lr=1e-3 if lr is None else lr,
-                warmup=0.1,
-                clip=1.0,
-                head="classifier",
-                bf16=bf16,
-            )
-            made = _with_head(made, make)
-        config = SliceConfig(**slices, target_modules=targets)
+        make, tasks, options, base_test, targets = _subject(files, study)
         return sweep(
             make,
             tasks,
-            sizes,
-            modes,
-            over=over,
-            recipe=made,
-            config=config,
-            seeds=seeds,
-            joint=joint,
-            alone=alone,
+            study.sizes,
+            study.modes,
+            over=study.over,
+            recipe=options,
+            config=SliceConfig(**study.slices, target_modules=targets),
+            seeds=study.seeds,
+            joint=study.joint,
+            alone=study.alone,
             base_test=base_test,
-            threshold=threshold,
-            save=output,
+            threshold=study.threshold,
+            save=study.output,
             progress=lambda run: typer.echo(_line(run)),
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def _subject(files: _Files, study: _Study) -> tuple[Any, Any, Any, Any, Any]:
+    """(make_model, tasks, options of the training, test set of the base, targets)."""
+    from slicefine.continual.sequence import TrainingOptions
+
+    wide = study.over == "width"
+    if files.tasks in BUILT_IN:
+        make, tasks, base_test, targets = _digits(files.tasks, study.over)
+        lr = study.lr if study.lr is not None else 0.05 if wide else 3e-3
+        optimizer = "sgd" if wide else "adamw"
+        options = TrainingOptions(**study.options, lr=lr, optimizer=optimizer)
+        return make, tasks, options, base_test, targets
+    if wide:
+        raise UserError(
+            "--sweep width=: a pretrained model has one width; sweep rank=, or take --tasks"
+            " digits-permuted"
+        )
+    make, tasks = _from_files(files)
+    options = TrainingOptions(
+        **study.options,
+        lr=1e-3 if study.lr is None else study.lr,
+        warmup=0.1,
+        clip=1.0,
+        head="classifier",
+        bf16=study.bf16,
+    )
+    return make, tasks, _with_head(options, make), None, "all-linear"
 
 
 def _with_head(recipe: Any, make: Any) -> Any:
@@ -267,36 +283,37 @@ def _with_head(recipe: Any, make: Any) -> Any:
     return replace(recipe, head=names[0])
 
 
-def _digits(name: str, over: str, sizes: list[int]) -> tuple[Any, Any, Any, Any]:
+def _digits(name: str, over: str) -> tuple[Any, Any, Any, Any]:
     """(make_model, tasks, test set of the base, targets) of the digits."""
     import copy
 
     from slicefine.continual import digits
-    from slicefine.continual.sequence import Task
+    from slicefine.continual.sequence import TaskSamples
 
+    permuted = name == BUILT_IN[0]
+    angles = (0, 22.5, 45, 67.5, 90)
     if over == "width":
-        tasks = lambda seed: [
-            Task(*t)
-            for t in (
-                digits.permuted(5, seed)
-                if name == BUILT_IN[0]
-                else digits.rotated((0, 22.5, 45, 67.5, 90), seed)
-            )
-        ]
-        return (lambda width: digits.perceptron(width)), tasks, None, "all-linear"
+
+        def tasks(seed: int) -> list[TaskSamples]:
+            made = digits.permuted(5, seed) if permuted else digits.rotated(angles, seed)
+            return [TaskSamples(*task) for task in made]
+
+        return digits.perceptron, tasks, None, "all-linear"
     base = digits.pretrained(256, 256)
-    listed = digits.permuted(5)[1:] if name == BUILT_IN[0] else digits.rotated((22.5, 45, 67.5, 90))
-    return (lambda: copy.deepcopy(base)), [Task(*t) for t in listed], digits.load()[1], ["0", "2"]
+    # the first task is what the base was trained on
+    listed = digits.permuted(5)[1:] if permuted else digits.rotated(angles[1:])
+    made = [TaskSamples(*task) for task in listed]
+    return (lambda: copy.deepcopy(base)), made, digits.load()[1], ["0", "2"]
 
 
-def _files(files: _Files) -> tuple[Any, Any]:
+def _from_files(files: _Files) -> tuple[Any, Any]:
     """(make_model, tasks) of data files and a Hugging Face model."""
     import copy
 
     import torch
 
     from slicefine.cli import studying
-    from slicefine.continual.sequence import Task
+    from slicefine.continual.sequence import TaskSamples
     from slicefine.training.tasks import Columns
 
     if files.model is None:
@@ -333,7 +350,7 @@ def _files(files: _Files) -> tuple[Any, Any]:
             if hasattr(widest, name):
                 setattr(kind, name, getattr(widest, name))
         tasks.append(
-            Task(Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held))
+            TaskSamples(Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held))
         )
     return lambda: copy.deepcopy(base), tasks
 
@@ -344,39 +361,49 @@ def _line(run: Any) -> str:
 
 
 def _print(result: Any) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from slicefine.continual.metrics import FORMULAS
     from slicefine.continual.sweep import ATTACHED
 
-    table = Table(title=f"{len(result.tasks)} tasks: {', '.join(result.tasks)}")
-    columns = ["mode", result.over, "AA", "AF", "LA", "BWT", "JA", "trained"]
-    for column in columns:
-        table.add_column(column, justify="right")
-    shown = lambda value: "–" if value is None else f"{value:.3f}"
+    console = Console()
+    # no frame: the columns have to fit a terminal of 80
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("mode", result.over, *MEASURES, "trained"):
+        table.add_column(column, justify="right", no_wrap=True)
     for mode in result.modes:
         for size in result.sizes(mode):
-            m = result.mean(mode, size)
-            cells = [shown(m[k]) for k in ("AA", "AF", "LA", "BWT", "JA")]
-            table.add_row(mode, str(size), *cells, f"{m['parameters']:,d}")
-    console = Console()
+            mean = result.mean(mode, size)
+            table.add_row(mode, str(size), *_cells(result, mode, size), f"{mean['parameters']:,d}")
+    say = lambda text: console.print(text, highlight=False, markup=False)
+    say(f"{len(result.tasks)} tasks: {', '.join(result.tasks)}")
     console.print(table)
+    for warning in result.warnings():
+        say(warning)
     for formula in FORMULAS:
-        console.print(formula, highlight=False, markup=False)
+        say(formula)
     for mode in result.modes:
         if trends := result.trends(mode):
-            law = trends["weight_drift"]
-            fit = (
-                f"weight drift = {law['gamma']:.3g} {result.over}^{-law['beta']:+.3g} (R²"
-                f" {law['r2']:.3f}); "
-                if law
-                else ""
-            )
-            console.print(
-                f"{mode}: {fit}knee at {trends['knee']} ({trends['knee_is']})",
-                highlight=False,
-                markup=False,
+            say(
+                f"{mode}: {_fit(trends, result.over)}knee at {trends['knee']} ({trends['knee_is']})"
             )
         if mode == "attach":
-            console.print(ATTACHED, highlight=False, markup=False)
+            say(ATTACHED)
+
+
+def _cells(result: Any, mode: str, size: int) -> list[str]:
+    """AA, AF, LA, BWT and JA. AF and BWT only where something was learned: a 0 would read as
+    nothing forgotten.
+    """
+    mean = result.mean(mode, size)
+    left_out = () if result.forgets(mode, size) else ("AF", "BWT")
+    return ["–" if key in left_out or mean[key] is None else f"{mean[key]:.3f}" for key in MEASURES]
+
+
+def _fit(trends: dict[str, Any], over: str) -> str:
+    law = trends["weight_drift"]
+    if not law:
+        return ""
+    return f"weight drift = {law['gamma']:.3g} {over}^{-law['beta']:+.3g} (R² {law['r2']:.3f}); "

@@ -6,13 +6,13 @@ from slicefine.continual.metrics import (
     backward_transfer,
     learning_accuracy,
 )
-from slicefine.continual.sequence import MODES, Recipe, Run, Task, run
+from slicefine.continual.sequence import MODES, Run, TaskSamples, TrainingOptions, run
 
 __all__ = [
     "MODES",
-    "Recipe",
     "Run",
-    "Task",
+    "TaskSamples",
+    "TrainingOptions",
     "average_accuracy",
     "average_forgetting",
     "backward_transfer",

@@ -2,13 +2,14 @@
 on task i.
 
 AF here is Chaudhry et al.'s (2018). The width paper's code averages over all T tasks and its
-preprint uses (LA - AA) T / (T - 1):
-these differ by up to 25 %, so every table of slicefine prints the formula.
+preprint uses (LA - AA) T / (T - 1): these differ by up to 25 %, so every table of slicefine prints
+the formula.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ AF = "AF = 1/(T-1) sum_{t<T} ( max_{t<=i<T} a[i][t] - a[T][t] )"
 LA = "LA = 1/T sum_t a[t][t]"
 BWT = "BWT = 1/(T-1) sum_{t<T} ( a[T][t] - a[t][t] )"
 FORMULAS = (AA, AF, LA, BWT)
+# Two standard errors: one run in forty of a model that learned nothing would pass.
+ERRORS_ABOVE_CHANCE = 2.0
 
 
 def average_accuracy(a: Matrix) -> float:
@@ -49,6 +52,22 @@ def backward_transfer(a: Matrix) -> float:
     _check(a)
     T = len(a)
     return sum(a[T - 1][t] - a[t][t] for t in range(T - 1)) / max(1, T - 1)
+
+
+def majority_share(labels: Sequence[int]) -> float:
+    """The accuracy of always answering the most common label."""
+    return Counter(labels).most_common(1)[0][1] / len(labels)
+
+
+def is_learned(accuracy: float, labels: Sequence[int]) -> bool:
+    """Whether an accuracy on these labels is more than the most common label alone would reach, by
+    more than chance explains.
+
+    What was never learned cannot be forgotten: an AF of 0 says nothing of such a task.
+    """
+    chance = majority_share(labels)
+    error = math.sqrt(chance * (1 - chance) / len(labels))
+    return accuracy > chance + ERRORS_ABOVE_CHANCE * error
 
 
 def summary(a: Matrix) -> dict[str, float]:

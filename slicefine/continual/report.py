@@ -30,6 +30,9 @@ def continual_page(sweep: Sweep, title: str, subtitle: str) -> Page:
                 k: mean[k]
                 for k in ("AA", "AF", "LA", "BWT", "JA", "AF_by_LA", "base_drop", "weight_drift")
             }
+            if not sweep.forgets(mode, size):
+                # what was never learned has nothing to forget: a 0 would read as a success
+                kept.update(AF=None, BWT=None, AF_by_LA=None)
             rows.append(
                 {
                     "mode": mode,
@@ -44,6 +47,8 @@ def continual_page(sweep: Sweep, title: str, subtitle: str) -> Page:
         "means over seeds; JA: joint training on all tasks; drifts: of logits (L2) and of weights"
         " (relative)",
     )
+    for warning in sweep.warnings():
+        page.text(warning, note=True)
     if "attach" in sweep.modes:
         page.text(ATTACHED + ".", note=True)
     _trend_figure(page, sweep)

@@ -2,14 +2,13 @@
 slices or its own.
 
 Three modes for slices: ``same``, every task trains the slice at one place; ``disjoint``, each task
-    its own place, all of them
-applied together (which does not prevent forgetting: later slices feed the same outputs);
-``attach``, each task's delta by itself on the
-untouched base, chosen by task id (which cannot forget). A fourth, ``full``, trains every weight,
-for sweeps over model width.
+its own place, all of them applied together (which does not prevent forgetting: later slices feed
+the same outputs); ``attach``, each task's delta by itself on the untouched base, chosen by task id
+(which cannot forget). A fourth, ``full``, trains every weight, for sweeps over model width.
+
 Source: Guha & Lakshman, The Diminishing Returns of Width for Continual Learning, ICML 2024, arXiv
-    2403.06398; replay is
-Chaudhry et al., arXiv 1902.10486, the functional penalty Li & Hoiem, arXiv 1606.09282, on logits.
+2403.06398; replay is Chaudhry et al., arXiv 1902.10486, the functional penalty Li & Hoiem, arXiv
+1606.09282, on logits.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from slicefine.capacity.samples import Samples, logits_of, predict
 from slicefine.capacity.side import default_feature
 from slicefine.capacity.side_file import base_sha256
 from slicefine.config import SliceConfig
-from slicefine.continual.metrics import summary
+from slicefine.continual.metrics import is_learned, majority_share, summary
 from slicefine.continual.task_deltas import TaskDeltas
 from slicefine.model import get_slice_model, slice_layers
 from slicefine.optim import SliceAdamW
@@ -38,7 +37,7 @@ MODES = ("same", "disjoint", "attach", "full")
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSamples:
     """name: the task's id. train, test: samples with labels of this task."""
 
     name: str
@@ -47,18 +46,15 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How every task trains. lr: of the slices (of all weights in mode ``full``), head_lr: of a
-    head that trains whole.
+class TrainingOptions:
+    """How every task trains.
 
+    lr: of the slices (of all weights in mode ``full``). head_lr: of a head that trains whole.
     optimizer: "adamw" or "sgd" (mode ``full`` only). warmup: share of the steps, linear decay after
-        it; None: constant.
-    replay: samples kept of every earlier task, a batch of which joins each step. functional: weight
-        of the mean squared change of
-    the logits that earlier tasks gave on the present task's inputs. head: module that trains whole,
-    each task its own
-    (task id known when asked); None: one frozen or sliced output for all. seed: of batches, replay
-    and dropout.
+    it; None: constant. replay: samples kept of every earlier task, a batch of which joins each
+    step. functional: weight of the mean squared change of the logits that earlier tasks gave on the
+    present task's inputs. head: module that trains whole, each task its own (task id known when
+    asked); None: one frozen or sliced output for all. seed: of batches, replay and dropout.
     """
 
     epochs: int = 3
@@ -88,14 +84,14 @@ class Recipe:
 
 @dataclass
 class Run:
-    """What one mode and size did. matrix[i][t]: accuracy on task t after training on task i; AA,
-    AF, LA, BWT: `metrics`.
+    """What one mode and size did.
 
-    joint: accuracy per task of training on all of them at once. alone: of training each from the
-        base. output_drift: L2 distance of
-    the logits on a task's test inputs between its own training and the end, mean and largest.
-    weight_drift: mean over tasks and
-    trained layers of |A after - A before|_F / |A before|_2. base_drop: accuracy lost on
+    matrix[i][t]: accuracy on task t after training on task i; AA, AF, LA, BWT: `metrics`.
+    chance: what the most common label alone would reach, per task. learned: whether a task was
+    better than that just after its training. joint: accuracy per task of training on all of them at
+    once. alone: of training each from the base. output_drift: L2 distance of the logits on a task's
+    test inputs between its own training and the end, mean and largest. weight_drift: mean over
+    tasks and trained layers of |A after - A before|_F / |A before|_2. base_drop: accuracy lost on
     ``base_test``. proof: of mode attach.
     """
 
@@ -108,6 +104,8 @@ class Run:
     output_drift: dict[str, float]
     weight_drift: float
     seconds: float
+    chance: list[float] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)
     joint: list[float] | None = None
     alone: list[float] | None = None
     base_drop: float | None = None
@@ -124,11 +122,11 @@ class Run:
 
 def run(
     make_model: Callable[[], nn.Module],
-    tasks: list[Task],
+    tasks: list[TaskSamples],
     mode: str,
     size: int = 16,
     *,
-    recipe: Recipe | None = None,
+    recipe: TrainingOptions | None = None,
     config: SliceConfig | None = None,
     joint: bool = False,
     alone: bool = False,
@@ -142,7 +140,7 @@ def run(
     choices. joint, alone: train the references too. save: a folder for the deltas of mode
     ``attach``, one folder a task. Raises ValueError for a mode that does not fit.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or TrainingOptions()
     _check(tasks, mode, recipe)
     started = time.perf_counter()
     model = make_model()
@@ -168,6 +166,8 @@ def run(
         learner.output_drift(),
         sum(learner.drifts) / len(learner.drifts),
         time.perf_counter() - started,
+        chance=[majority_share(t.test.labels.tolist()) for t in tasks],
+        learned=[is_learned(matrix[i][i], t.test.labels.tolist()) for i, t in enumerate(tasks)],
         base_drop=drop,
         proof=proof,
         measures=summary(matrix),
@@ -191,7 +191,7 @@ def run(
     return result
 
 
-def _check(tasks: list[Task], mode: str, recipe: Recipe) -> None:
+def _check(tasks: list[TaskSamples], mode: str, recipe: TrainingOptions) -> None:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if len(tasks) < 2:
@@ -215,10 +215,10 @@ class _Learner:
     def __init__(
         self,
         model: nn.Module,
-        tasks: list[Task],
+        tasks: list[TaskSamples],
         mode: str,
         size: int,
-        recipe: Recipe,
+        recipe: TrainingOptions,
         config: SliceConfig,
     ) -> None:
         self.model, self.tasks, self.mode, self.recipe = model, tasks, mode, recipe

@@ -15,7 +15,7 @@ from torch import nn
 from slicefine.capacity.samples import Samples
 from slicefine.config import SliceConfig
 from slicefine.continual.metrics import FORMULAS, knee, marginal_gains, power_law
-from slicefine.continual.sequence import Recipe, Run, Task, run
+from slicefine.continual.sequence import Run, TaskSamples, TrainingOptions, run
 
 KNEE = (
     "a heuristic: the first size whose next doubling raises AA by less than {:.3g}; it knows"
@@ -36,7 +36,7 @@ class Sweep:
     tasks: list[str]
     over: str
     runs: list[Run]
-    recipe: Recipe
+    recipe: TrainingOptions
     threshold: float
 
     @property
@@ -69,6 +69,9 @@ class Sweep:
             mine[0].model_parameters,
         )
         values["seeds"] = [r.seed for r in mine]
+        values["unlearned"] = [
+            name for t, name in enumerate(self.tasks) if not all(r.learned[t] for r in mine)
+        ]
         drops = [r.base_drop for r in mine if r.base_drop is not None]
         values["base_drop"] = fmean(drops) if drops else None
         values["proof"] = mine[0].proof
@@ -95,12 +98,33 @@ class Sweep:
             "knee_is": KNEE.format(self.threshold),
         }
 
+    def forgets(self, mode: str, size: int) -> bool:
+        """Whether AF and BWT say anything: a task before the last one was learned."""
+        unlearned = self.mean(mode, size)["unlearned"]
+        return any(name not in unlearned for name in self.tasks[:-1])
+
+    def warnings(self) -> list[str]:
+        """One line for each mode and size that has not learned all of its tasks."""
+        found = []
+        for mode in self.modes:
+            for size in self.sizes(mode):
+                names = self.mean(mode, size)["unlearned"]
+                if names:
+                    found.append(
+                        f"{mode}, {self.over} {size}: not learned: {', '.join(names)}. Just after"
+                        " training, the accuracy is no better than always answering the most"
+                        " common label, so there is nothing to forget. Train longer (epochs), at a"
+                        " higher learning rate, or on more rows."
+                    )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Everything, for machines: ``by_mode[mode][size]`` has matrix, AA, AF, LA, BWT."""
         return {
             "tasks": self.tasks,
             "over": self.over,
             "formulas": list(FORMULAS),
+            "warnings": self.warnings(),
             "recipe": asdict(self.recipe),
             "by_mode": {m: {str(s): self.mean(m, s) for s in self.sizes(m)} for m in self.modes},
             "trends": {m: self.trends(m) for m in self.modes},
@@ -110,12 +134,12 @@ class Sweep:
 
 def sweep(
     make_model: Callable[..., nn.Module],
-    tasks: list[Task] | Callable[[int], list[Task]],
+    tasks: list[TaskSamples] | Callable[[int], list[TaskSamples]],
     sizes: Sequence[int],
     modes: Sequence[str] = ("same", "disjoint", "attach"),
     *,
     over: str = "rank",
-    recipe: Recipe | None = None,
+    recipe: TrainingOptions | None = None,
     config: SliceConfig | None = None,
     seeds: Sequence[int] = (0,),
     joint: bool = True,
@@ -139,7 +163,7 @@ def sweep(
         modes = ("full",)
     if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
         raise ValueError(f"sizes are {list(sizes)!r}; expected whole numbers, 1 or more")
-    recipe = recipe or Recipe()
+    recipe = recipe or TrainingOptions()
     runs: list[Run] = []
     listed = tasks if isinstance(tasks, list) else []
     for seed in seeds:

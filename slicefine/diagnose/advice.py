@@ -19,7 +19,7 @@ from torch import nn
 
 from slicefine.config import SliceConfig
 from slicefine.diagnose.capture import Batch, Track, quietly
-from slicefine.diagnose.trials import RangeTest, Recipe, lr_range_test, short_training
+from slicefine.diagnose.trials import RangeTest, TrialOptions, lr_range_test, short_training
 from slicefine.diagnose.winning import Loss, loss_of_output
 from slicefine.model import get_slice_model
 from slicefine.optim import SliceAdamW
@@ -169,7 +169,7 @@ def advise(
     steps_in_all: int = 500,
     trial_steps: int = 40,
     cost: Callable[[SliceConfig], int] | None = None,
-    recipe: Recipe | None = None,
+    recipe: TrialOptions | None = None,
     loss: Loss = loss_of_output,
     track: Track = quietly,
 ) -> Advice:

@@ -21,7 +21,7 @@ from slicefine.optim import SliceAdamW
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrialOptions:
     """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear
     decay to 0 after it.
     clip: gradient norm, 0 for none."""
@@ -73,7 +73,7 @@ def short_training(
     lr: float | Callable[[int], float],
     steps: int,
     held: Sequence[Batch] = (),
-    recipe: Recipe | None = None,
+    recipe: TrialOptions | None = None,
     loss: Loss = loss_of_output,
     stop: Callable[[list[float]], bool] = lambda losses: False,
     ticks: Iterable[Any] | None = None,
@@ -87,7 +87,7 @@ def short_training(
     peak of warm-up and linear decay, or a function of the step.
     stop: losses so far -> whether to end early.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or TrialOptions()
     modes = {name: module.training for name, module in model.named_modules()}
     still = SliceConfig.from_dict({**config.to_dict(), "switch_interval": None})
     get_slice_model(model, still)
@@ -153,7 +153,7 @@ def _shape(step: int, steps: int, warmup: float) -> float:
 
 
 @torch.no_grad()
-def _held_loss(model: nn.Module, held: Sequence[Batch], recipe: Recipe, loss: Loss) -> float:
+def _held_loss(model: nn.Module, held: Sequence[Batch], recipe: TrialOptions, loss: Loss) -> float:
     model.eval()
     total = count = 0.0
     for batch in held:
@@ -171,7 +171,7 @@ def lr_range_test(
     lowest: float = 1e-5,
     highest: float = 1.0,
     steps: int = 60,
-    recipe: Recipe | None = None,
+    recipe: TrialOptions | None = None,
     loss: Loss = loss_of_output,
     track: Track = quietly,
 ) -> RangeTest:

@@ -263,6 +263,69 @@ def test_continual_on_two_text_tasks(encoder, tmp_path):
     assert "Accuracy matrices" in (tmp_path / "c.html").read_text()
 
 
+def test_continual_says_that_nothing_was_learned_instead_of_no_forgetting(encoder, tmp_path):
+    """One step at a learning rate of nearly 0: an AF of 0.000 would read as a success."""
+    paths = [write(tmp_path / f"{name}.csv", sentences(32)) for name in ("first", "second")]
+    output = run(
+        "continual",
+        "--model",
+        encoder,
+        "--tasks",
+        ",".join(map(str, paths)),
+        "--modes",
+        "same",
+        "--epochs",
+        1,
+        "--lr",
+        1e-12,
+        "--head-lr",
+        1e-12,
+        "--no-joint",
+        "--json",
+        tmp_path / "c.json",
+        "--report",
+        tmp_path / "c.html",
+    )
+    said = " ".join(output.split())
+    assert "same, rank 16: not learned: first, second." in said and "nothing to forget" in said
+    (row,) = [line.split() for line in output.splitlines() if line.strip().startswith("same ")]
+    assert row[:2] == ["same", "16"] and row[3] == row[5] == "–" and "AF 0.000" not in row
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["by_mode"]["same"]["16"]["unlearned"] == ["first", "second"]
+    assert content["warnings"] and "not learned: first" in (tmp_path / "c.html").read_text()
+
+
+def test_the_table_of_continual_is_whole_at_80_columns(capsys, monkeypatch):
+    from slicefine.cli.continual import MEASURES, _print
+    from slicefine.continual.metrics import summary
+    from slicefine.continual.sequence import Run, TrainingOptions
+    from slicefine.continual.sweep import Sweep
+
+    monkeypatch.setenv("COLUMNS", "80")
+    matrix = [[0.9, 0.5], [0.4, 0.8]]
+    runs = [
+        Run(
+            "disjoint",
+            1024,
+            0,
+            1_234_567_890,
+            2_000_000_000,
+            matrix,
+            {"mean": 1.0, "max": 2.0},
+            0.1,
+            1.0,
+            chance=[0.5, 0.5],
+            learned=[True, True],
+            measures=summary(matrix),
+        )
+    ]
+    _print(Sweep(["first", "second"], "rank", runs, TrainingOptions(), 0.01))
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if "disjoint" in line]
+    assert row == ["disjoint", "1024", "0.600", "0.500", "0.850", "-0.500", "–", "1,234,567,890"]
+    assert len(row) == 3 + len(MEASURES) and "…" not in "".join(lines)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

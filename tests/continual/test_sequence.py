@@ -21,19 +21,21 @@ from slicefine.continual.metrics import (
     average_accuracy,
     average_forgetting,
     backward_transfer,
+    is_learned,
     knee,
     learning_accuracy,
+    majority_share,
     marginal_gains,
     power_law,
 )
-from slicefine.continual.sequence import Recipe, Task, run
+from slicefine.continual.sequence import TrainingOptions, TaskSamples, run
 from slicefine.continual.sweep import sweep
 from slicefine.continual.task_deltas import TaskDeltas
 from slicefine.deltas.delta import Delta, DeltaError
 
 ROWS = SliceConfig(slice_type="row", target_modules=["0", "2"], switch_interval=None)
-SGD = Recipe(epochs=20, lr=0.05, optimizer="sgd")
-SLICES = Recipe(epochs=8, lr=3e-3)
+SGD = TrainingOptions(epochs=20, lr=0.05, optimizer="sgd")
+SLICES = TrainingOptions(epochs=8, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def rotated():
-    return [Task(*t) for t in digits.rotated((22.5, 45, 67.5, 90))]
+    return [TaskSamples(*t) for t in digits.rotated((22.5, 45, 67.5, 90))]
 
 
 # Measures
@@ -62,6 +64,17 @@ def test_the_measures_of_a_matrix_by_hand():
         average_accuracy([[0.1, 0.2]])
     with pytest.raises(ValueError, match="NaN"):
         average_forgetting([[math.nan, 0.1], [0.2, 0.3]])
+
+
+def test_a_task_is_learned_when_it_beats_the_most_common_label_by_more_than_chance():
+    labels = [0] * 60 + [1] * 40
+    assert majority_share(labels) == 0.6
+    # two standard errors of 100 answers at 0.6 are 0.098
+    assert not is_learned(0.6, labels) and not is_learned(0.69, labels)
+    assert is_learned(0.70, labels)
+    # the same accuracy says more of more answers
+    assert is_learned(0.69, labels * 10)
+    assert not is_learned(1.0, [1, 1, 1])
 
 
 def test_a_power_law_is_found_again():
@@ -91,7 +104,7 @@ def test_permuted_digits_wider_models_forget_less_and_less_per_neuron():
     """Guha & Lakshman's trend: AF falls with the width of the model, by less and less for a neuron;
     their beta was 0.12.
     """
-    tasks = lambda seed: [Task(*t) for t in digits.permuted(5, seed)]
+    tasks = lambda seed: [TaskSamples(*t) for t in digits.permuted(5, seed)]
     found = sweep(
         digits.perceptron,
         tasks,
@@ -161,8 +174,8 @@ def test_replay_and_the_functional_penalty_hold_what_was_learned(base, rotated):
         )
         for recipe in (
             SLICES,
-            Recipe(epochs=8, lr=3e-3, replay=100),
-            Recipe(epochs=8, lr=3e-3, functional=1.0),
+            TrainingOptions(epochs=8, lr=3e-3, replay=100),
+            TrainingOptions(epochs=8, lr=3e-3, functional=1.0),
         )
     )
     assert plain.measures["AF"] > replayed.measures["AF"] + 0.1
@@ -172,7 +185,7 @@ def test_replay_and_the_functional_penalty_hold_what_was_learned(base, rotated):
 
 
 def test_disjoint_slices_touch_places_of_their_own(base, rotated):
-    short = Recipe(epochs=1, lr=1e-3)
+    short = TrainingOptions(epochs=1, lr=1e-3)
     seen = {}
     for mode in ("same", "disjoint"):
         models = []
@@ -198,7 +211,7 @@ def test_heads_are_each_tasks_own(rotated):
     """Two tasks with labels that contradict each other: one head cannot serve both, two can, in
     every mode.
     """
-    flipped = Task(
+    flipped = TaskSamples(
         "flipped",
         Samples(rotated[0].train.inputs, 9 - rotated[0].train.labels),
         Samples(rotated[0].test.inputs, 9 - rotated[0].test.labels),
@@ -211,7 +224,7 @@ def test_heads_are_each_tasks_own(rotated):
             [rotated[0], flipped],
             mode,
             16,
-            recipe=Recipe(epochs=6, lr=1e-3, head_lr=3e-3, head="4"),
+            recipe=TrainingOptions(epochs=6, lr=1e-3, head_lr=3e-3, head="4"),
             config=config,
             joint=mode == "same",
         )
@@ -230,7 +243,7 @@ def test_task_deltas_are_switched_saved_and_refused(base, rotated, tmp_path):
         rotated[:2],
         "attach",
         16,
-        recipe=Recipe(epochs=2, lr=3e-3),
+        recipe=TrainingOptions(epochs=2, lr=3e-3),
         config=ROWS,
         save=folder,
     )
@@ -262,11 +275,14 @@ def test_task_deltas_are_switched_saved_and_refused(base, rotated, tmp_path):
         ({"mode": "both"}, "mode is 'both'; expected one of same, disjoint, attach, full"),
         ({"tasks": 1}, "there is one task; expected two or more"),
         (
-            {"mode": "attach", "recipe": Recipe(replay=5)},
+            {"mode": "attach", "recipe": TrainingOptions(replay=5)},
             "cannot forget: replay and functional have nothing to do there",
         ),
-        ({"recipe": Recipe(optimizer="sgd")}, "optimizer 'sgd' is for mode 'full'"),
-        ({"recipe": Recipe(head="nowhere")}, "head is 'nowhere', which the model does not have"),
+        ({"recipe": TrainingOptions(optimizer="sgd")}, "optimizer 'sgd' is for mode 'full'"),
+        (
+            {"recipe": TrainingOptions(head="nowhere")},
+            "head is 'nowhere', which the model does not have",
+        ),
     ],
 )
 def test_bad_input_is_named(base, rotated, arguments, message):
@@ -281,7 +297,7 @@ def test_bad_input_is_named(base, rotated, arguments, message):
             **arguments,
         )
     with pytest.raises(ValueError, match="lr is 0"):
-        Recipe(lr=0)
+        TrainingOptions(lr=0)
 
 
 def test_batches_hold_every_row_once_and_like_lengths_together():
@@ -318,7 +334,7 @@ def test_the_json_of_a_sweep_and_its_page(base, rotated, tmp_path):
         rotated[:2],
         (4, 16),
         ("same", "attach"),
-        recipe=Recipe(epochs=1),
+        recipe=TrainingOptions(epochs=1),
         config=ROWS,
         alone=True,
     )

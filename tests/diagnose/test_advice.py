@@ -11,7 +11,13 @@ from torch import nn
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.diagnose.advice import advise, allocate, candidates_of, method_of
 from slicefine.diagnose.survey import Options, bound, kind_of, spread_over, survey
-from slicefine.diagnose.trials import Recipe, lr_range_test, read_range, short_training, smoothed
+from slicefine.diagnose.trials import (
+    TrialOptions,
+    lr_range_test,
+    read_range,
+    short_training,
+    smoothed,
+)
 
 
 class Block(nn.Module):
@@ -50,7 +56,7 @@ def test_a_short_training_is_that_of_slice_adamw_and_is_taken_back():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     config = SliceConfig(r=4, modules_to_save=["classifier"], contiguous=False, switch_interval=2)
-    recipe = Recipe(head_lr=3e-3, warmup=0.2, clip=0.5)
+    recipe = TrialOptions(head_lr=3e-3, warmup=0.2, clip=0.5)
     run = short_training(model, config, batches, 2e-3, 10, held, recipe, loss)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
