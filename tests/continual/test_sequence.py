@@ -28,7 +28,7 @@ from slicefine.continual.metrics import (
     marginal_gains,
     power_law,
 )
-from slicefine.continual.sequence import TrainingOptions, TaskSamples, run
+from slicefine.continual.sequence import TaskSamples, TrainingOptions, run
 from slicefine.continual.sweep import sweep
 from slicefine.continual.task_deltas import TaskDeltas
 from slicefine.deltas.delta import Delta, DeltaError
