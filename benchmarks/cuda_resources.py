@@ -16,7 +16,8 @@ from typing import Any
 
 CSRC = Path(__file__).parent.parent / "csrc"
 UNITS = ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw")
-SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # what one block may have
+# what one block may have
+SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 ARITHMETIC = {"Fp32Fma": "fp32", "Tf32Mma": "tf32 mma", "4bf16": "bf16 mma", "4fp16": "fp16 mma"}
 
 

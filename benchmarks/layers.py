@@ -36,7 +36,8 @@ METHODS = {
     "lora": Method("lora", "lora"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_SHAPES = ((1024, 1024), (1024, 4096), (4096, 1024))  # (in, out)
+# (in, out)
+CPU_SHAPES = ((1024, 1024), (1024, 4096), (4096, 1024))
 GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 
 
@@ -117,7 +118,9 @@ def measure(
                     torch.cuda.Event(enable_timing=True),
                     torch.cuda.Event(enable_timing=True),
                 )
-                begin.record()  # the flush still runs: what follows is queued behind it, so a launch's latency is not timed
+                # the flush still runs: what follows is queued behind it, so a launch's latency is
+                # not timed
+                begin.record()
                 layers[name].step(x, dy)
                 end.record()
                 torch.cuda.synchronize()
@@ -126,7 +129,8 @@ def measure(
                 start = time.perf_counter()
                 layers[name].step(x, dy)
                 passed = 1e3 * (time.perf_counter() - start)
-            if i >= 2:  # the first rounds allocate and warm up
+            # the first rounds allocate and warm up
+            if i >= 2:
                 times[name].append(passed)
     return times
 

@@ -25,10 +25,10 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-GAIN = 0.03  # of the default's time; less is noise
-SHARED_BYTES = (
-    227 * 1024
-)  # of a Hopper multiprocessor; what does not fit elsewhere fails to compile there and is discarded
+# of the default's time; less is noise
+GAIN = 0.03
+# of a Hopper multiprocessor; what does not fit elsewhere fails to compile there and is discarded
+SHARED_BYTES = 227 * 1024
 VALUES = {
     "BLOCK_R": (16, 32, 64, 128, 256),
     "BLOCK_K": (16, 32, 64, 128, 256),
@@ -38,15 +38,18 @@ VALUES = {
 }
 TARGET = Path(__file__).parents[1] / "kernels" / "slicefine_kernels" / "tuned.py"
 
-Key = tuple[str, str, int, int]  # architecture, wide side, padded thin width, bytes per element
+# architecture, wide side, padded thin width, bytes per element
+Key = tuple[str, str, int, int]
 
 
 @dataclass(frozen=True)
 class Entry:
     """A configuration that beats the default, with its evidence."""
 
-    values: tuple[int | None, ...]  # of GradConfig's fields
-    comment: str  # device, date, milliseconds
+    # of GradConfig's fields
+    values: tuple[int | None, ...]
+    # device, date, milliseconds
+    comment: str
 
 
 # Candidates and the file: pure functions
@@ -70,7 +73,8 @@ def fits(config: Any, thin: int, side: str, element_size: int) -> bool:
         and narrow <= thin
         and operands * config.num_stages <= SHARED_BYTES
         and 32 * config.num_warps
-        <= config.BLOCK_R * config.BLOCK_K  # an accumulator for every thread
+        # an accumulator for every thread
+        <= config.BLOCK_R * config.BLOCK_K
     )
 
 
@@ -251,7 +255,8 @@ class Bench:
                     )
         except Exception as error:
             if self.device == "cuda":
-                torch.cuda.synchronize()  # a lost device ends the run; a configuration that does not compile does not
+                # a lost device ends the run; a configuration that does not compile does not
+                torch.cuda.synchronize()
             print(
                 f"    {astuple(config)}: {type(error).__name__}:"
                 f" {str(error).splitlines()[0][:100] if str(error) else ''}"
@@ -334,7 +339,8 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         if options.output == TARGET:
-            options.write = False  # the interpreter's times say nothing
+            # the interpreter's times say nothing
+            options.write = False
     import torch
     from slicefine_kernels.configs import GradConfig
 

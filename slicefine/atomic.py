@@ -33,7 +33,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # safetensors puts a file of its own there
+        # safetensors puts a file of its own there
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -54,7 +55,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows does not open folders
+    # Windows does not open folders
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -97,7 +99,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     can (Linux). Elsewhere a crash in the moment between two renames leaves the old folder as
     ``.NAME.before``.
     """
-    path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
+    # a link stays one; what it points to is replaced
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir()
@@ -105,10 +108,11 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
+                # a copy may be read-only
                 with (
                     suppress(PermissionError),
                     open(file, "rb+") as handle,
-                ):  # a copy may be read-only
+                ):
                     os.fsync(handle.fileno())
         if not path.exists():
             os.rename(temporary, path)
@@ -120,16 +124,17 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(before)
         _sync_folder(path.parent)
     finally:
-        shutil.rmtree(
-            temporary, ignore_errors=True
-        )  # what was written, or the old folder after an exchange
+        # what was written, or the old folder after an exchange
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths in one step; False where the system cannot."""
     try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2  # glibc 2.28
+        # glibc 2.28
+        call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    # AT_FDCWD, RENAME_EXCHANGE
+    here, exchange = -100, 2
     return call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

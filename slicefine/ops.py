@@ -33,9 +33,12 @@ from slicefine.backends.select import use_backend as use_backend
 
 
 def slice_grad(
-    grad_output: Tensor,  # [N, out]
-    input: Tensor,  # [N, K], already the columns of the slice
-    rows: Tensor | None = None,  # [R] int64, None for all
+    # [N, out]
+    grad_output: Tensor,
+    # [N, K], already the columns of the slice
+    input: Tensor,
+    # [R] int64, None for all
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Gradient of a slice of a weight: ``grad_output[:, rows].T @ input``.
 
@@ -65,7 +68,8 @@ def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
 
 def slice_adamw_8bit(
     slices: Sequence[AdamWSlice8bit],
-    codebook: Tensor,  # [2, 256] float32, `slicefine.backends.reference.dynamic_codebook`
+    # [2, 256] float32, `slicefine.backends.reference.dynamic_codebook`
+    codebook: Tensor,
     options: AdamWOptions,
 ) -> None:
     """`slice_adamw` with both moments in 8 bits.
@@ -79,8 +83,10 @@ def slice_adamw_8bit(
 
 
 def slice_grad_adamw(
-    grad_output: Tensor,  # [N, out]
-    input: Tensor,  # [N, K], already the columns of the slice
+    # [N, out]
+    grad_output: Tensor,
+    # [N, K], already the columns of the slice
+    input: Tensor,
     active: AdamWSlice,
     options: AdamWOptions,
 ) -> None:
@@ -105,8 +111,10 @@ def write_slices(slices: Sequence[SliceWrite]) -> None:
 
 
 def take_columns(
-    input: Tensor,  # [..., in]
-    cols: Tensor,  # [K] int64
+    # [..., in]
+    input: Tensor,
+    # [K] int64
+    cols: Tensor,
 ) -> Tensor:
     """What the gradient of a column slice needs of its input; no op, a helper of the forward pass.
 

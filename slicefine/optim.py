@@ -89,11 +89,12 @@ class SliceAdamW(Optimizer):
             optimizer_in_bwd,
             seed,
         )
-        self._trained_slices: set[Tensor] = set()  # since the last step
-        self._uses: dict[
-            Tensor, int
-        ] = {}  # forward passes since the last step, for optimizer_in_bwd
-        self._deferred: dict[Tensor, Tensor] = {}  # gradients of slices used more than once
+        # since the last step
+        self._trained_slices: set[Tensor] = set()
+        # forward passes since the last step, for optimizer_in_bwd
+        self._uses: dict[Tensor, int] = {}
+        # gradients of slices used more than once
+        self._deferred: dict[Tensor, Tensor] = {}
         self._group_index: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
@@ -314,7 +315,8 @@ class SliceAdamW(Optimizer):
         wait for each other.
         """
         if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing recomputes inside backward; this use has been counted
+            # activation checkpointing recomputes inside backward; this use has been counted
+            return
         parameter = layer.slice_weight
         if parameter in self._trained_slices:
             if torch.is_grad_enabled():
@@ -485,10 +487,11 @@ class _AppliedGradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # zero_grad(set_to_none=False)
         if func in (
             torch.ops.aten.detach.default,
             torch.ops.aten.zero_.default,
-        ):  # zero_grad(set_to_none=False)
+        ):
             return args[0]
         raise RuntimeError(
             f"{func} needs the values of a gradient that optimizer_in_bwd=True has already applied:"

@@ -98,7 +98,8 @@ def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: s
         return scores
     strips = -(-spec.in_features // spec.r)
     for strip in range(strips):
-        _, cols = spec.features(axis, strip)  # for a block the first row of the grid of positions
+        # for a block the first row of the grid of positions
+        _, cols = spec.features(axis, strip)
         assert cols is not None
         energy = (
             ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device)))

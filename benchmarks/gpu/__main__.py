@@ -35,7 +35,8 @@ from benchmarks.record import where
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-GRACE = 20.0  # seconds past a part's deadline before it counts as hung and is killed
+# seconds past a part's deadline before it counts as hung and is killed
+GRACE = 20.0
 
 
 class Report:
@@ -89,9 +90,8 @@ def record_loss(waiting: list[Part], folder: Path, report: Report, what: str, sa
         "bars": [],
         "seconds": 0,
     }
-    (folder / f"{part.name}.json").write_text(
-        json.dumps(result), encoding="utf-8"
-    )  # for the next worker to see
+    # for the next worker to see
+    (folder / f"{part.name}.json").write_text(json.dumps(result), encoding="utf-8")
     report.add(part.name, result)
 
 

@@ -69,9 +69,8 @@ def poison() -> None:
     """Fill with NaN what the caching allocator will hand out next, and the workspaces that the
     kernels keep on the GPU.
     """
-    sizes = (
-        [2**19] * 64 + [2**22] * 16 + [2**26] * 4
-    )  # bytes: the allocator's small blocks and large ones
+    # bytes: the allocator's small blocks and large ones
+    sizes = [2**19] * 64 + [2**22] * 16 + [2**26] * 4
     blocks = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
     for owner in ("slicefine_kernels.launch", "slicefine.backends.cuda"):
         for partials, _ in getattr(sys.modules.get(owner), "_workspaces", {}).values():
@@ -88,7 +87,8 @@ def poisoned(device: str) -> Iterator[None]:
         poison()
         yield
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)  # brings fill_uninitialized_memory
+    # brings fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:

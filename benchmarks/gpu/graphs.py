@@ -149,7 +149,8 @@ def move_row(
         for name in ("rows", "cols"):
             buffers[name].copy_(new[name])
         run(buffers)
-        run(new)  # other addresses
+        # other addresses
+        run(new)
     added = compiled_variants() - before
     return {"recompiled": added, "ok": added == 0}
 

@@ -23,7 +23,9 @@ class Part:
     """
 
     name: str
-    where: str  # module:function, imported when its turn comes, so that an import that fails is a part that fails
+    # module:function, imported when its turn comes, so that an import that fails is a part that
+    # fails
+    where: str
     seconds: int
     least: int = 5
     on_cpu: bool = True
@@ -79,16 +81,18 @@ class Job:
 
     device: str
     small: bool
-    deadline: float  # time.time()
+    # time.time()
+    deadline: float
     modules: Path
-    sink: Path | None = None  # rows go there at once, so that a crash loses none
-    broken: frozenset[str] = (
-        frozenset()
-    )  # backends whose correctness part ended in an error, as a lost device is
+    # rows go there at once, so that a crash loses none
+    sink: Path | None = None
+    # backends whose correctness part ended in an error, as a lost device is
+    broken: frozenset[str] = frozenset()
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bars: list[dict[str, Any]] = field(default_factory=list)
-    missing: str | None = None  # what this machine lacks for the part
+    # what this machine lacks for the part
+    missing: str | None = None
     incomplete: bool = False
 
     def left(self) -> float:

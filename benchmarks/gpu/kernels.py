@@ -24,8 +24,10 @@ from benchmarks.updates import CopyBack
 from slicefine import ops
 from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
-L2 = 256 * 2**20  # bytes; operands that rotate through more than this come from memory
-SHARE = 0.85  # the bar: of the measured bandwidth of a copy
+# bytes; operands that rotate through more than this come from memory
+L2 = 256 * 2**20
+# the bar: of the measured bandwidth of a copy
+SHARE = 0.85
 
 
 def milliseconds(function: Callable[[], Any], device: str, calls: int, rounds: int) -> float:
@@ -115,10 +117,11 @@ def gradient_times(
                     found[name]["kernel"] = kernel_milliseconds(
                         lambda i: ops.slice_grad(*sets[i % copies]), 2 * calls
                     )
+                # torch asserts that it was built with CUPTI
                 except (
                     RuntimeError,
                     AssertionError,
-                ) as error:  # torch asserts that it was built with CUPTI
+                ) as error:
                     if (note := f"no kernel times: {error}") not in job.notes:
                         job.notes.append(note)
     found["torch"] = {"graph": timed(plain_product)}

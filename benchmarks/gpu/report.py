@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+# too many rows to read; those that failed are shown
 SUMMARISED = (
     "gradients",
     "gradients_cuda",
     "updates",
     "updates_cuda",
-)  # too many rows to read; those that failed are shown
+)
 
 
 def cell(value: Any) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchmarks.gpu.job import PARTS, Job, Part, seconds_for
 
-DEVICE_LOST = 3  # exit status: what came after the last part written could not run in this process
+# exit status: what came after the last part written could not run in this process
+DEVICE_LOST = 3
 
 
 def use_modules(folder: Path) -> None:

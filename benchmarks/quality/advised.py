@@ -30,7 +30,8 @@ from benchmarks.record import where
 from slicefine import SliceConfig
 from slicefine.cli.diagnose import write_json
 
-DEFAULT_LR = 1e-3  # of slicefine train
+# of slicefine train
+DEFAULT_LR = 1e-3
 
 
 def advised(
@@ -110,9 +111,8 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
         task.update(advice=advice, advice_seconds=time.perf_counter() - start)
         return True
     arms, done = arms_of(task["advice"]), {(run["seed"], run["arm"]) for run in task["runs"]}
-    middle = (  # says where a difference comes from; last, for a run that is cut short
-        "default, advised lr"
-    )
+    # says where a difference comes from; last, for a run that is cut short
+    middle = "default, advised lr"
     order = [(seed, arm) for seed in range(given.seeds) for arm in arms if arm != middle]
     order += [(seed, middle) for seed in range(given.seeds)]
     missing = [pair for pair in order if pair not in done]

@@ -27,7 +27,8 @@ import torch
 from benchmarks.record import quantiles
 from benchmarks.speed.run import ROOT, entries_in, run_suite
 
-Figures = dict[str, float]  # "case/method" -> ratio to the case's first method
+# "case/method" -> ratio to the case's first method
+Figures = dict[str, float]
 BUILD_INPUTS = ("csrc", "setup.py")
 
 

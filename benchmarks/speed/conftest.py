@@ -121,7 +121,8 @@ def rows_of(machine: Any) -> Any:
 
     def run(case: Case) -> Any:
         if case.name not in done:
-            done.clear()  # one case's models at a time
+            # one case's models at a time
+            done.clear()
             try:
                 done[case.name] = run_case(case, *machine)
             except Exception as error:
@@ -138,7 +139,8 @@ def run_case(case: Case, device: str, place: dict[str, Any], roofs: dict[str, fl
     part = importlib.import_module(f"benchmarks.speed.{case.part}")
     contestants = part.contestants(case, device)
     part.check(case, device, contestants)
-    warmup = 0 if case.part == "models" else 1  # a model's check has made two steps
+    # a model's check has made two steps
+    warmup = 0 if case.part == "models" else 1
     times = measure(
         contestants,
         device,

@@ -46,7 +46,8 @@ class RandomEncoder(SentenceClassifier):
 def _pretrained() -> SentenceClassifier:
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it reports the pooler, which is not used
+    # it reports the pooler, which is not used
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
     return SentenceClassifier()

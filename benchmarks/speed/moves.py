@@ -13,7 +13,8 @@ from benchmarks.speed.turns import DTYPES, Contestant
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import slice_layers
 
-SHAPES = ((384, 384),) * 4 + ((384, 1536), (1536, 384))  # (in, out), of one layer of the encoder
+# (in, out), of one layer of the encoder
+SHAPES = ((384, 384),) * 4 + ((384, 1536), (1536, 384))
 
 
 class Stepper:

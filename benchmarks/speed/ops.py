@@ -15,7 +15,8 @@ from slicefine.backends import reference
 from slicefine.backends.operands import AdamWOptions, AdamWSlice
 
 ADAMW = AdamWOptions(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-LAYERS = 8  # slices that slice_adamw updates in one call
+# slices that slice_adamw updates in one call
+LAYERS = 8
 
 
 def op_of(case: Case) -> str:
@@ -83,7 +84,8 @@ def in_torch(case: Case, slices: list[Slice]) -> Any:
 def contestants(case: Case, device: str) -> dict[str, Contestant]:
     try:
         from benchmarks.roofline import op_bytes, op_flops
-    except ImportError:  # rows then have no share of the roofline
+    except ImportError:
+        # rows then have no share of the roofline
         op_bytes = op_flops = None
     op, count = op_of(case), LAYERS if op_of(case) == "slice_adamw" else 1
     ours, theirs = ([Slice(case, device, i) for i in range(count)] for _ in range(2))

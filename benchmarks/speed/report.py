@@ -16,10 +16,11 @@ from typing import Any
 Row = dict[str, Any]
 FLOOR_BAR, LORA_BAR = 1.05, 1.2
 COLUMN, FLOOR = "slice column", "frozen floor"
+# in the weights' dtype; peft's default beside weights of another
 LORAS = (
     "LoRA",
     "LoRA, float32 adapters",
-)  # in the weights' dtype; peft's default beside weights of another
+)
 OURS = (COLUMN, "slice column, optimizer_in_bwd")
 AXES = {"r": "r", "tokens": "tokens", "width": "width of the model"}
 # what a method does less of than a column slice, where it comes out ahead of it

@@ -11,7 +11,8 @@ from benchmarks.speed.conftest import REPLAY
 
 
 def test_speed(method, measured, machine, benchmark):
-    rows, times = measured  # a fixture before `benchmark`: a red check leaves nothing behind
+    # a fixture before `benchmark`: a red check leaves nothing behind
+    rows, times = measured
     REPLAY.load([ms / 1e3 for ms in times[0][method.name]])
     benchmark.extra_info.update(
         row=rows[method.name], roofs=machine[2], package=str(Path(slicefine.__file__).parent)

@@ -249,8 +249,7 @@ def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
     for name, dtype in DTYPES.items():
         a = torch.randn(size, size, device=device).to(dtype)
         found[f"flops_per_s_{name}"] = 2 * size**3 / best(lambda a=a: a @ a, 6)
-    if (
-        not cuda
-    ):  # torch's float16 product is far slower than a conversion to float32, so it is no roof
+    # torch's float16 product is far slower than a conversion to float32, so it is no roof
+    if not cuda:
         found["flops_per_s_fp16"] = max(found["flops_per_s_fp16"], found["flops_per_s_fp32"])
     return found

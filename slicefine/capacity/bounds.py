@@ -81,21 +81,24 @@ def _three(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
     low = math.sqrt(2 * max(0, min(3 * N, K - 2)) + 0.25) - 0.5
     if outputs == 1:
         high = min(2 * math.sqrt(K) + min(2 * math.sqrt(K), 3 * N), 6 * math.sqrt(3 * N + 2))
-    else:  # p groups of q: 2p + 4qC with pq = 3N + 2 is least at p = sqrt(2C(3N + 2))
+    else:
+        # p groups of q: 2p + 4qC with pq = 3N + 2 is least at p = sqrt(2C(3N + 2))
         high = 4 * math.sqrt(2 * outputs * min(3 * N + 2, K))
     return math.ceil(low), math.ceil(high)
 
 
 def _deep(N: int, K: int, layers: int, outputs: int) -> tuple[None, int]:
     width = 4 * min(math.sqrt(3 * N / ((layers - 1) // 2) + 5), math.sqrt(K)) + 2
-    return None, math.ceil(width) * outputs * (layers - 1)  # one network per output, side by side
+    # one network per output, side by side
+    return None, math.ceil(width) * outputs * (layers - 1)
 
 
 def _parameters(neurons: int, layers: int, outputs: int, features: int, N: int) -> int:
     """Of the construction, whose first layer is one direction."""
     if layers == 2:
         return features + neurons * (1 + outputs) + outputs
-    if layers == 3:  # sqrt(n) groups of sqrt(n): 2 sqrt(n) and 4 sqrt(n) neurons, fully connected
+    # sqrt(n) groups of sqrt(n): 2 sqrt(n) and 4 sqrt(n) neurons, fully connected
+    if layers == 3:
         first = max(1, neurons // 3)
         return (
             features

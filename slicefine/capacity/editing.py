@@ -27,7 +27,8 @@ from slicefine.targets import find_targets, output_head
 
 METHODS = ("slice", "lora", "side")
 LR = {"slice": 2e-3, "lora": 1e-3, "side": 1e-2}
-_WHOLE = 1024  # plain tensors up to this many samples train as one batch
+# plain tensors up to this many samples train as one batch
+_WHOLE = 1024
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,8 @@ def two_layers(direction: Tensor, line: Line, slack: float) -> Bumps:
                 nodes.append((position[i], value[i]))
             elif 0 <= j < len(position) and not edited[j]:
                 node = position[j] + slack * (position[i] - position[j])
-                if not (nodes and bool(nodes[-1][0] >= node)):  # one guard between two edits
+                # one guard between two edits
+                if not (nodes and bool(nodes[-1][0] >= node)):
                     nodes.append((node, zero))
     where, at = torch.stack([n for n, _ in nodes]), torch.stack([v for _, v in nodes])
     flat = torch.zeros(1, value.shape[1], dtype=torch.float64)
@@ -317,10 +318,10 @@ def _zigzags(
     position: Tensor, value: Tensor, edges: Tensor, owned: list[Tensor], units: int, slack: float
 ) -> list[Tensor]:
     """Heights at the edges of the units of one output; each owns at most one edit per group."""
-    swing = torch.ones(
-        units, dtype=torch.float64
-    )  # of the homogeneous zigzag at the left edge of a group
-    base = torch.zeros(units, dtype=torch.float64)  # of a zigzag through the values
+    # of the homogeneous zigzag at the left edge of a group
+    swing = torch.ones(units, dtype=torch.float64)
+    # of a zigzag through the values
+    base = torch.zeros(units, dtype=torch.float64)
     swings, bases = [swing], [base]
     mine = torch.zeros(units, len(position), dtype=torch.bool)
     for group, edits in enumerate(owned):

@@ -156,7 +156,8 @@ class AdditiveSide(nn.Module):
 
     def _see_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._on:
-            with self.disabled():  # the callable may well run the model
+            # the callable may well run the model
+            with self.disabled():
                 self._seen = cast(Callable[..., Tensor], self.feature)(*args, **kwargs)
 
     def _add(self, module: nn.Module, args: tuple, result: Any) -> Any:
@@ -185,9 +186,8 @@ class AdditiveSide(nn.Module):
             self.to(features.device)
         change = self(features).to(logits.dtype)
         total = logits + change
-        if (
-            not change.requires_grad
-        ):  # where g is zero the answer keeps its bits, also a zero's sign
+        # where g is zero the answer keeps its bits, also a zero's sign
+        if not change.requires_grad:
             total = torch.where(change == 0, logits, total)
         if result is logits:
             return total

@@ -17,7 +17,8 @@ from slicefine.capacity.side import AdditiveSide, _linears
 from slicefine.deltas.delta import base_hashes, combined_hash
 from slicefine.deltas.format import CONFIG_FILE, FILE, read_file, write_file
 
-KIND = ("slicefine-side", 1)  # name and version of the format
+# name and version of the format
+KIND = ("slicefine-side", 1)
 _EXACT = {"Bumps": Bumps, "Zigzags": Zigzags}
 
 

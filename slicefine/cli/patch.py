@@ -159,9 +159,8 @@ def _run(
     held = studying.unlabelled(task, held_rows).inputs if held_rows else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # they are in the patch too, and printed below
+            # they are in the patch too, and printed below
+            warnings.simplefilter("ignore", UserWarning)
             made = make(
                 loaded, edits, keep, held_out=held, config=config, name=model_name, **options
             )

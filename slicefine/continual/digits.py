@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from slicefine.capacity.samples import Samples
 
-TRAIN = 1297  # of 1,797; the others are the test set
+# of 1,797; the others are the test set
+TRAIN = 1297
 
 
 def load(seed: int = 0) -> tuple[Samples, Samples]:

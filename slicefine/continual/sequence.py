@@ -255,7 +255,8 @@ class _Learner:
         )
         generator = torch.Generator().manual_seed(self.recipe.seed + 31 * number)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed + 31 * number)  # dropout
+            # dropout
+            torch.manual_seed(self.recipe.seed + 31 * number)
             self._epochs(number, optimizer, total, generator, recorded)
         after = self._linear_weights()
         change = [

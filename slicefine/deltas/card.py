@@ -8,7 +8,8 @@ from typing import Any
 
 from slicefine.deltas.delta import Delta
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model; a local path is no use to others
+# of a model; a local path is no use to others
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _CARD = """---
 library_name: slicefine
@@ -50,7 +51,8 @@ def model_card(delta: Delta, name: str) -> str:
     whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
     steps, coverage = info.pop("steps", None), info.pop("coverage", None)
     measured = isinstance(coverage, (int, float))
-    info.pop("model_config", None)  # for programs
+    # for programs
+    info.pop("model_config", None)
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
         base_line=(

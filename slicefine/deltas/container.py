@@ -20,7 +20,8 @@ from torch import Tensor
 
 from slicefine.atomic import replacing
 
-LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library reads at most
+# bytes; what the safetensors library reads at most
+LONGEST_HEADER = 100_000_000
 # In the library's order: the tensors of a file are sorted by it, the last first.
 _DTYPES = {
     "BOOL": torch.bool,

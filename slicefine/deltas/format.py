@@ -24,7 +24,8 @@ FILE = "adapter_model" + SUFFIX
 CONFIG_FILE = "adapter_config.json"
 FORMAT = "slicefine-delta"
 VERSION = 1
-_BLANK = "0" * 64  # stands where the file's own hash will
+# stands where the file's own hash will
+_BLANK = "0" * 64
 _MARK = b'\\"file_sha256\\": \\"'
 
 

@@ -123,7 +123,8 @@ def to_lora(
         B, A = _factors(weight)
         exact = B.shape[1]
         if exact == 0:
-            continue  # nothing in it has moved
+            # nothing in it has moved
+            continue
         error = 0.0
         if limit is not None and exact > limit:
             B, A, error = _truncated(B, A, limit)
@@ -157,7 +158,8 @@ def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
     A = torch.cat([a for _, a in parts], 0)
     smaller = min(out_features, in_features)
     if B.shape[1] > smaller:
-        D = B @ A  # one of the two is one-hot in every term, and no entry occurs twice: exact
+        # one of the two is one-hot in every term, and no entry occurs twice: exact
+        D = B @ A
         one = torch.eye(smaller, dtype=D.dtype)
         return (D, one) if in_features == smaller else (one, D)
     return B, A
@@ -294,7 +296,8 @@ def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, 
         "r": r,
         "lora_alpha": r,
         "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),  # alpha = rank: the scale is 1
+        # alpha = rank: the scale is 1
+        "alpha_pattern": dict(pattern),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

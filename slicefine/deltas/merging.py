@@ -96,9 +96,8 @@ def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
     count = torch.zeros(len(union), dtype=torch.int64)
     for place in where:
         count[place] += 1
-    for (patch, scale), place in zip(
-        patches, where, strict=True
-    ):  # alone in its features: nothing to add up
+    # alone in its features: nothing to add up
+    for (patch, scale), place in zip(patches, where, strict=True):
         alone = count[place] == 1
         values = _blend(patch.old, [(patch.new, scale)])
         new.index_copy_(dim, place[alone], values.index_select(dim, alone.nonzero().flatten()))

@@ -26,7 +26,8 @@ from slicefine.optim import SliceAdamW
 from slicefine.plan.estimate import Method
 
 LEAST_R, MOST_R = 4, 64
-LEAST_INTERVAL = 100  # steps between moves: 20 and 50 were behind 100 at the same learning rate (docs/diagnose.md)
+# steps between moves: 20 and 50 were behind 100 at the same learning rate (docs/diagnose.md)
+LEAST_INTERVAL = 100
 
 
 @dataclass(frozen=True)

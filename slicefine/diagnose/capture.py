@@ -162,7 +162,8 @@ def input_features(
         if len(x) != current["batch"]:
             means = means[:0]
         valid = mask.flatten().nonzero().flatten()
-        share = -(-samples * current["batch"] // total)  # each batch its part
+        # each batch its part
+        share = -(-samples * current["batch"] // total)
         generator = torch.Generator().manual_seed(seed + current["number"])
         chosen = valid[torch.randperm(len(valid), generator=generator)[:share].to(valid.device)]
         return x.flatten(0, 1).index_select(0, chosen).float().cpu(), means.cpu()
@@ -170,7 +171,8 @@ def input_features(
     def hook(name: str) -> Any:
         def before(module: nn.Module, args: Any) -> None:
             x = args[0]
-            if id(x) not in shared:  # the tensor is held, so that no other can take its id
+            # the tensor is held, so that no other can take its id
+            if id(x) not in shared:
                 shared[id(x)] = x, take(x)
             collected.setdefault(name, []).append(shared[id(x)][1])
 
@@ -193,9 +195,8 @@ def input_features(
     for name, parts in collected.items():
         alike.setdefault(tuple(id(rows) for rows, _ in parts), []).append(name)
     joined: dict[str, Features] = {}
-    for (
-        names
-    ) in alike.values():  # parts go as they are joined: features are held once and not twice
+    # parts go as they are joined: features are held once and not twice
+    for names in alike.values():
         lists = [collected.pop(name) for name in names]
         parts = lists[0]
         features = Features(
@@ -256,7 +257,8 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
         finally:
             for _, module in owners:
                 kept = module.__dict__.pop("_slicefine_kept", [])
-                if kept:  # the pass was interrupted inside this module
+                # the pass was interrupted inside this module
+                if kept:
                     module._parameters.update(kept[0])
 
 

@@ -129,8 +129,7 @@ def _aligned(centred: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("all labels are the same; there is nothing to align with")
     spectrum, left = _principal(centred, vectors=True)
     assert left is not None
-    left = left[
-        :, spectrum > 1e-12 * spectrum[0]
-    ]  # directions without variance hold nothing a linear layer could read
+    # directions without variance hold nothing a linear layer could read
+    left = left[:, spectrum > 1e-12 * spectrum[0]]
     held = (left.t() @ targets).square().sum(1).cumsum(0) / total
     return held.clamp_max(1.0)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 AXES = ("row", "column")
-GROUP_WIDTH = 64  # features in a group at the most, unless the number of groups is given
+# features in a group at the most, unless the number of groups is given
+GROUP_WIDTH = 64
 # A group is flagged where it is both unlikely under a shuffle of the features and different enough
 # to matter.
 _Z, _ENERGY_FACTOR, _PROFILE_FACTOR = 4.0, 2.0, 4.0
@@ -169,9 +170,8 @@ def _statistics(
     for g, (start, stop) in enumerate(bounds):
         by_width.setdefault(stop - start, []).append(g)
     values: dict[int, Tensor] = {}
-    for (
-        indices
-    ) in by_width.values():  # groups of one width together: one decomposition for all of them
+    # groups of one width together: one decomposition for all of them
+    for indices in by_width.values():
         stack = torch.stack([_gram_of_group(matrix, *bounds[g], order) for g in indices])
         if not bool(torch.isfinite(stack).all()):
             raise ValueError(
@@ -186,7 +186,8 @@ def _statistics(
         raise ValueError("the weight is zero; there is no spectrum to compare")
     shares = [s / s.sum().clamp_min(1e-300) for s in spectra]
     half = max(1, min(len(s) for s in shares) // 2)
-    top = torch.stack([s[:half] for s in shares]).clamp_min(1e-18)  # (k, half)
+    # (k, half)
+    top = torch.stack([s[:half] for s in shares]).clamp_min(1e-18)
     middle = top.median(0).values
     return {
         "energies": energies,

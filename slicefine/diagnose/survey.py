@@ -384,7 +384,8 @@ def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[s
     """Share of the weights' entries that training reaches, by optimizer step, and where it ends."""
     total = options.epochs * -(-examples // options.batch_size)
     moves = -(-total // options.interval) if options.interval else 1
-    each = max(1, moves // 60)  # the share changes with a move only
+    # the share changes with a move only
+    each = max(1, moves // 60)
     points = sorted({1, total, *(1 + (options.interval or 0) * i for i in range(0, moves, each))})
     shapes: dict[tuple[int, int], int] = {}
     for layer in layers:

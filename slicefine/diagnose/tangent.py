@@ -34,8 +34,10 @@ from slicefine.slices import SliceSpec
 
 # rows and columns of a weight; None stands for all of them
 Slice = tuple[Tensor | None, Tensor | None]
-CHUNK_BYTES = 64 << 20  # of J at a time
-PASS_BYTES = 256 << 20  # inputs and output gradients of the layers of one pass
+# of J at a time
+CHUNK_BYTES = 64 << 20
+# inputs and output gradients of the layers of one pass
+PASS_BYTES = 256 << 20
 
 
 def slice_of(layer: Layer, r: int, axis: str = "column", position: int = 0) -> Slice:
@@ -155,9 +157,8 @@ def _terms(
                     f"layer {name} gets an input whose first dimension is {len(zero)} and not the"
                     f" {len(result)} examples; its derivatives cannot be told apart by example"
                 )
-            delta = torch.stack([g[position] for g in grads], 1).unflatten(
-                0, (len(result),)
-            )  # [n, C, ..., out]
+            # [n, C, ..., out]
+            delta = torch.stack([g[position] for g in grads], 1).unflatten(0, (len(result),))
             position += 1
             delta = delta if rows is None else delta.index_select(-1, rows.to(delta.device))
             inputs.append(x.reshape(len(x), -1, x.shape[-1]))

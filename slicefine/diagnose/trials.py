@@ -30,7 +30,8 @@ class TrialOptions:
     warmup: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # such as autocast
+    # such as autocast
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class SliceCallback(transformers.TrainerCallback):
             extra["slice_grad_norm"] = float(self._norm)
         logs.update(extra)
         if state.log_history:
-            state.log_history[-1].update(extra)  # Trainer has written its copy of ``logs`` already
+            # Trainer has written its copy of ``logs`` already
+            state.log_history[-1].update(extra)
 
     def on_save(
         self,

@@ -84,7 +84,8 @@ class SliceMultiheadAttention(SlicedModule):
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask and needs one")
         if is_causal and key_padding_mask is None and not need_weights:
-            attn_mask = None  # the hint is enough
+            # the hint is enough
+            attn_mask = None
         else:
             attn_mask = _additive(attn_mask, "attn_mask", query.dtype, None)
             is_causal = is_causal and key_padding_mask is None

@@ -41,7 +41,8 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> in
         size = int(low + (budget - known[low]) / slope) if slope > 0 else 2 * high
         size = max(size, 1)
         if fits and beyond:
-            size = min(size, high - 1)  # rounding, or a curve that bends the other way
+            # rounding, or a curve that bends the other way
+            size = min(size, high - 1)
             if size <= low:
                 return low
         elif size in known:

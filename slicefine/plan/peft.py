@@ -40,7 +40,8 @@ def method(
         )
 
     def prepare(model: Any) -> Optimizer:
-        if name == "LoRA-FA":  # A stays as it was drawn
+        # A stays as it was drawn
+        if name == "LoRA-FA":
             for key, parameter in model.named_parameters():
                 if "lora_A" in key:
                     parameter.requires_grad_(False)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from slicefine.plan.estimate import Workload
 
-timm: Any = _timm  # its names are attached at import, where no type checker sees them
+# its names are attached at import, where no type checker sees them
+timm: Any = _timm
 
 
 def workload(model: str, dtype: torch.dtype) -> Workload:
@@ -29,7 +30,8 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
         with torch.device("meta"):
             return timm.create_model(model, pretrained=False).to(dtype)
 
-    size = build().pretrained_cfg["input_size"]  # channels, height, width
+    # channels, height, width
+    size = build().pretrained_cfg["input_size"]
 
     def inputs(batch: int, length: int) -> dict[str, Any]:
         return {"x": torch.zeros(batch, *size, dtype=dtype)}

@@ -49,7 +49,8 @@ class MemoryReport:
 class _StorageTracker(TorchDispatchMode):
     def __init__(self, logits_width: int | None = None) -> None:
         super().__init__()
-        self.live: dict[int, tuple[int, str]] = {}  # storage -> bytes, kind
+        # storage -> bytes, kind
+        self.live: dict[int, tuple[int, str]] = {}
         self.current = self.peak = 0
         self.totals: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.at_peak: dict[str, int] = dict(self.totals)
@@ -99,9 +100,8 @@ class _StorageTracker(TorchDispatchMode):
         self.phases[phase] = dict(self.totals)
 
     def follow_all(self, tensors: Iterable[Any], kind: str = "temporaries") -> None:
-        for (
-            tensor
-        ) in tensors:  # a loop of its own: its variable must not keep the last tensor alive
+        # a loop of its own: its variable must not keep the last tensor alive
+        for tensor in tensors:
             self.follow(tensor, kind)
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -227,7 +227,8 @@ def track_compiled(
                 tracker.follow_all(tree_iter(result), kind)
                 return result
 
-            run._boxed_call = True  # the caller lets go of the arguments
+            # the caller lets go of the arguments
+            run._boxed_call = True
             return run
 
         return compile

@@ -85,9 +85,8 @@ def _auto_class(config: Any) -> Any:
         for name, auto in ending.items():
             if architecture.endswith(name.removeprefix("AutoModel")):
                 return auto
-    encoder = (
-        type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    )  # many can decode too; few do
+    # many can decode too; few do
+    encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
     for auto in list(ending.values())[1 if encoder else 0 :]:
         if type(config) in auto._model_mapping:
             return auto

@@ -26,7 +26,8 @@ from benchmarks.record import quantiles
 from slicefine import track_memory
 
 EMPTY_CACHE_EVERY = 10
-IGNORED = -100  # label of a token that has no loss
+# label of a token that has no loss
+IGNORED = -100
 
 
 @dataclass
@@ -43,9 +44,8 @@ class Result:
     allocated: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(
-        default_factory=list
-    )  # of this process: what other work on the machine cannot stretch
+    # of this process: what other work on the machine cannot stretch
+    cpu_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     twin: dict[str, Any] = field(default_factory=dict)
 
@@ -152,7 +152,8 @@ class Runner:
     def _step(self, rows: list[list[int]], measure: bool) -> None:
         result, start, cpu_start = self.result, time.perf_counter(), time.process_time()
         batch = self._training_batch(rows)
-        result.tokens.append(sum(len(ids) + 1 for ids in rows))  # and the end token
+        # and the end token
+        result.tokens.append(sum(len(ids) + 1 for ids in rows))
         with track_memory(self._held(), self.device) if measure else nullcontext() as report:
             result.losses.append(self._update(batch))
         if report is not None:
@@ -250,9 +251,8 @@ class Runner:
                 {"input_ids": ids}, return_tensors="pt", padding_side="left"
             ).to(self.device)
             kwargs = {k: v for k, v in self.params.generation_kwargs.items() if v is not None}
-            if (
-                "max_length" in kwargs and "max_new_tokens" in kwargs
-            ):  # transformers takes one: the tighter
+            # transformers takes one: the tighter
+            if "max_length" in kwargs and "max_new_tokens" in kwargs:
                 room = batch["input_ids"].shape[1] + kwargs.pop("max_new_tokens")
                 kwargs["max_length"] = min(room, kwargs["max_length"])
             ends = {
@@ -289,7 +289,8 @@ class Runner:
         """The step whose memory is tracked on a CPU: the largest padded batch once the optimizer
         has its state.
         """
-        if self.device.type != "cpu":  # a GPU's allocator tells, for the whole run
+        # a GPU's allocator tells, for the whole run
+        if self.device.type != "cpu":
             return None
         sizes = [len(rows) * max(map(len, rows)) for rows in plan]
         later = range(1, len(sizes)) if len(sizes) > 1 else range(1)

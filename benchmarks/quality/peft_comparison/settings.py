@@ -20,14 +20,14 @@ import torch
 
 from slicefine import SliceConfig
 
-PEFT_COMMIT = (  # huggingface/peft, method_comparison/MetaMathQA
-    "5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"
-)
+# huggingface/peft, method_comparison/MetaMathQA
+PEFT_COMMIT = "5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"
 HERE = Path(__file__).parent
 EXPERIMENTS = HERE / "experiments"
 SETTINGS = ("small", "official")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NEED_MORE = ("ADALORA", "ADAMSS")  # must be told of every step, which a plain loop does not do
+# must be told of every step, which a plain loop does not do
+NEED_MORE = ("ADALORA", "ADAMSS")
 
 
 @dataclass

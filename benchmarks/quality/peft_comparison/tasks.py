@@ -23,7 +23,8 @@ ANSWER_MARKS = (
     "The final answer is ",
     "#### ",
 )
-BUCKET = 20  # batches that are sorted by length together, as in PEFT's comparison
+# batches that are sorted by length together, as in PEFT's comparison
+BUCKET = 20
 VALID = 50
 EDITORIALS = "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
 
