@@ -257,14 +257,14 @@ def test_env_reports_in_a_broken_install(missing, said):
     assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
 
 
-def test_the_readme_lists_the_backends_as_they_are():
-    """The support matrix: names, devices and dtypes of `backends.select.BACKENDS`; nothing claims a
+def test_the_support_matrix_lists_the_backends_as_they_are():
+    """docs/support.md: names, devices and dtypes of `backends.select.BACKENDS`; nothing claims a
     GPU that has not run.
     """
     from slicefine.backends.select import BACKENDS
 
     rows = {}
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / "support.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0].startswith("`") and cells[4].startswith(("tested", "not")):
             rows[cells[0].strip("`")] = cells

@@ -110,7 +110,7 @@ def build_optimizer(model: nn.Module, params: TrainParams) -> tuple[torch.optim.
 def base_model_only(model: nn.Module) -> tuple[AbstractContextManager[Any], str]:
     """A context in which the model answers as its base does, and how that is reached.
 
-    A method with ``disable_adapter`` uses it. Without (slices so far, full fine-tuning) the model
+    A method with ``disable_adapter`` uses it. Without (full fine-tuning) the model
     *is* its base until
     the first step, so the context is empty and must be entered before training.
     """

