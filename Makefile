@@ -12,6 +12,7 @@ help:
 	@echo "make lint       ruff, pyright, and how large and dense the code is"
 	@echo "make bench      times and peak memory beside masked gradients, AdamW and peft's methods: JSON, report, plots (under 6 minutes)"
 	@echo "                make bench BASE=main compares this checkout with another commit"
+	@echo "make docs       the pages as a site, in build/site"
 	@echo "make wheel      a wheel for this platform in dist/"
 	@echo "make gpu        on a machine with a GPU: every kernel against the oracle, then timings"
 	@echo "make clean      remove what the others made"
@@ -45,6 +46,11 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	$(BIN)/python docs/pages.py
+	$(BIN)/python -m mkdocs build --strict
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
@@ -56,4 +62,4 @@ gpu:
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.* slicefine/_CUDA.*
 
-.PHONY: help demo demo-full test lint bench wheel gpu clean
+.PHONY: help demo demo-full test lint bench docs wheel gpu clean

@@ -482,7 +482,7 @@ def test_without_the_signing_extra_the_rest_works_and_signing_says_what_to_insta
     )
 
 
-def test_asks_10_compact_files_several_on_one_base_and_none_at_all(here):
+def test_faq_10_compact_files_several_on_one_base_and_none_at_all(here):
     """Row 10: a file of what changed beside a whole checkpoint, several named ones on one base, the
     base back bit for bit.
     """

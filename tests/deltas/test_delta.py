@@ -345,7 +345,7 @@ def test_conv1d_and_tied_weights(tmp_path):
     assert same(state(model), after)
 
 
-def test_asks_21_merged_equals_unmerged_in_bfloat16():
+def test_faq_21_merged_equals_unmerged_in_bfloat16():
     _, model = trained(dtype=torch.bfloat16)
     model.eval()
     x = torch.randn(64, 12, dtype=torch.bfloat16)

@@ -137,7 +137,7 @@ def test_a_head_goes_to_modules_to_save(tmp_path):
 
 
 @pytest.mark.real
-def test_asks_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
+def test_faq_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
     """Row 27: peft's logits on the base are the merged model's within rounding; for vLLM a legal
     rank and no modules_to_save.
     """

@@ -178,7 +178,7 @@ class TwoUses(nn.Module):
         return self.head(self.second(self.first(x).tanh()).tanh())
 
 
-def test_asks_18_tied_weights_share_one_slice_and_survive_merging():
+def test_faq_18_tied_weights_share_one_slice_and_survive_merging():
     plain = TwoUses().requires_grad_(False)
     model = get_slice_model(
         copy.deepcopy(plain), SliceConfig(r=3, switch_interval=INTERVAL, tied_weights="share")
@@ -207,7 +207,7 @@ def test_asks_18_tied_weights_share_one_slice_and_survive_merging():
     assert torch.equal(fresh(x), trained)
 
 
-def test_asks_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_path):
+def test_faq_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_path):
     transformers = pytest.importorskip("transformers")
     family = next(f for f in FAMILIES if f.name == "GPT-2")
     model: Any = build(family)
@@ -269,7 +269,7 @@ def quantised_by(how: str) -> nn.Module:
 @pytest.mark.parametrize(
     "how", ["int8 parameter", "packed", "torch, dynamic", "torchao", "bitsandbytes"]
 )
-def test_asks_20_a_quantised_base_is_refused_by_name(how):
+def test_faq_20_a_quantised_base_is_refused_by_name(how):
     model = quantised_by(how)
     for targets in ("all-linear", ["0"]):
         with pytest.raises(
@@ -285,7 +285,7 @@ def test_asks_20_a_quantised_base_is_refused_by_name(how):
     assert isinstance(model[1], SliceLinear)
 
 
-def test_asks_20_float8_weights_are_refused_by_name():
+def test_faq_20_float8_weights_are_refused_by_name():
     model = nn.Sequential(nn.Linear(16, 16))
     model[0].weight = nn.Parameter(
         model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False

@@ -197,7 +197,7 @@ def test_an_estimate_equals_the_measured_step_of_the_real_encoder(method):
 
 
 @pytest.mark.slow
-def test_asks_13_ceilings_on_llama_3_2_3b():
+def test_faq_13_ceilings_on_llama_3_2_3b():
     """Batch 4 x 768, bfloat16, all linears, r = 16: column within 1 % of the frozen floor and below
     every peer at equal precision.
     """

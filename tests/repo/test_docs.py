@@ -87,3 +87,63 @@ def test_the_four_rows_of_the_readme_are_those_of_the_demo_page():
     figures = [re.findall(r"\d[\d,.]* ?(?:%|MiB|ms)", row) for row in rows]
     for found in figures:
         assert found and any(all(f in line for f in found) for line in demo.splitlines()), found
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += [ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and mkdocs give to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_anchors_lead_somewhere(page):
+    text = prose(page)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in targets:
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists() and file.is_relative_to(ROOT), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_index_and_the_site_list_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+        assert f"- {page.name}\n" in site, page.name
+
+
+def test_pictures_have_stable_names():
+    for picture in [*(ROOT / "docs").rglob("*.png"), *(ROOT / "docs").rglob("*.svg")]:
+        assert not re.search(r"[0-9a-f]{7,}", picture.stem), picture.name
+
+
+def test_the_api_page_has_every_public_name():
+    import slicefine
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert all(f"`{name}" in page for name in slicefine.__all__ if name != "__version__")
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install mkdocs-material 'mkdocstrings[python]'")
+    pytest.importorskip("mkdocstrings", reason="pip install mkdocs-material 'mkdocstrings[python]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "print_trainable_parameters" in page and "planned_coverage" in page

@@ -1,5 +1,5 @@
-"""What users of this field ask for, a test per row of the list (`pytest -q -k asks`): the training
-rows.
+"""The questions of docs/faq.md, a test each (`pytest -k faq`). Some rows have
+theirs elsewhere.
 
 Thorough tests of each mechanism stand in its own file; these go through the public interface once,
 from end to end.
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 def both(tmp_path_factory):
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo backend")
-    with pair(tmp_path_factory.mktemp("asks")) as run:
+    with pair(tmp_path_factory.mktemp("faq")) as run:
         yield run
 
 
@@ -136,7 +136,7 @@ def dense_slice_gradients(model: nn.Module, step: int = 0) -> list[torch.Tensor]
     return [*found, plain.classifier.weight.grad, plain.classifier.bias.grad]  # type: ignore[list-item, union-attr]
 
 
-def test_asks_01_gradient_accumulation():
+def test_faq_01_gradient_accumulation():
     one, four = sliced(), sliced()
     losses = train(one, SliceAdamW(one.parameters(), lr=1e-2), range(7))
     again = train(four, SliceAdamW(four.parameters(), lr=1e-2), range(7), micro=4)
@@ -152,7 +152,7 @@ def test_asks_01_gradient_accumulation():
         train(in_bwd, SliceAdamW(in_bwd.parameters(), optimizer_in_bwd=True), range(1), micro=2)
 
 
-def test_asks_02_gradient_clipping():
+def test_faq_02_gradient_clipping():
     model = sliced()
     expected = dense_slice_gradients(model)
     norm = torch.stack([g.norm() for g in expected]).norm()
@@ -174,7 +174,7 @@ def test_asks_02_gradient_clipping():
     )
 
 
-def test_asks_03_gradient_norm_is_seen():
+def test_faq_03_gradient_norm_is_seen():
     model = sliced()
     expected = torch.stack([g.norm() for g in dense_slice_gradients(model)]).norm()
     loss_of(model, *batch()).backward()
@@ -184,7 +184,7 @@ def test_asks_03_gradient_norm_is_seen():
     assert expected > 0
 
 
-def test_asks_04_lr_scheduler():
+def test_faq_04_lr_scheduler():
     model = sliced(interval=None)
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -205,7 +205,7 @@ def test_asks_04_lr_scheduler():
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 
-def test_asks_05_state_saves_resumes_and_loads_safely():
+def test_faq_05_state_saves_resumes_and_loads_safely():
     options = {"state_on_switch": "remember", "switch_mode": "random"}
     whole = sliced(interval=2, **options)
     optimizer = SliceAdamW(whole.parameters(), lr=1e-2)
@@ -239,7 +239,7 @@ def ddp() -> dict[str, Any]:
     return {"weights": weights(model), "largest": largest}
 
 
-def test_asks_06_ddp(both):
+def test_faq_06_ddp(both):
     first, second = both(ddp)
     assert all(
         torch.equal(first["weights"][name], value) for name, value in second["weights"].items()
@@ -267,7 +267,7 @@ def fsdp2() -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() for name, value in model.state_dict().items()}
 
 
-def test_asks_07_a_changing_set_trains_under_fsdp(both):
+def test_faq_07_a_changing_set_trains_under_fsdp(both):
     alone = sliced()
     before = weights(alone)
     parameters = {name: (p, p.requires_grad) for name, p in alone.named_parameters()}
@@ -282,7 +282,7 @@ def test_asks_07_a_changing_set_trains_under_fsdp(both):
         assert changed.tolist() == [True] * 12 + [False] * 12  # three positions
 
 
-def test_asks_08_moves_need_no_callback():
+def test_faq_08_moves_need_no_callback():
     for make in (SliceAdamW, torch.optim.SGD, lambda p, lr: torch.optim.AdamW(p, lr, fused=True)):
         model = sliced(interval=2)
         before = weights(model)
@@ -295,7 +295,7 @@ def test_asks_08_moves_need_no_callback():
         SliceAdamW(plain.parameters())
 
 
-def test_asks_09_no_table_of_architectures():
+def test_faq_09_no_table_of_architectures():
     class Unheard(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -331,7 +331,7 @@ def kept_for_backward(run: Any) -> int:
     return sum(kept.values())
 
 
-def test_asks_11_column_slices_keep_only_their_columns():
+def test_faq_11_column_slices_keep_only_their_columns():
     peft = pytest.importorskip("peft")
     x = torch.randn(32, 64)
     kept = {}
@@ -349,7 +349,7 @@ def test_asks_11_column_slices_keep_only_their_columns():
     assert "column" in documents and "row" in documents
 
 
-def test_asks_12_memory_is_told_with_its_parts():
+def test_faq_12_memory_is_told_with_its_parts():
     from slicefine.plan.tracker import KINDS
 
     model = sliced()
@@ -382,7 +382,7 @@ def test_asks_12_memory_is_told_with_its_parts():
     assert results
 
 
-def test_asks_14_bfloat16_updates_do_not_vanish():
+def test_faq_14_bfloat16_updates_do_not_vanish():
     model, plain = sliced(dtype=torch.bfloat16, interval=None), Net().to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     name, before = "blocks.0.0.weight", model.blocks[0][0].weight.clone()
@@ -402,7 +402,7 @@ def test_asks_14_bfloat16_updates_do_not_vanish():
     assert 0.005 < changed < 0.5  # one step moves a few, in expectation by 1e-5 each
 
 
-def test_asks_15_fp16_grad_scaler():
+def test_faq_15_fp16_grad_scaler():
     model = sliced(dtype=torch.float16)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "slice_weight" in n)
     optimizer = SliceAdamW([p for n, p in model.named_parameters() if "slice_weight" in n], lr=1e-2)
@@ -425,7 +425,7 @@ def test_asks_15_fp16_grad_scaler():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_asks_16_checkpointing_with_frozen_embeddings(reentrant):
+def test_faq_16_checkpointing_with_frozen_embeddings(reentrant):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         hidden_size=16,
@@ -456,7 +456,7 @@ def test_asks_16_checkpointing_with_frozen_embeddings(reentrant):
             torch.testing.assert_close(parameter.grad, gradients[name])
 
 
-def test_asks_17_checkpointing_compile_and_dropout():
+def test_faq_17_checkpointing_compile_and_dropout():
     torch._dynamo.reset()
     model = sliced(dropout=0.5, interval=1)
     model.reentrant = False
@@ -475,7 +475,7 @@ def test_asks_17_checkpointing_compile_and_dropout():
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=2e-5)
 
 
-def test_asks_19_target_modules():
+def test_faq_19_target_modules():
     model = Net()
     names = [m.name for m in list_targets(model, SliceConfig(r=2, target_modules=["0.0", "1.3"]))]
     assert names == [
@@ -496,7 +496,7 @@ def test_asks_19_target_modules():
     ) and "'q_proj'" in str(error.value)
 
 
-def test_asks_22_compile_has_no_graph_break():
+def test_faq_22_compile_has_no_graph_break():
     torch._dynamo.reset()
     model = sliced()
     explained = torch._dynamo.explain(copy.deepcopy(model))(batch()[0])
@@ -512,7 +512,7 @@ def test_asks_22_compile_has_no_graph_break():
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_asks_23_ten_moves_compile_once():
+def test_faq_23_ten_moves_compile_once():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = sliced(interval=1)
@@ -522,7 +522,7 @@ def test_asks_23_ten_moves_compile_once():
     assert {m.schedule.moves for m in model.modules() if isinstance(m, SliceLayer)} == {11}
 
 
-def test_asks_24_update_in_backward_is_refused_under_compile():
+def test_faq_24_update_in_backward_is_refused_under_compile():
     torch._dynamo.reset()
     model = sliced()
     optimizer = SliceAdamW(model.parameters(), optimizer_in_bwd=True)
@@ -534,7 +534,7 @@ def test_asks_24_update_in_backward_is_refused_under_compile():
     assert optimizer.optimizer_in_bwd
 
 
-def test_asks_25_more_than_one_device(both):
+def test_faq_25_more_than_one_device(both):
     """DDP and FSDP2 have rows of their own (6, 7); here device maps. Two real GPUs have not been
     run.
     """
@@ -577,7 +577,7 @@ def test_asks_25_more_than_one_device(both):
         )
 
 
-def test_asks_26_hooks_and_keys_are_kept():
+def test_faq_26_hooks_and_keys_are_kept():
     plain, calls = Net(), []
     keys, layers = list(plain.state_dict()), [m for m in plain.modules() if type(m) is nn.Linear]
     layers[0].register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
@@ -591,7 +591,7 @@ def test_asks_26_hooks_and_keys_are_kept():
     assert sum(isinstance(m, SliceLayer) for m in model.modules()) == 4
 
 
-def test_asks_28_the_compiled_module_knows_nothing_of_torch():
+def test_faq_28_the_compiled_module_knows_nothing_of_torch():
     from slicefine.backends import cpu
 
     path = getattr(sys.modules.get("slicefine._C"), "__file__", None)
@@ -604,7 +604,7 @@ def test_asks_28_the_compiled_module_knows_nothing_of_torch():
     assert b"pybind11" in binary  # the words would be found
 
 
-def test_asks_29_one_wheel_serves_every_torch():
+def test_faq_29_one_wheel_serves_every_torch():
     # it loads where there is no torch at all, so there is no torch that it was built for; Triton
     # needs no build
     result = run_without("torch", "import importlib.machinery, importlib.util, pathlib\n" + _LOAD)
@@ -628,7 +628,7 @@ print("loaded" if found else "not built")
 """
 
 
-def test_asks_30_builds_without_torch():
+def test_faq_30_builds_without_torch():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     system = project[project.index("[build-system]") : project.index("[project]")]
     assert "requires" in system and "torch" not in system
@@ -678,7 +678,7 @@ def bare(tmp_path_factory) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_asks_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(bare):
+def test_faq_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(bare):
     assert bare.stdout.split()[:1] == ["trained"], bare.stderr  # neither nvcc nor a C compiler
     with pytest.raises(ValueError, match="no backend 'cudnn'.*reference"), ops.use_backend("cudnn"):
         pass
@@ -688,7 +688,7 @@ def test_asks_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(bare):
         assert "cuda" in str(error.value) and len(str(error.value)) > 60
 
 
-def test_asks_32_no_silent_fallback(caplog):
+def test_faq_32_no_silent_fallback(caplog):
     code = """
         import logging, torch, slicefine
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -711,7 +711,7 @@ def test_asks_32_no_silent_fallback(caplog):
     assert logging.getLogger("slicefine") is not None
 
 
-def test_asks_33_no_hard_dependency_on_triton():
+def test_faq_33_no_hard_dependency_on_triton():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     marker = next(line for line in project.splitlines() if line.strip().startswith('"triton'))
     from packaging.requirements import Requirement
@@ -727,7 +727,7 @@ def test_asks_33_no_hard_dependency_on_triton():
     assert result.stdout.strip() == "trained", result.stderr
 
 
-def test_asks_34_triton_is_imported_late(bare):
+def test_faq_34_triton_is_imported_late(bare):
     assert bare.stdout.split() == [
         "trained",
         "False",
@@ -739,7 +739,7 @@ def test_asks_34_triton_is_imported_late(bare):
     )
 
 
-def test_asks_35_amd():
+def test_faq_35_amd():
     """Compiled ahead of time for HIP, wavefronts of 64, by tests/ops/test_kernels_aot.py too; not
     run on AMD hardware.
     """
@@ -765,7 +765,7 @@ def test_asks_35_amd():
     assert len(lines) >= 3 and set(lines.values()) == {"0"}
 
 
-def test_asks_36_the_loss_is_never_touched():
+def test_faq_36_the_loss_is_never_touched():
     plain = Net()
     expected = loss_of(plain, *batch())
     model = get_slice_model(plain, SliceConfig(r=4, modules_to_save=["classifier"]))
@@ -782,7 +782,7 @@ def test_asks_36_the_loss_is_never_touched():
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_asks_37_new_heads_train_all_the_time():
+def test_faq_37_new_heads_train_all_the_time():
     model = sliced(interval=2)
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     head = nn.Linear(24, 3)
@@ -802,7 +802,7 @@ def test_asks_37_new_heads_train_all_the_time():
         get_slice_model(Net(), SliceConfig(r=4))
 
 
-def test_asks_38_coverage_is_known_before_the_run():
+def test_faq_38_coverage_is_known_before_the_run():
     model = sliced(interval=2)
     said = model.planned_coverage(7)
     assert "7 steps, interval 2, r 4: 4 positions, 67 % of each 24-wide weight (2 layers)" in said
@@ -832,3 +832,24 @@ def test_the_public_interface_is_what_these_rows_use():
             "list_targets",
             "track_memory",
         } <= set(slicefine.__all__)
+
+
+PAGE = ROOT / "docs" / "faq.md"
+
+
+def test_the_page_and_the_tests_agree():
+    """38 rows, each with an answer and the name of a test; each test of a row stands on the page."""
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].isdigit():
+            number, question, answer, test = cells
+            assert question.endswith("?") and answer, line
+            assert int(number) not in rows, number
+            rows[int(number)] = test.strip("`")
+    assert sorted(rows) == list(range(1, 39))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    written = set(re.findall(r"^def (test_faq_\d\d_\w+)", "\n".join(sources), re.M))
+    for number, test in rows.items():
+        assert test.startswith(f"test_faq_{number:02}_") and test in written, test
+    assert {int(name[9:11]) for name in written} == rows.keys()
