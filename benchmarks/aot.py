@@ -4,10 +4,9 @@ without running anything.
 python -m benchmarks.aot [--json FILE] [--targets sm_90 ...]
 
 Triton's kernels in every shipped configuration, dtype and slice type, and csrc's CUDA kernels where
-a toolkit is found. Rows:
-{"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes"}. Exit status 1 if
-anything spills or wants more shared
-memory than the target has. Run it without TRITON_INTERPRET.
+a toolkit is found. Rows: {"kernel", "config", "target", "registers", "spill_bytes",
+"shared_bytes"}. Exit status 1 if anything spills or wants more shared memory than the target has.
+Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations

@@ -4,12 +4,10 @@ dense AdamW and LoRA.
 python -m benchmarks.layers --json FILE [--quick] [--device cuda]
 
 All methods of a shape run in turns within one process, one thread; a ratio is the median over the
-rounds of (a method's time /
-the floor's time of the same round), so drift of the machine's speed cancels. Each row is
-{"in", "out", "tokens", "dtype", "r", "method", "device", "median_ms", "p20_ms", "p80_ms",
-"ratio_to_floor", "ratio_p20",
-"ratio_p80", ...}. Before anything is timed the slice's weight after two steps is compared with the
-masked baseline's.
+rounds of (a method's time / the floor's time of the same round), so drift of the machine's speed
+cancels. Each row is {"in", "out", "tokens", "dtype", "r", "method", "device", "median_ms",
+"p20_ms", "p80_ms", "ratio_to_floor", "ratio_p20", "ratio_p80", ...}. Before anything is timed the
+slice's weight after two steps is compared with the masked baseline's.
 """
 
 from __future__ import annotations

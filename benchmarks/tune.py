@@ -4,12 +4,10 @@ slicefine_kernels/tuned.py.
 python -m benchmarks.tune [--minutes 4] [--write] [--device cpu]
 
 For each class of `configs.tile_class` it starts at the default configuration and tries those that
-differ from the best so far
-in one or two values, until none is faster or the class's share of the minutes is over. What does
-not compile, does not fit or is wrong
-against float64 is discarded. An entry is written where it beats the default by more than 3 %; those
-of other architectures
-stay. Without --write the table is printed. --device cpu tries a few configurations through Triton's
+differ from the best so far in one or two values, until none is faster or the class's share of the
+minutes is over. What does not compile, does not fit or is wrong against float64 is discarded. An
+entry is written where it beats the default by more than 3 %; those of other architectures stay.
+Without --write the table is printed. --device cpu tries a few configurations through Triton's
 interpreter.
 """
 

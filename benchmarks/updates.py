@@ -4,11 +4,9 @@ copy-back on the same slices.
 python -m benchmarks.updates [--json FILE] [--layers 100] [--device cuda]
 
 "op" is one call of `ops.slice_adamw`, "step" all of SliceAdamW.step (gradients found, steps
-counted, moves due). Copy-back is
-what torch's optimizer needs after each step: ``weight[:, S] = master`` for every layer. All run in
-turns; a speedup is the median
-over the rounds of (torch's time / ours), its p20 and p80 beside it. The weights must agree before
-anything is timed.
+counted, moves due). Copy-back is what torch's optimizer needs after each step: ``weight[:, S] =
+master`` for every layer. All run in turns; a speedup is the median over the rounds of (torch's time
+/ ours), its p20 and p80 beside it. The weights must agree before anything is timed.
 """
 
 from __future__ import annotations

@@ -95,9 +95,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     place of ``path``.
 
     Whoever looks at ``path`` finds the whole old folder or the whole new one: the two are exchanged
-    in one step where the system
-    can (Linux). Elsewhere a crash in the moment between two renames leaves the old folder as
-    ``.NAME.before``.
+    in one step where the system can (Linux). Elsewhere a crash in the moment between two renames
+    leaves the old folder as ``.NAME.before``.
     """
     # a link stays one; what it points to is replaced
     path = Path(os.path.realpath(path))

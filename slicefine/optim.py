@@ -28,22 +28,16 @@ class SliceAdamW(Optimizer):
 
     params: parameters or groups, as for torch.optim.AdamW; those without a gradient are left alone.
     lr, betas (each > 0), eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is
-    0 unless given; decay
-        acts on the active slice only.
-    bf16_stochastic_round: write to bfloat16 weights rounded stochastically (Philox, reproducible
-        from ``seed``).
-    optimizer_in_bwd: update each slice during backward, without a gradient buffer. ``step()`` must
-        follow every backward:
-        it moves the slices and updates the other parameters. Gradients cannot be accumulated,
-        clipped, unscaled or logged
-        then; whatever would need them raises an error.
-    optim_bits: 32, or 8 for moments of slices in 8 bits with a scale per 256 of them (float64
-        weights take 32 only).
-    state: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32 or uint8 with
-        ``exp_avg_scale`` and
-        ``exp_avg_sq_scale`` (blocks,); ``state_dict`` adds schedule and master.
-    Raises ValueError without a single slice among the parameters.
-    Source: Loshchilov & Hutter 2019; arXiv 2510.08513 for the slices, arXiv 2110.02861 for 8 bits.
+    0 unless given; decay acts on the active slice only. bf16_stochastic_round: write to bfloat16
+    weights rounded stochastically (Philox, reproducible from ``seed``). optimizer_in_bwd: update
+    each slice during backward, without a gradient buffer. ``step()`` must follow every backward: it
+    moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped,
+    unscaled or logged then; whatever would need them raises an error. optim_bits: 32, or 8 for
+    moments of slices in 8 bits with a scale per 256 of them (float64 weights take 32 only). state:
+    ``step`` (), ``exp_avg`` and ``exp_avg_sq`` (as the slice), float32 or uint8 with
+    ``exp_avg_scale`` and ``exp_avg_sq_scale`` (blocks,); ``state_dict`` adds schedule and master.
+    Raises ValueError without a single slice among the parameters. Source: Loshchilov & Hutter 2019;
+    arXiv 2510.08513 for the slices, arXiv 2110.02861 for 8 bits.
     """
 
     finishes_its_steps = True
@@ -502,8 +496,7 @@ class _AppliedGradient(Tensor):
 
 def slice_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """Schedules and masters of all slices of a model, by module name: what to save beside the state
-    of an optimizer other
-    than SliceAdamW. Tensors and numbers only."""
+    of an optimizer other than SliceAdamW. Tensors and numbers only."""
     return {name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLayer)}
 
 

@@ -2,10 +2,9 @@
 features that the slice has whole.
 
 A column slice has every output feature, so its master (out, r) is cut where the weight (out, in) is
-cut, and write-through is local
-to each process. That is also so for a row slice whose weight is sharded by input features.
-Everything else is refused when
-it is sharded, because a master whose weight is elsewhere would silently train nothing.
+cut, and write-through is local to each process. That is also so for a row slice whose weight is
+sharded by input features. Everything else is refused when it is sharded, because a master whose
+weight is elsewhere would silently train nothing.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 slicefine.
 
 It knows what a slice is only by the index sets that a test hands it, and keeps Adam's moments for
-every entry of every
-weight, so the three policies are three ways to treat dense moments at a move: zero them, carry them
-    from the old slice to the
-new one, or put them away by slice and take them out again when the slice comes back.
+every entry of every weight, so the three policies are three ways to treat dense moments at a move:
+zero them, carry them from the old slice to the new one, or put them away by slice and take them out
+again when the slice comes back.
 """
 
 from __future__ import annotations

@@ -3,11 +3,9 @@
 python -m benchmarks.gpu [--device cpu] [--parts a,b] [--minutes 8] [--results DIR]
 
 Writes <device>-<commit>.json and .md into the folder of results after every part, and copies them
-to $OUT where that is set. The
-parts run in a process of their own: where one crashes, hangs or loses the device, it is recorded
-    and the rest run in a new one.
-Exit status 1 if a part failed, 2 without a GPU. --device cpu runs the same parts with tiny shapes
-through Triton's interpreter.
+to $OUT where that is set. The parts run in a process of their own: where one crashes, hangs or
+loses the device, it is recorded and the rest run in a new one. Exit status 1 if a part failed, 2
+without a GPU. --device cpu runs the same parts with tiny shapes through Triton's interpreter.
 SLICEFINE_COMMIT=name says what is measured where there is no git.
 """
 

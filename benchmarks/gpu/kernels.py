@@ -1,9 +1,8 @@
 """Kernel times against the bytes that must move and the measured bandwidth of a copy.
 
 Two clocks: a CUDA graph of many calls, where no launch is waited for but all that a call does
-    counts (under capture Triton's
-backend makes a workspace per call and clears it), and the profiler's sum of kernel durations in
-ordinary calls.
+counts (under capture Triton's backend makes a workspace per call and clears it), and the profiler's
+sum of kernel durations in ordinary calls.
 """
 
 from __future__ import annotations

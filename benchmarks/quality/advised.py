@@ -1,16 +1,13 @@
 """Is what `slicefine advise` recommends better than the default? Three tasks, three seeds, one
-recipe; the answer as it
-comes out.
+recipe; the answer as it comes out.
 
     python -m benchmarks.quality.advised --out benchmarks/results/advised.json
 
 Per task: advice from the training rows alone (seed 0), then three arms with seeds 0, 1, 2: the
-    default `SliceConfig()`
-at `slicefine train`'s default learning rate, the same at the advised learning rate, and the advised
-configuration at
-the advised learning rate. The third against the first is what a user gets, the third against the
-second what the
-slices' part of the advice is worth.
+default `SliceConfig()` at `slicefine train`'s default learning rate, the same at the advised
+learning rate, and the advised configuration at the advised learning rate. The third against the
+first is what a user gets, the third against the second what the slices' part of the advice is
+worth.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 vaderSentiment (MIT).
 
 10,605 snippets with a mean rating in [-4, 4] from twenty people (Hutto & Gilbert, ICWSM 2014).
-These are the sentences of the
-MR benchmark: never train on one and test on MR or SST.
+These are the sentences of the MR benchmark: never train on one and test on MR or SST.
 """
 
 from __future__ import annotations

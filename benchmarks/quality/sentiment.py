@@ -2,8 +2,8 @@
 recipe for every method.
 
 Batch 32, 3 epochs, length 64, AdamW, warm-up over a tenth and linear decay to 0, gradient norm
-clipped at 1, head learning
-rate 2e-3. Batches hold sentences of similar length, the same batches for every method.
+clipped at 1, head learning rate 2e-3. Batches hold sentences of similar length, the same batches
+for every method.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Do positions chosen by a score beat an order that knows nothing? Accuracy and training loss of
-the switch modes, seed
-by seed.
+the switch modes, seed by seed.
 
     python -m benchmarks.quality.switch_modes --out benchmarks/results/switch-modes.json
 
 gradient: the position with the largest Frobenius norm of the slice's gradient in the step before
-    the move. magnitude:
-the largest norm of its weights. Both visit each position once a sweep, as random and ascending do.
-Everything else is equal: rows, batches, head, learning rate, interval. The first position is the
-    same for all.
+the move. magnitude: the largest norm of its weights. Both visit each position once a sweep, as
+random and ascending do. Everything else is equal: rows, batches, head, learning rate, interval. The
+first position is the same for all.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ MODES = ("random", "ascending", "gradient", "magnitude")
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Against random, over seeds: mean difference of accuracy and its standard error; "beats" needs
-    more than two of
-    them."""
+    more than two of them."""
     by = {(run["mode"], run["seed"]): run["accuracy"] for run in runs}
     seeds = sorted({seed for _, seed in by})
     result = {}

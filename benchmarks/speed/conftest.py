@@ -22,11 +22,9 @@ class Replay:
     """A clock that pytest-benchmark reads, moved by times that have been measured already.
 
     pytest-benchmark times one function to its end before it starts the next, so a machine that
-    slows down would be held against
-    whichever ran last. Here the methods of a case run in turns, once, and each test plays its
-    recorded times to
-    ``benchmark.pedantic``: JSON, storage and --benchmark-compare see ordinary benchmarks, through
-    public options alone.
+    slows down would be held against whichever ran last. Here the methods of a case run in turns,
+    once, and each test plays its recorded times to ``benchmark.pedantic``: JSON, storage and
+    --benchmark-compare see ordinary benchmarks, through public options alone.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,7 @@
 cost grows.
 
 A case is a set of methods that run in turns within one process; its first method is the base of its
-ratios. To add a benchmark,
-add a case or a method here.
+ratios. To add a benchmark, add a case or a method here.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ class Case:
     """name: unique. part: the module that builds it. measures: one line for the report.
 
     dtype: of weights and activations. tokens: batch x length for models. width, depth: of the
-        model; width None means the
-    real encoder. seconds: time for its rounds, of which there are at least min_rounds and at most
-    max_rounds.
+    model; width None means the real encoder. seconds: time for its rounds, of which there are at
+    least min_rounds and at most max_rounds.
     """
 
     name: str

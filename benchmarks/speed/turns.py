@@ -99,9 +99,8 @@ def measure(
     process on its core.
 
     The order turns from round to round. On a shared machine the second clock does not run while
-    another program has the core.
-    flush: write 64 Mi bytes (256 on a GPU) before each call, so that operands come from memory and
-        not from a cache.
+    another program has the core. flush: write 64 Mi bytes (256 on a GPU) before each call, so that
+    operands come from memory and not from a cache.
     """
     cuda = device == "cuda"
     eraser = (

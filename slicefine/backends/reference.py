@@ -126,8 +126,8 @@ def dynamic_codebook() -> Tensor:
     for unsigned moments.
 
     A dynamic exponent: values of decade 10**-e are spaced linearly, finer decades get fewer of
-        them. Source: Dettmers 2016, 8-bit
-    Approximations for Parallelism in Deep Learning; Dettmers et al. 2022.
+    them. Source: Dettmers 2016, 8-bit Approximations for Parallelism in Deep Learning; Dettmers et
+    al. 2022.
     """
     books = []
     for signed in (True, False):
@@ -143,8 +143,7 @@ def dynamic_codebook() -> Tensor:
 
 def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest
-    magnitude of the block; a positive
-    value of an unsigned book is never zero."""
+    magnitude of the block; a positive value of an unsigned book is never zero."""
     flat = values.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
     scales = blocks.abs().amax(1)

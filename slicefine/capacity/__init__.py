@@ -1,8 +1,7 @@
 """Capacity of small updates: how many answers a few weights can correct, and patches that do it.
 
 Source: Sohn et al., Fine-Tuning Capacity, UAI 2024, arXiv 2408.00359. Slices and LoRA are not in
-    that
-paper, so theirs is measured.
+that paper, so theirs is measured.
 """
 
 from slicefine.capacity.bounds import Bounds, ftc_bounds, three_layers_pay

@@ -21,8 +21,8 @@ class Bounds:
     none.
 
     neurons: hidden ReLUs. parameters: numbers that describe the network. bytes: of those in
-        float64, which exactness needs.
-    applies: whether the theorem's conditions hold. note: what to know about these numbers.
+    float64, which exactness needs. applies: whether the theorem's conditions hold. note: what to
+    know about these numbers.
     """
 
     layers: int
@@ -37,10 +37,8 @@ def ftc_bounds(N: int, K: int, layers: int = 2, outputs: int = 1, features: int 
     """Neurons, parameters and bytes that correct N of K answers.
 
     layers: 2 (theorem 4.1), 3 (theorem 5.1) or more (proposition 6.1). outputs: classes. features:
-        width of what g reads.
-    Two layers need the same neurons for any number of outputs; the second layer of three grows with
-    it.
-    Raises ValueError unless 1 <= N <= K, layers >= 2.
+    width of what g reads. Two layers need the same neurons for any number of outputs; the second
+    layer of three grows with it. Raises ValueError unless 1 <= N <= K, layers >= 2.
     """
     for name, value, least in (
         ("N", N, 1),

@@ -2,9 +2,8 @@
 protocol.
 
 The loss is a hinge on the margin by which the wanted class wins, its mean over the edits and the
-answers to keep (weighting few edits
-as much as many answers was tried and solved less); the model runs in evaluation mode, so that what
-is trained is what is served.
+answers to keep (weighting few edits as much as many answers was tried and solved less); the model
+runs in evaluation mode, so that what is trained is what is served.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class Attempt:
     """A model with the parameters of one method on it, until `keep` or `remove`.
 
     method: "slice", "lora" or "side". size: width r of a slice, rank of LoRA, hidden neurons of a
-        side.
-    config: which layers (slice and LoRA), which axis. layers, feature: of a side.
+    side. config: which layers (slice and LoRA), which axis. layers, feature: of a side.
     """
 
     def __init__(

@@ -2,16 +2,12 @@
 other sample listed.
 
 Both work along one projection w = direction . x. Two layers: a continuous piecewise linear function
-of w; an edit is a bump
-between the untouched samples beside it. Three layers: the edits are split into groups of
-neighbours; a unit of the second
-layer is a zigzag in w that meets one edit per group inside [-1, 1] and is steep enough to be
-outside [-2, 2] at every other
-sample, where the hat ``2 clamp(t, -1, 1) - clamp(t, -2, 2)`` on top of it is zero.
-Source: Sohn et al., Fine-Tuning Capacity, UAI 2024, arXiv 2408.00359, theorems 4.1 and 5.1. Unlike
-    theirs the three-layer
-network needs no units for the untouched samples beside an edit, so it has sqrt(3) times fewer
-neurons.
+of w; an edit is a bump between the untouched samples beside it. Three layers: the edits are split
+into groups of neighbours; a unit of the second layer is a zigzag in w that meets one edit per group
+inside [-1, 1] and is steep enough to be outside [-2, 2] at every other sample, where the hat ``2
+clamp(t, -1, 1) - clamp(t, -2, 2)`` on top of it is zero. Source: Sohn et al., Fine-Tuning Capacity,
+UAI 2024, arXiv 2408.00359, theorems 4.1 and 5.1. Unlike theirs the three-layer network needs no
+units for the untouched samples beside an edit, so it has sqrt(3) times fewer neurons.
 """
 
 from __future__ import annotations
@@ -32,11 +28,9 @@ class Bumps(nn.Module):
     """The two-layer construction: (B, features) -> (B, outputs), float64.
 
     direction: (features,). knots: (m,), ascending. at: (m + 1, outputs) values at the left end of
-        each interval between knots,
-    slopes: (m + 1, outputs); the first and the last interval are flat.
+    each interval between knots, slopes: (m + 1, outputs); the first and the last interval are flat.
     It is evaluated interval by interval, so that it is exactly zero wherever it is flat at zero;
-    `relu_network` is the same
-    function as a sum of m ReLUs.
+    `relu_network` is the same function as a sum of m ReLUs.
     """
 
     direction: Tensor
@@ -100,9 +94,8 @@ class Zigzags(nn.Module):
     """The three-layer construction: (B, features) -> (B, outputs), float64.
 
     edges: (p + 1,) of the groups along the projection. heights: (units, p + 1) of each zigzag at
-        the edges.
-    readout: (outputs, units) factor of a unit's hat in each output.
-    `relu_network` is the same function as three linear layers: 2p neurons, then 4 per unit.
+    the edges. readout: (outputs, units) factor of a unit's hat in each output. `relu_network` is
+    the same function as three linear layers: 2p neurons, then 4 per unit.
     """
 
     direction: Tensor
@@ -240,9 +233,8 @@ def two_layers(direction: Tensor, line: Line, slack: float) -> Bumps:
     """Theorem 4.1's interpolant: at most 3 knots per edit.
 
     slack: how far from an untouched sample towards the edit the bump begins, as a share of the gap,
-        in [0, 1). 0 puts the
-    knot on the sample (fewest neurons); more lets features vary a little without touching the
-    answers kept.
+    in [0, 1). 0 puts the knot on the sample (fewest neurons); more lets features vary a little
+    without touching the answers kept.
     """
     position, edited, value = line.position, line.edited, line.value
     nodes: list[tuple[Tensor, Tensor]] = []
@@ -388,9 +380,8 @@ def choose_direction(
     samples along it).
 
     projection: "random" directions, or "lda": the one that separates the edits from the rest,
-        beside the random ones.
-    prefer: "conditioning", the largest gap beside an edit; "neurons", the fewest of them (two
-        layers).
+    beside the random ones. prefer: "conditioning", the largest gap beside an edit; "neurons", the
+    fewest of them (two layers).
     """
     std = features.std(0, correction=0)
     inverse = torch.where(

@@ -2,9 +2,8 @@
 without training.
 
 The model is linearised in the slice; the least-norm change that gives every edit its margin is
-compared with the norm of the
-slice's weights. Counting parameters or ranks predicts nothing here; rho was right to within a
-factor of 2 in r where it was tried.
+compared with the norm of the slice's weights. Counting parameters or ranks predicts nothing here;
+rho was right to within a factor of 2 in r where it was tried.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ COMFORTABLE, BORDERLINE = 1.0, 2.5
 @dataclass(frozen=True)
 class Prediction:
     """r: width of the slice. parameters: that would train. rho: needed change / norm of the slice's
-    weights. rank: of the edits'
-    gradients. verdict: "comfortable" (rho <= 1), "borderline" (<= 2.5) or "too small"."""
+    weights. rank: of the edits' gradients. verdict: "comfortable" (rho <= 1), "borderline" (<= 2.5)
+    or "too small"."""
 
     r: int
     parameters: int
@@ -56,10 +55,9 @@ def predict_sizes(
     answers wanted).
 
     config: which layers, which axis, which start position; its r is replaced by each of ``sizes``.
-        margin: by which the wanted
-    class must win. One forward and backward pass over the edits serves all sizes; memory is edits x
-    slice, largest size.
-    Raises ValueError for a slice type other than column or row.
+    margin: by which the wanted class must win. One forward and backward pass over the edits serves
+    all sizes; memory is edits x slice, largest size. Raises ValueError for a slice type other than
+    column or row.
     """
     config = config or SliceConfig()
     if config.slice_type not in ("column", "row"):

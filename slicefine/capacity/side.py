@@ -2,8 +2,7 @@
 g.
 
 g hangs on hooks: nothing of f is replaced, moved or written to, so its state dict is what it was
-    and `detach` leaves no trace.
-Source: Sohn et al., Fine-Tuning Capacity, UAI 2024, arXiv 2408.00359.
+and `detach` leaves no trace. Source: Sohn et al., Fine-Tuning Capacity, UAI 2024, arXiv 2408.00359.
 """
 
 from __future__ import annotations
@@ -34,14 +33,11 @@ class AdditiveSide(nn.Module):
     """g of f + g: trained, or exact by construction (`exact_side`).
 
     features: width of the features. outputs: of g, those of the model. layers: 2 or 3. width:
-        hidden neurons in all.
-    feature: name of the module whose *input* the features are, or a callable of the model's own
-        arguments that returns them
-        (n, features). output: name of the module to whose output g is added; None: ``feature``
-        itself, or the model's output
-        if feature is a callable. The defaults suit a linear head.
-    The last layer starts at zero, so an untrained side changes nothing, bit for bit.
-    Raises ValueError for another number of layers or too few neurons.
+    hidden neurons in all. feature: name of the module whose *input* the features are, or a callable
+    of the model's own arguments that returns them (n, features). output: name of the module to
+    whose output g is added; None: ``feature`` itself, or the model's output if feature is a
+    callable. The defaults suit a linear head. The last layer starts at zero, so an untrained side
+    changes nothing, bit for bit. Raises ValueError for another number of layers or too few neurons.
     """
 
     def __init__(
@@ -233,19 +229,14 @@ def exact_side(
     """A side network that is right on every edit and zero on every other sample listed, without
     training.
 
-    features: (K, d) of all samples that matter, edits among them; float32 or float64.
-    edits: row -> what g must add there, (outputs,), or the class that must win, which takes
-        ``logits`` too.
+    features: (K, d) of all samples that matter, edits among them; float32 or float64. edits: row ->
+    what g must add there, (outputs,), or the class that must win, which takes ``logits`` too.
     logits: (K, outputs) of f. margin: by which the class wins. layers: 2 (at most 3 N neurons) or 3
-        (at most 6 sqrt(3 N + 2), and
-    rounding, for one output). projection, tries, prefer: `choose_direction`. slack: share of the
-    gap between an edit and its
-    neighbour in which the neighbour's answer stays; features that vary a little (other batches)
-    need some.
-    out: an `AdditiveSide` in float64; zero generality: it knows the samples and nothing around
-        them.
-    Raises TypeError for bfloat16 or float16 features, ValueError for samples that cannot be told
-    apart.
+    (at most 6 sqrt(3 N + 2), and rounding, for one output). projection, tries, prefer:
+    `choose_direction`. slack: share of the gap between an edit and its neighbour in which the
+    neighbour's answer stays; features that vary a little (other batches) need some. out: an
+    `AdditiveSide` in float64; zero generality: it knows the samples and nothing around them. Raises
+    TypeError for bfloat16 or float16 features, ValueError for samples that cannot be told apart.
     Source: Sohn et al., UAI 2024, theorems 4.1 and 5.1.
     """
     if features.dtype in _HALF:

@@ -76,8 +76,7 @@ def advise(
     ] = None,
 ) -> None:
     """Recommend slices, r per layer, learning rate and interval from measurements on your data;
-    nothing is trained for
-    keeps."""
+    nothing is trained for keeps."""
     try:
         check_report(report)
         columns = Columns(text_column, label_column, image_column)
@@ -130,8 +129,7 @@ def advice_for(
     tried: int = 4,
 ) -> dict[str, Any]:
     """Survey and advice of a loaded model as one dictionary. tried: layers in which slices are
-    trained at random
-    positions, for the report."""
+    trained at random positions, for the report."""
     from slicefine.diagnose.advice import advise as recommend
     from slicefine.diagnose.survey import Options, survey
     from slicefine.diagnose.trials import TrialOptions
@@ -199,8 +197,7 @@ def _trial_batches(
     subject: Subject, size: int, steps: int, held: int, seed: int
 ) -> tuple[list[Any], list[Any]]:
     """(training, held-out) batches of the data, shuffled by the seed; the held-out rows are a
-    quarter of the data at
-    the most."""
+    quarter of the data at the most."""
     rows = subject.all_rows
     held = min(held, len(rows) // 4)
     if held < 4 or len(rows) - held < size:

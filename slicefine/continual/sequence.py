@@ -136,9 +136,9 @@ def run(
     """Train on the tasks in their order; test on all of them after each.
 
     make_model: the pretrained model, afresh each time. size: r of the slices; in mode ``full`` only
-        a label. config: the slices' other
-    choices. joint, alone: train the references too. save: a folder for the deltas of mode
-    ``attach``, one folder a task. Raises ValueError for a mode that does not fit.
+    a label. config: the slices' other choices. joint, alone: train the references too. save: a
+    folder for the deltas of mode ``attach``, one folder a task. Raises ValueError for a mode that
+    does not fit.
     """
     recipe = recipe or TrainingOptions()
     _check(tasks, mode, recipe)

@@ -152,10 +152,9 @@ def sweep(
     """`run` over sizes, modes and seeds.
 
     make_model: () -> the pretrained model (over="rank"), or width -> a model (over="width", which
-        trains every weight: mode "full").
-    save: a folder for the deltas of mode ``attach``, by size and task. tasks: a list, or seed ->
-        list. sizes: ranks or widths. threshold: of the knee. progress: called after each run.
-    The reference of joint training is made once per size and seed.
+    trains every weight: mode "full"). save: a folder for the deltas of mode ``attach``, by size and
+    task. tasks: a list, or seed -> list. sizes: ranks or widths. threshold: of the knee. progress:
+    called after each run. The reference of joint training is made once per size and seed.
     """
     if over not in ("rank", "width"):
         raise ValueError(f"over is {over!r}; expected 'rank' (of slices) or 'width' (of the model)")

@@ -17,8 +17,7 @@ class Difference:
     entries that each of them changes.
 
     shared: entries that both change; conflicts: shared entries with different new values; largest:
-        the largest absolute
-    difference of new values among them.
+    the largest absolute difference of new values among them.
     """
 
     key: str

@@ -2,10 +2,9 @@
 one-hot(C) (k, in).
 
 Changed rows are the transpose of it, blocks are either, and several patches of one weight add up.
-So the rank is the number of
-features that changed, no decomposition is needed, and whatever serves LoRA serves slices. A rank
-beyond what a server takes is
-truncated by singular values, and the error is said.
+So the rank is the number of features that changed, no decomposition is needed, and whatever serves
+LoRA serves slices. A rank beyond what a server takes is truncated by singular values, and the error
+is said.
 """
 
 from __future__ import annotations
@@ -87,16 +86,12 @@ def to_lora(
     the rounding of ``dtype``.
 
     server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`,
-        padded with zeros.
-    max_rank: truncate larger ranks; None: none for peft, 512 for vLLM. leave_out: drop what the
-        server's LoRA
-    cannot hold (biases, experts, nn.MultiheadAttention; for vLLM new heads too) instead of raising.
-    dtype: of the factors; float32 holds the
-    differences of lower precisions exactly (unless old and new are more than a factor of 8,000
-    apart).
-    Raises DeltaError for trained biases, for weights that no linear layer uses, and for heads where
-    vLLM is to serve it.
-    Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
+    padded with zeros. max_rank: truncate larger ranks; None: none for peft, 512 for vLLM.
+    leave_out: drop what the server's LoRA cannot hold (biases, experts, nn.MultiheadAttention; for
+    vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the differences of
+    lower precisions exactly (unless old and new are more than a factor of 8,000 apart). Raises
+    DeltaError for trained biases, for weights that no linear layer uses, and for heads where vLLM
+    is to serve it. Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
     """
     if server not in ("peft", "vllm"):
         raise ValueError(f"server is {server!r}; expected 'peft' or 'vllm'")
@@ -254,8 +249,7 @@ def _out_of_reach(delta: Delta) -> list[str]:
     """Keys of weights that are multiplied with, somewhere, without calling a linear layer.
 
     nn.MultiheadAttention reads even its ``out_proj.weight`` itself, and nn.TransformerEncoderLayer
-    ``linear1`` and ``linear2`` on its
-    fast path, which it takes for inference.
+    ``linear1`` and ``linear2`` on its fast path, which it takes for inference.
     """
     known = {*delta.base.get("tensors", ()), *delta.weights, *delta.whole}
     packed = {

@@ -15,8 +15,7 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     float64, rounded once.
 
     Entries that one delta alone changes, with weight 1, are copied. Raises DeltaError unless all
-    deltas have the same base and
-    whole modules (heads) come from one of them only.
+    deltas have the same base and whole modules (heads) come from one of them only.
     """
     first = deltas[0]
     for other in deltas[1:]:

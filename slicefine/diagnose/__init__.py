@@ -1,6 +1,5 @@
 """Look at a pretrained model and a little data before training: spectra, task energy, slice
-tangents, winning slices,
-advice."""
+tangents, winning slices, advice."""
 
 from slicefine.diagnose.advice import Advice, advise
 from slicefine.diagnose.capture import input_features, linear_layers, random_weights

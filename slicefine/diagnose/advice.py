@@ -1,12 +1,10 @@
 """One ranked recommendation: which modules, which slices, which r per layer, which learning rate,
-how many examples,
-and why.
+how many examples, and why.
 
 What could be measured on the user's data was measured, in short trainings that are taken back
 (`slicefine.diagnose.trials`): the learning rate, and candidates of equal or smaller planned memory
-side by side with
-the default. What was not is marked as a rule. A short training is a prediction of a long one and no
-more.
+side by side with the default. What was not is marked as a rule. A short training is a prediction of
+a long one and no more.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ LEAST_INTERVAL = 100
 @dataclass(frozen=True)
 class Line:
     """One line of the recommendation. effect: fall of the held-out loss against the alternative,
-    where it was measured;
-    lines are ranked by it."""
+    where it was measured; lines are ranked by it."""
 
     setting: str
     value: Any
@@ -45,8 +42,7 @@ class Line:
 @dataclass(frozen=True)
 class Advice:
     """lines: ranked. config: the `SliceConfig` to use. lr: of the slices. cost: planned bytes by
-    candidate. candidates:
-    what was tried, best first."""
+    candidate. candidates: what was tried, best first."""
 
     lines: list[Line]
     config: SliceConfig
@@ -65,8 +61,7 @@ class Advice:
 
 def method_of(config: SliceConfig, name: str = "slices") -> Method:
     """A `slicefine.plan.estimate.Method` of a config. Heads that train whole are left out: fake
-    tensors have no values for their
-    optimizer to read, and they cost every candidate the same."""
+    tensors have no values for their optimizer to read, and they cost every candidate the same."""
     slices = _changed(
         config,
         modules_to_save=None,
@@ -96,12 +91,9 @@ def allocate(
     """Widths in proportion to weights that cost no more than r everywhere.
 
     weights: layer -> how much it should get. heights: the slice's other extent (out_features of a
-        column slice).
-    widths: features that r may take of.
-    out: layer -> width, a multiple of 4 between 4 and 64 where the layer is wide enough, with
-        sum(r_l) <= r L and
-    sum(r_l h_l) <= r sum(h_l): neither kept activations nor trained parameters exceed those of r
-    everywhere.
+    column slice). widths: features that r may take of. out: layer -> width, a multiple of 4 between
+    4 and 64 where the layer is wide enough, with sum(r_l) <= r L and sum(r_l h_l) <= r sum(h_l):
+    neither kept activations nor trained parameters exceed those of r everywhere.
     """
     bounds = {
         name: (
@@ -270,8 +262,7 @@ def _claims(trial_steps: int, held: int) -> list[str]:
 
 def _interval(survey: dict[str, Any], base: SliceConfig, steps: int) -> int | None:
     """Every position once if the steps allow it, but never faster than `LEAST_INTERVAL`; a training
-    shorter than two
-    intervals stays."""
+    shorter than two intervals stays."""
     if steps < 2 * LEAST_INTERVAL:
         return None
     widths = sorted(

@@ -1,10 +1,8 @@
 """What runs through the linear layers of a model: features, gradients of one loss, and the same
-model with random
-weights.
+model with random weights.
 
 Memory beyond the model: a forward pass of one batch, and what the bound given holds (`passes`).
-    Nothing here keeps a
-copy of the model.
+Nothing here keeps a copy of the model.
 """
 
 from __future__ import annotations
@@ -98,8 +96,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @dataclass
 class Features:
     """At one layer's input. rows: (n, d) sampled positions (tokens, patches), float32. means:
-    (examples, d) over an
-    example's positions; (0, d) where the layer's first dimension is not the examples."""
+    (examples, d) over an example's positions; (0, d) where the layer's first dimension is not the
+    examples."""
 
     rows: Tensor
     means: Tensor
@@ -107,12 +105,10 @@ class Features:
 
 def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> list[list[int]]:
     """Which layers are looked at together, so that their features take at most ``budget`` bytes;
-    more passes where it
-    is small.
+    more passes where it is small.
 
     widths: input features of each layer. samples, examples: rows of `Features`. out: indices of
-        layers per pass.
-    Raises ValueError if the features of a single layer exceed the budget.
+    layers per pass. Raises ValueError if the features of a single layer exceed the budget.
     """
     size = lambda i: 4 * widths[i] * (samples + examples)
     groups: list[list[int]] = [[]]
@@ -139,9 +135,8 @@ def input_features(
     are left out.
 
     batches: keyword arguments of the model; positions that an ``attention_mask`` of the input's
-        shape hides are left
-    out.
-    samples: rows kept per layer; layers with the same inputs get one object.
+    shape hides are left out. samples: rows kept per layer; layers with the same inputs get one
+    object.
     """
     collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
     shared: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
@@ -217,13 +212,11 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
     that module runs.
 
     So the randomly initialised twin of a model takes the memory of its largest module and not that
-    of a second model.
-    Linear and embedding weights are normal with ``model.config.initializer_range`` where there is
-    one; else modules
-    initialise themselves (``reset_parameters``). Other
-    parameters: vectors called weight are ones, biases zeros, everything else normal with 0.02. A
-        module whose weights
-    its parent reads without calling it keeps them.
+    of a second model. Linear and embedding weights are normal with
+    ``model.config.initializer_range`` where there is one; else modules initialise themselves
+    (``reset_parameters``). Other parameters: vectors called weight are ones, biases zeros,
+    everything else normal with 0.02. A module whose weights its parent reads without calling it
+    keeps them.
     """
     deviation = getattr(getattr(model, "config", None), "initializer_range", None)
 

@@ -1,10 +1,9 @@
 """Task energy: how many directions the features of the user's data span at the input of a layer.
 
 Always to be read beside the same quantity of a randomly initialised model
-(`slicefine.diagnose.capture.random_weights`).
-Source: cumulative explained variance of centred features, arXiv 2510.08513; the label-aligned
-    variant is the share of
-the centred label matrix inside the span of the first k principal components.
+(`slicefine.diagnose.capture.random_weights`). Source: cumulative explained variance of centred
+features, arXiv 2510.08513; the label-aligned variant is the share of the centred label matrix
+inside the span of the first k principal components.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ class Energy:
     """Energy of n feature vectors of width d.
 
     curve: (min(n, d),) cumulative explained variance after 1, 2, ... components. k: tau -> least
-        number of components
-    with that share.
-    effective_rank: exp of the spectrum's entropy. aligned: (min(n, d),) share of the centred
-        labels' energy within the
-    first components, or None without labels. aligned_k: tau -> least number of components that hold
-    tau of what all of
-    them hold.
+    number of components with that share. effective_rank: exp of the spectrum's entropy. aligned:
+    (min(n, d),) share of the centred labels' energy within the first components, or None without
+    labels. aligned_k: tau -> least number of components that hold tau of what all of them hold.
     dead: number of features that never vary.
     """
 
@@ -52,11 +47,9 @@ def task_energy(
     """Cumulative explained variance of centred features.
 
     features: (n, d). labels: (m,) class numbers or (m, c) targets, for the label-aligned variant.
-        label_features: (m,
-    d), one row per label where features are finer than labels (tokens of a labelled text);
-    ``features`` otherwise.
-    out: an `Energy`. Raises ValueError for fewer than two rows, features that do not vary, labels
-        of another length.
+    label_features: (m, d), one row per label where features are finer than labels (tokens of a
+    labelled text); ``features`` otherwise. out: an `Energy`. Raises ValueError for fewer than two
+    rows, features that do not vary, labels of another length.
     """
     if features.dim() != 2 or features.shape[0] < 2:
         raise ValueError(
@@ -99,8 +92,7 @@ def _centred(features: Tensor) -> Tensor:
 
 def _principal(centred: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
     """(eigenvalues, left singular vectors (n, k) if asked for), largest first, from the smaller of
-    the two Gram
-    matrices."""
+    the two Gram matrices."""
     n, d = centred.shape
     if n <= d or vectors:
         values, left = torch.linalg.eigh(centred @ centred.t())

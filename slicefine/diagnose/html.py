@@ -1,12 +1,9 @@
 """A report as one HTML file that needs nothing else: text, tables, matplotlib figures as inline
 SVG.
 
-page = Page("Title", "one line under it")
-page.heading("A section")
-page.text("A paragraph.")
-page.table([{"layer": "encoder.0", "share": 0.25}], "what the rows are")
-page.figure(fig, "what the figure shows")
-page.write("report.html")
+page = Page("Title", "one line under it") page.heading("A section") page.text("A paragraph.")
+page.table([{"layer": "encoder.0", "share": 0.25}], "what the rows are") page.figure(fig, "what the
+figure shows") page.write("report.html")
 """
 
 from __future__ import annotations
@@ -137,8 +134,7 @@ class Page:
         self, folder: str | os.PathLike[str], stem: str, dpi: int = 110
     ) -> list[Path]:
         """The figures as PNG files ``stem-1.png``, ``stem-2.png`` and so on, for documents that
-        cannot hold the
-        page."""
+        cannot hold the page."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{stem}-{i}.png" for i in range(1, len(self._figures) + 1)]

@@ -1,12 +1,9 @@
 """Spectral balance of a weight: are its contiguous groups of rows or columns alike?
 
 An anomaly detector, and no evidence of pretraining: a random matrix is better balanced than a
-    trained one, because
-balance is what exchangeable rows give. What it finds are blocks where a contiguous slice would
-behave unlike the
-others.
-Source: the groups W_g, their Gram matrices and the two ratios follow arXiv 2510.08513, lemma 2.1;
-    the nulls are ours.
+trained one, because balance is what exchangeable rows give. What it finds are blocks where a
+contiguous slice would behave unlike the others. Source: the groups W_g, their Gram matrices and the
+two ratios follow arXiv 2510.08513, lemma 2.1; the nulls are ours.
 """
 
 from __future__ import annotations
@@ -39,21 +36,14 @@ class Balance:
     """Spectral balance of one weight on one axis.
 
     energies: (k,) mean eigenvalue of W_g W_g^T over the group's features, its squared Frobenius
-        norm per feature.
-    energy_ratio: largest of them over smallest. energy_cv: their coefficient of variation.
-        energy_z: (k,) of each
-    group, in standard deviations of a random group of as many features (exact under a shuffle).
-    profile_ratio: largest ratio, over pairs of groups and the top half of the ranks, of their
-        normalised spectra.
-    group_profile_ratios: (k,) the same of each group to the median group. effective_ranks: (k,) exp
-        of the spectrum's
-    entropy.
-    permutation, gaussian: statistic ("energy_ratio", "profile_ratio", "effective_rank_min") -> its
-        `Null`: the weight's
-    own features shuffled; a Gaussian matrix of the same shape.
-    flagged: (group, first feature, past the last, why) of groups where a contiguous slice would
-        behave unlike the
-    others.
+    norm per feature. energy_ratio: largest of them over smallest. energy_cv: their coefficient of
+    variation. energy_z: (k,) of each group, in standard deviations of a random group of as many
+    features (exact under a shuffle). profile_ratio: largest ratio, over pairs of groups and the top
+    half of the ranks, of their normalised spectra. group_profile_ratios: (k,) the same of each
+    group to the median group. effective_ranks: (k,) exp of the spectrum's entropy. permutation,
+    gaussian: statistic ("energy_ratio", "profile_ratio", "effective_rank_min") -> its `Null`: the
+    weight's own features shuffled; a Gaussian matrix of the same shape. flagged: (group, first
+    feature, past the last, why) of groups where a contiguous slice would behave unlike the others.
     """
 
     axis: str
@@ -73,8 +63,7 @@ class Balance:
 
 def group_bounds(features: int, groups: int | None = None) -> list[tuple[int, int]]:
     """Contiguous groups of nearly equal width: (first, past the last). Without a number: at least
-    8, at most
-    `GROUP_WIDTH` wide."""
+    8, at most `GROUP_WIDTH` wide."""
     if groups is None:
         groups = min(features, max(8, -(-features // GROUP_WIDTH)))
     if not 2 <= groups <= features:
@@ -95,12 +84,10 @@ def spectral_balance(
     """How alike the contiguous groups of a weight are, beside two nulls.
 
     weight: (out_features, in_features). axis: "row" groups output features, "column" input
-        features. draws: of each
-    null.
-    gaussian: the Gaussian null of this shape where it has been computed before (`gaussian_null`).
-    out: a `Balance`. Memory beyond the weight: one group of its features in float64. Raises
-        ValueError for another
-    axis, a weight that is no matrix, a zero or non-finite weight.
+    features. draws: of each null. gaussian: the Gaussian null of this shape where it has been
+    computed before (`gaussian_null`). out: a `Balance`. Memory beyond the weight: one group of its
+    features in float64. Raises ValueError for another axis, a weight that is no matrix, a zero or
+    non-finite weight.
     """
     matrix = _oriented(weight, axis)
     features = matrix.shape[0]
@@ -164,8 +151,7 @@ def _statistics(
     matrix: Tensor, bounds: list[tuple[int, int]], order: Tensor | None = None
 ) -> dict[str, Any]:
     """The statistics of the groups, of the features (rows) in their own order or in another; in
-    float64, one group at a
-    time."""
+    float64, one group at a time."""
     by_width: dict[int, list[int]] = {}
     for g, (start, stop) in enumerate(bounds):
         by_width.setdefault(stop - start, []).append(g)
@@ -219,8 +205,7 @@ def _nulls(drawn: list[dict[str, Any]]) -> dict[str, Null]:
 
 def _energy_z(norms: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
     """z of each group's mean squared norm against a group drawn without replacement: mean and
-    variance are known
-    exactly."""
+    variance are known exactly."""
     d, variance = len(norms), norms.var(correction=0)
     scores = []
     for start, stop in bounds:

@@ -1,12 +1,9 @@
 """Everything that can be known about a model and a little data before training, as one dictionary
-for JSON and for the
-HTML report.
+for JSON and for the HTML report.
 
 Memory beyond the model and a forward and backward pass of one batch: `Options.budget` for features,
-    `PASS_BYTES` for
-slice tangents, one weight's gradient, and for the random twin one module (`bound`). Nothing is
-trained for keeps: the
-model is the same afterwards, bit for bit.
+`PASS_BYTES` for slice tangents, one weight's gradient, and for the random twin one module
+(`bound`). Nothing is trained for keeps: the model is the same afterwards, bit for bit.
 """
 
 from __future__ import annotations
@@ -86,13 +83,10 @@ class Options:
     """What to look at, and how closely.
 
     r, axis: of the slices looked at. tokens: feature rows per layer. draws: of each null of the
-        balance. tried: layers
-    in which slices are trained at ``positions`` random positions for ``steps`` steps with learning
-    rate ``lr``. rank:
-    also slice tangents of those layers, on ``outputs`` ("logits", "contrast" or a number of random
-    projections).
-    budget: bytes of features held at a time. interval, epochs, batch_size: of the training whose
-        coverage is planned.
+    balance. tried: layers in which slices are trained at ``positions`` random positions for
+    ``steps`` steps with learning rate ``lr``. rank: also slice tangents of those layers, on
+    ``outputs`` ("logits", "contrast" or a number of random projections). budget: bytes of features
+    held at a time. interval, epochs, batch_size: of the training whose coverage is planned.
     """
 
     r: int = 16
@@ -126,14 +120,10 @@ def survey(
     """Measure a model on a little data.
 
     batches: keyword arguments of the model. labels: (examples,) class numbers in the order of the
-        batches, for the
-    label-aligned energy. examples: size of the whole training set, for coverage; what the batches
-    hold unless given.
-    loss, loss_batches: of the winning-slice check; the batches themselves unless given. config:
-        which layers; all
-    linear ones but the head.
-    out: plain numbers, strings, lists and dictionaries; the keys are those of the report's
-        sections.
+    batches, for the label-aligned energy. examples: size of the whole training set, for coverage;
+    what the batches hold unless given. loss, loss_batches: of the winning-slice check; the batches
+    themselves unless given. config: which layers; all linear ones but the head. out: plain numbers,
+    strings, lists and dictionaries; the keys are those of the report's sections.
     """
     options = options or Options()
     layers = linear_layers(model, config)
@@ -199,10 +189,8 @@ def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = N
     """Bytes that a survey takes beyond the model and a pass of one batch, at the most.
 
     Features of one pass, and beside them the largest of: float64 copies while one layer is
-        decomposed, the largest
-    module's random parameters (with a model), three times the largest weight in float32 (its
-    gradient, or a null of its
-    shape), slice tangents.
+    decomposed, the largest module's random parameters (with a model), three times the largest
+    weight in float32 (its gradient, or a null of its shape), slice tangents.
     """
     widest = max(layer.in_features for layer in layers)
     largest = max(layer.in_features * layer.out_features for layer in layers)
@@ -283,8 +271,7 @@ def _decomposed(features: dict[str, Features], labels: Tensor | None) -> dict[st
 
 def kind_of(name: str) -> tuple[str, int]:
     """A layer's kind and depth: ("self_attn.q_proj", 12) for "model.layers.12.self_attn.q_proj";
-    depth -1 where there
-    is no number."""
+    depth -1 where there is no number."""
     found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
     return (found[2], int(found[1])) if found else (name, -1)
 
@@ -316,8 +303,7 @@ def tangent_rows(
     labels: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each layer tried and one for all of them together: ranks on a pool of half the
-    examples, at most 48,
-    and what training sets of growing size leave invisible."""
+    examples, at most 48, and what training sets of growing size leave invisible."""
     by_name = {layer.name: layer for layer in layers}
     few = _first_examples(batches, 96)
     held = sum(len(next(iter(batch.values()))) for batch in few)

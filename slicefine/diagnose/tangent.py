@@ -1,21 +1,15 @@
 """The slice tangent: how a model's outputs answer to the entries of slices, and what that says
-about the examples
-needed.
+about the examples needed.
 
 J, ((n C), P), holds the derivative of output c of example i by each entry of the slices. It is
-built from one hook per
-sliced layer, which keeps the layer's input (its slice for a column slice) and the gradient at its
-output; no gradient
-of a whole weight exists. Where only inner products are needed, `slice_gram` adds up J J^T over
-chunks of parameters and
-J never exists.
+built from one hook per sliced layer, which keeps the layer's input (its slice for a column slice)
+and the gradient at its output; no gradient of a whole weight exists. Where only inner products are
+needed, `slice_gram` adds up J J^T over chunks of parameters and J never exists.
 
 At the pretrained weights the rank of J is a quantity of the neural tangent kernel; at fine-tuned
-weights it is that of
-local linear recovery. Say which.
-Source: local linear recovery, arXiv 2406.18035 (lemma 7: a sample recovers locally where the rank
-    on it equals the rank
-at all); its restriction to slices is ours.
+weights it is that of local linear recovery. Say which. Source: local linear recovery, arXiv
+2406.18035 (lemma 7: a sample recovers locally where the rank on it equals the rank at all); its
+restriction to slices is ours.
 """
 
 from __future__ import annotations
@@ -50,10 +44,8 @@ def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, B
     C).
 
     kind: "logits"; "contrast", logits less their mean over classes, less the last, which follows
-        from the others; or a
-    number k of random ±1 projections over sqrt(classes), for many classes. Logits with a position
-    (examples, T,
-    classes) are taken at each example's last visible position.
+    from the others; or a number k of random ±1 projections over sqrt(classes), for many classes.
+    Logits with a position (examples, T, classes) are taken at each example's last visible position.
     Raises ValueError for another kind.
     """
     if not (
@@ -87,8 +79,7 @@ def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, B
 
 class _Recorder:
     """Hooks on the sliced layers: the inputs of their calls, and a zero added to each output whose
-    gradient is the
-    output's."""
+    gradient is the output's."""
 
     def __init__(self, layers: Mapping[str, Layer], slices: Mapping[str, Slice]) -> None:
         self.slices = slices
@@ -124,8 +115,7 @@ def _terms(
     outputs: Any,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Of one batch, per layer: inputs (n, T, k) and output gradients (n, C, T, m), whose products
-    summed over T are
-    J."""
+    summed over T are J."""
     recorder = _Recorder(layers, slices)
     with recorder.stack, torch.enable_grad():
         result = outputs(model(**batch), batch)
@@ -187,12 +177,9 @@ def slice_jacobian(
     """J of the outputs by the entries of slices.
 
     slices: layer name -> (rows, cols) of its weight, None for all. batches: keyword arguments of
-        the model, which runs
-    in evaluation mode.
-    outputs: (model's return value, batch) -> (examples, C); `model_outputs` by default.
-    out: (examples * C, P), examples outer, in the order of ``slices`` with each slice in row-major
-        order, in the
-    model's dtype.
+    the model, which runs in evaluation mode. outputs: (model's return value, batch) -> (examples,
+    C); `model_outputs` by default. out: (examples * C, P), examples outer, in the order of
+    ``slices`` with each slice in row-major order, in the model's dtype.
     """
     layers = _prepared(model, slices)
     outputs = outputs or model_outputs()
@@ -220,8 +207,7 @@ def slice_gram(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """J J^T without J: (examples * C, examples * C), float64; the sum of `slice_grams` over the
-    layers. Raises
-    ValueError without a slice."""
+    layers. Raises ValueError without a slice."""
     total: Tensor | None = None
     for _, gram in slice_grams(model, slices, batches, outputs, chunk_bytes):
         total = gram if total is None else total.add_(gram)
@@ -240,10 +226,9 @@ def slice_grams(
     """(layer, J J^T of its slice alone), one after the other.
 
     As many layers share a pass over the data as `PASS_BYTES` hold, by the size of the first; of a
-    layer with one
-    position per example it is the product of two Gram matrices, of others a sum over chunks of at
-    most ``chunk_bytes``
-    of J (at least one row of a slice). Arguments otherwise as for `slice_jacobian`.
+    layer with one position per example it is the product of two Gram matrices, of others a sum over
+    chunks of at most ``chunk_bytes`` of J (at least one row of a slice). Arguments otherwise as for
+    `slice_jacobian`.
     """
     layers = _prepared(model, slices)
     outputs = outputs or model_outputs()
@@ -298,19 +283,13 @@ class TangentReport:
     down.
 
     parameters: P. examples, outputs: n and C of the pool. rank: of J on the pool, at ``tolerance``
-        of its largest
-    singular value. train_rank: the same on the training set, None without one. saturated: the rank
-    equals n C, so the
-    pool bounds it and a larger one may find more.
-    invisible: share, in [0, 1], of the pool's tangent (Frobenius norm) outside the span of the
-        training set's.
+    of its largest singular value. train_rank: the same on the training set, None without one.
+    saturated: the rank equals n C, so the pool bounds it and a larger one may find more. invisible:
+    share, in [0, 1], of the pool's tangent (Frobenius norm) outside the span of the training set's.
     effective_rank: exp of the entropy of the squared singular values. per_example: largest rank
-        that one example adds,
-    min(C, r) for a row slice.
-    n_min: ceil(rank / per_example), the noise-free, local best case. advised: 2 rank examples.
-    spectrum: singular values over the largest. top_share: of the five largest squared singular
-        values in the sum of
-    all.
+    that one example adds, min(C, r) for a row slice. n_min: ceil(rank / per_example), the
+    noise-free, local best case. advised: 2 rank examples. spectrum: singular values over the
+    largest. top_share: of the five largest squared singular values in the sum of all.
     """
 
     parameters: int
@@ -334,10 +313,9 @@ def sample_size(rank: int, outputs: int, r: int | None = None) -> tuple[int, int
     """(n_min, advised): ceil(rank / min(C, r)) examples at best, 2 rank as advice.
 
     r: width of a row slice, which one example at one position cannot exceed; None for other slices.
-        The first number is
-    that of the noise-free, local case: with fewer no method can tell the slice's directions apart,
-    with as many some
-    sets suffice. Source: lemma 7 and corollary 1 of arXiv 2406.18035, restricted to a slice.
+    The first number is that of the noise-free, local case: with fewer no method can tell the
+    slice's directions apart, with as many some sets suffice. Source: lemma 7 and corollary 1 of
+    arXiv 2406.18035, restricted to a slice.
     """
     if rank < 1 or outputs < 1:
         raise ValueError(f"rank is {rank} and outputs {outputs}; expected at least 1")
@@ -356,11 +334,9 @@ def tangent_rank(
     """Rank of the slices' tangent on a pool and on a training set, from one Gram matrix.
 
     pool, train: batches; no labels are needed. tolerance: singular values below it, relative to the
-        largest, count as
-    zero; a Gram matrix in float64 tells apart what is above about 1e-7. r: width, where the slices
-    are row slices seen
-    at one position.
-    out: a `TangentReport`. Raises ValueError for a tolerance that the Gram matrix cannot resolve.
+    largest, count as zero; a Gram matrix in float64 tells apart what is above about 1e-7. r: width,
+    where the slices are row slices seen at one position. out: a `TangentReport`. Raises ValueError
+    for a tolerance that the Gram matrix cannot resolve.
     """
     if not 1e-7 <= tolerance < 1:
         raise ValueError(
@@ -420,8 +396,7 @@ def label_alignment(gram: Tensor, targets: Tensor) -> float:
     most.
 
     gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centred one-hot labels. ‖K‖ is
-        the largest
-    eigenvalue.
+    the largest eigenvalue.
     """
     y = targets.to("cpu", torch.float64).flatten()
     if len(y) != len(gram) or not float(y.square().sum()) > 0.0:

@@ -1,6 +1,5 @@
 """Short trainings on the user's data that are taken back afterwards: the learning-rate range test,
-and candidates side
-by side."""
+and candidates side by side."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ from slicefine.optim import SliceAdamW
 @dataclass(frozen=True)
 class TrialOptions:
     """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear
-    decay to 0 after it.
-    clip: gradient norm, 0 for none."""
+    decay to 0 after it. clip: gradient norm, 0 for none."""
 
     head_lr: float = 2e-3
     warmup: float = 0.1
@@ -37,8 +35,7 @@ class TrialOptions:
 @dataclass(frozen=True)
 class ShortRun:
     """losses: of the training batches, before each step. held_loss: mean over the held-out batches
-    afterwards, None
-    without them."""
+    afterwards, None without them."""
 
     losses: list[float]
     held_loss: float | None
@@ -50,10 +47,8 @@ class RangeTest:
     average.
 
     low: where the smoothed loss has made a tenth of its fall. high: where it is lowest. suggested:
-        a tenth of high, at
-    least low.
-    diverged: whether it was stopped by a loss above its start. usable: whether the smoothed loss
-        fell at all.
+    a tenth of high, at least low. diverged: whether it was stopped by a loss above its start.
+    usable: whether the smoothed loss fell at all.
     """
 
     lrs: list[float]
@@ -80,13 +75,11 @@ def short_training(
     ticks: Iterable[Any] | None = None,
 ) -> ShortRun:
     """Train slices at their first positions for a few steps, look at the held-out loss, and take
-    everything back bit
-    for bit.
+    everything back bit for bit.
 
     config: its slices do not move during the run, so that what is to be taken back is known.
-        batches: used in turn. lr:
-    peak of warm-up and linear decay, or a function of the step.
-    stop: losses so far -> whether to end early.
+    batches: used in turn. lr: peak of warm-up and linear decay, or a function of the step. stop:
+    losses so far -> whether to end early.
     """
     recipe = recipe or TrialOptions()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -180,9 +173,7 @@ def lr_range_test(
     same afterwards.
 
     lowest, highest: geometric ends of the range. It stops where the smoothed loss exceeds its start
-        by as much as it
-    had fallen, and by a tenth at least.
-    Source: Smith, arXiv 1506.01186.
+    by as much as it had fallen, and by a tenth at least. Source: Smith, arXiv 1506.01186.
     """
     if not 0 < lowest < highest or steps < 10:
         raise ValueError(

@@ -2,11 +2,9 @@
 call, so the forward is ours.
 
 After the projections it is PyTorch's own sequence of operations, so the outputs are equal.
-PyTorch's inference fast paths read the
-weights of attention and of nn.TransformerEncoderLayer without calling any layer and look only at
-``requires_grad`` of those weights,
-which slices leave frozen; so while gradients are on, ``in_proj_weight`` answers with an alias that
-asks for one.
+PyTorch's inference fast paths read the weights of attention and of nn.TransformerEncoderLayer
+without calling any layer and look only at ``requires_grad`` of those weights, which slices leave
+frozen; so while gradients are on, ``in_proj_weight`` answers with an alias that asks for one.
 """
 
 from __future__ import annotations

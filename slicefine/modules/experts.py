@@ -47,8 +47,8 @@ class SliceExperts(SlicedModule):
     """The forward of transformers' modules of experts, through `SliceParameter` children.
 
     Mixed in front of the module's own class by `slicefine.get_slice_model` (``target_parameters``);
-    state-dict keys stay.
-    The host waits for the number of tokens of each expert, so torch.compile breaks its graph here.
+    state-dict keys stay. The host waits for the number of tokens of each expert, so torch.compile
+    breaks its graph here.
     """
 
     num_experts: int

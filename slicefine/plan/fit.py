@@ -17,10 +17,9 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> in
     """The largest size whose peak is within the budget, in bytes; 0 if not even 1 is.
 
     peak: size -> bytes, growing. Peaks grow almost linearly: the secant through the largest size
-        that fits and the smallest that does
-    not says where to look, through the two largest or smallest while only one kind is known. The
-    size returned has been evaluated
-    and fits; the one after it does not, by the secant at least.
+    that fits and the smallest that does not says where to look, through the two largest or smallest
+    while only one kind is known. The size returned has been evaluated and fits; the one after it
+    does not, by the secant at least.
     """
     known: dict[int, int] = {}
     size = start
@@ -91,9 +90,9 @@ HELP = {
 class Choice:
     """The first of several ways in which a step fits, or the leanest if none does.
 
-    peak_bytes: of a step of the batch asked for, without any switch.
-    chosen_bytes: of a step of ``batch`` with the switches of ``mode``.
-    batch: the batch asked for, or the largest that fits; 0 if not even 1 does.
+    peak_bytes: of a step of the batch asked for, without any switch. chosen_bytes: of a step of
+    ``batch`` with the switches of ``mode``. batch: the batch asked for, or the largest that fits; 0
+    if not even 1 does.
     """
 
     peak_bytes: int

@@ -2,10 +2,8 @@
 it is made of.
 
 On a GPU it is the allocator's own peak. On a CPU, and for fake tensors (`slicefine.plan.estimate`),
-every operator's results are followed
-until their storage is freed: exact for tensors, blind to buffers that a library allocates inside
-    one operator (the same blindness
-for every method).
+every operator's results are followed until their storage is freed: exact for tensors, blind to
+buffers that a library allocates inside one operator (the same blindness for every method).
 """
 
 from __future__ import annotations
@@ -34,9 +32,9 @@ class MemoryReport:
     included.
 
     breakdown: bytes of each of KINDS at that time; empty on a GPU, whose allocator does not tell.
-        Activations are what autograd
-    has saved for backward; logits are tensors whose last dimension is ``logits_width``.
-    phases: name -> the breakdown at the peak within it, for each name given to ``begin``.
+    Activations are what autograd has saved for backward; logits are tensors whose last dimension is
+    ``logits_width``. phases: name -> the breakdown at the peak within it, for each name given to
+    ``begin``.
     """
 
     bytes_before: int = 0
@@ -132,9 +130,8 @@ def track_memory(
     """Measure what runs inside the block.
 
     held: tensors that exist already and count (parameters, optimizer state); on a GPU the allocator
-        knows them.
-    model, optimizer: held too, and told apart in the breakdown as weights, gradients and moments.
-    logits_width: last dimension by which logits are known, the size of the vocabulary.
+    knows them. model, optimizer: held too, and told apart in the breakdown as weights, gradients
+    and moments. logits_width: last dimension by which logits are known, the size of the vocabulary.
     out: a report, filled in when the block ends.
     """
     device = torch.device(device)
@@ -207,11 +204,10 @@ def track_compiled(
     """`track_memory` for a function under torch.compile, on the CPU or with fake tensors.
 
     The backend runs the forward and backward graphs that torch.compile's own decompositions and
-    partitioner make, so what is saved
-    for backward and what is computed again is as compiled code has it. It runs them operator by
-    operator, and each intermediate
-    lives until its last use: the kernels into which inductor fuses operators allocate fewer.
-    Activations are what the forward graphs hand on to the backward.
+    partitioner make, so what is saved for backward and what is computed again is as compiled code
+    has it. It runs them operator by operator, and each intermediate lives until its last use: the
+    kernels into which inductor fuses operators allocate fewer. Activations are what the forward
+    graphs hand on to the backward.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition

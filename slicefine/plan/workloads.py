@@ -30,8 +30,8 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
     """A `slicefine.plan.estimate.Workload` from a configuration alone: no weights are read.
 
     model: a configuration file of any name, a folder that holds a config.json, or an id of the hub
-        (whose configuration is downloaded).
-    Raises ValueError for a configuration that no auto class takes.
+    (whose configuration is downloaded). Raises ValueError for a configuration that no auto class
+    takes.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(model)
@@ -70,9 +70,8 @@ def workload_of(config: Any, name: str, dtype: torch.dtype, auto: str | None = N
 
 def _one_sequence_in_a_row() -> AbstractContextManager[Any]:
     """transformers looks at positions for several sequences packed into a row; it finds none in
-    ordinary batches, and then needs no
-    attention mask. Fake tensors have no values to look at, and it would play safe with masks and
-    copies of keys and values.
+    ordinary batches, and then needs no attention mask. Fake tensors have no values to look at, and
+    it would play safe with masks and copies of keys and values.
     """
     return mock.patch.object(
         transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None

@@ -1,6 +1,6 @@
 """The C++ ops on a 64-bit Arm CPU, by cross compiler and emulator where this machine has them
-(Debian: g++-aarch64-linux-gnu,
-qemu-user): the same numbers as float64 says, stochastic rounding bit for bit."""
+(Debian: g++-aarch64-linux-gnu, qemu-user): the same numbers as float64 says, stochastic rounding
+bit for bit."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 method), read from JSON.
 
 The training parameters have the keys, meaning and defaults of PEFT's MetaMathQA comparison
-(``PEFT_COMMIT``), so a file
-of either harness serves the other. Unknown keys, methods and experiments raise ValueError with the
-nearest name.
+(``PEFT_COMMIT``), so a file of either harness serves the other. Unknown keys, methods and
+experiments raise ValueError with the nearest name.
 """
 
 from __future__ import annotations
@@ -100,9 +99,8 @@ class ShortRun:
     official one.
 
     peft_lr_factor: PEFT's learning rates are meant for 5,000 steps; those of peft's methods are
-        multiplied by it.
-    slice_switch_interval: replaces that of slice configs, or a short run would end before the first
-        move.
+    multiplied by it. slice_switch_interval: replaces that of slice configs, or a short run would
+    end before the first move.
     """
 
     peft_lr_factor: float = 1.0
@@ -166,10 +164,9 @@ def load_experiment(
     """One experiment under a setting.
 
     name: "method/variant", a folder with slice_config.json or PEFT's adapter_config.json (neither:
-        full fine-tuning)
-        and perhaps training_params.json, whose keys replace the setting's.
-    max_steps: shortens the run; eval_steps follows where it would be longer.
-    Raises ValueError for unknown experiments, methods and keys.
+    full fine-tuning) and perhaps training_params.json, whose keys replace the setting's. max_steps:
+    shortens the run; eval_steps follows where it would be longer. Raises ValueError for unknown
+    experiments, methods and keys.
     """
     names = experiment_names(folder)
     if name not in names:

@@ -2,8 +2,7 @@
 is: ".
 
 A task gives rows of query and response to train on, to validate and to test, and general text whose
-loss before and
-after training tells what was forgotten.
+loss before and after training tells what was forgotten.
 """
 
 from __future__ import annotations
