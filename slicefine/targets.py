@@ -77,6 +77,7 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
         )
     if not everything:
         _check_entries(config.target_modules or [], names)
+        _check_layers(config, names)
     _warn_of_unused(config, names)
     head = output_head(model)
     users = _users_of_weights(model)
@@ -139,6 +140,7 @@ def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
             f" {type(model).__name__}. Linear layers there:"
             f" {_some(n for n, m in names.items() if is_linear(m))}"
         )
+    _warn_of_idle_ranks(config, names, [target.name for target in targets])
     return targets
 
 
@@ -161,9 +163,14 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches_modules_to_save(config: SliceConfig, name: str) -> bool:
-    return any(
-        re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ()
-    )
+    return any(_saves(entry, name) for entry in config.modules_to_save or ())
+
+
+def _saves(entry: str, name: str) -> bool:
+    # a name may hold what means something in a pattern, so it is compared as a name first
+    if f".{entry}." in f".{name}.":
+        return True
+    return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
 
 
 def _named(entries: list[str] | str, name: str) -> bool:
@@ -183,21 +190,45 @@ def _listed(config: SliceConfig, name: str) -> bool:
     assert entries is not None
     if not _named(entries, name):
         return False
-    layers = config.layers_to_transform
-    if isinstance(entries, str) or name in entries or layers is None or layers == []:
+    wanted = _wanted_layers(config)
+    if isinstance(entries, str) or name in entries or wanted is None:
         return True
-    patterns = (
-        [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    )
-    regexes = (
-        [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns]
-        if patterns
-        else [r".*?\.[^.]*\.(?P<index>\d+)\."]
-    )
+    return _layer_index(config, name) in wanted
+
+
+def _wanted_layers(config: SliceConfig) -> list[int] | None:
+    layers = config.layers_to_transform
+    if layers is None or isinstance(layers, int):
+        return None if layers is None else [layers]
+    return list(layers) or None
+
+
+def _layer_index(config: SliceConfig, name: str) -> int | None:
+    """Number of the layer that a module is in, by layers_pattern; also of a list at the root."""
+    patterns = config.layers_pattern
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns or ()]
+    regexes = regexes or [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."]
     found = next((m for regex in regexes if (m := re.match(regex, name))), None)
-    return found is not None and int(found["index"]) in (
-        [layers] if isinstance(layers, int) else layers
-    )
+    return None if found is None else int(found["index"])
+
+
+def _check_layers(config: SliceConfig, names: Iterable[str]) -> None:
+    """Raise ValueError for an entry of layers_to_transform that is the number of no layer."""
+    entries, wanted = config.target_modules, _wanted_layers(config)
+    if wanted is None or entries is None or isinstance(entries, str):
+        return
+    listed = [n for n in names if n not in entries and _named(entries, n)]
+    found = sorted({i for n in listed if (i := _layer_index(config, n)) is not None})
+    missing = [i for i in wanted if i not in found]
+    if missing and listed:
+        raise ValueError(
+            f"layers_to_transform={wanted} names layer {', '.join(map(str, missing))}, which"
+            f" target_modules={entries!r} are not in. They are in layers"
+            f" {', '.join(map(str, found)) or 'that have no number'}; layers are counted from 0, and"
+            " layers_pattern names the list that they stand in"
+        )
 
 
 def _rank(config: SliceConfig, name: str) -> int:
@@ -518,6 +549,19 @@ def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:
     for pattern in config.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             warnings.warn(f"rank_pattern names {pattern!r}, which matches no module", stacklevel=4)
+
+
+def _warn_of_idle_ranks(config: SliceConfig, names: Iterable[str], targets: list[str]) -> None:
+    """An entry of rank_pattern whose modules are no targets has no effect either."""
+    names = list(names)
+    for pattern in config.rank_pattern:
+        matched = [n for n in names if re.match(rf"(.*\.)?({pattern})$", n)]
+        if matched and not any(re.match(rf"(.*\.)?({pattern})$", n) for n in targets):
+            warnings.warn(
+                f"rank_pattern names {pattern!r}, and {_some(matched)} is no target: it has no"
+                " effect",
+                stacklevel=4,
+            )
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

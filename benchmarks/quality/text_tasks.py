@@ -137,7 +137,9 @@ def train_once(
             training={"disable_tqdm": True, "logging_strategy": "no"},
         )
         tracked = _Tracked(step=3)
-        trainer = new_trainer(model, task, train, recipe, arguments(recipe), callbacks=(tracked,))
+        trainer = new_trainer(
+            model, task, task.dataset(train), recipe, arguments(recipe), callbacks=(tracked,)
+        )
         trainer.train()
     accuracy = measure(model, task, test, 64, recipe.bf16, torch.device("cpu"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

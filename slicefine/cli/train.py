@@ -11,7 +11,7 @@ import typer
 
 from slicefine.config import SliceConfig
 from slicefine.training.data import UserError
-from slicefine.training.recipe import Recipe, merged, read_yaml, settings_of
+from slicefine.training.recipe import RECIPE, Recipe, merged, read_yaml, settings_of
 
 _DATA, _CONFIG, _TRAINING, _RUN = "Data", "Slices", "Training", "Run"
 _SLICES = (
@@ -49,17 +49,15 @@ def train(
         float | None,
         _option("without --eval-data, hold out this share (0.1); 0: no evaluation", _DATA),
     ] = None,
-    text_column: Annotated[str | None, _option("text", _DATA)] = None,
-    label_column: Annotated[str | None, _option("label", _DATA)] = None,
-    image_column: Annotated[str | None, _option("image", _DATA)] = None,
+    text_column: Annotated[str | None, _option("its name (text)", _DATA)] = None,
+    label_column: Annotated[str | None, _option("its name (label)", _DATA)] = None,
+    image_column: Annotated[str | None, _option("its name (image)", _DATA)] = None,
     format: Annotated[
         str | None,
         _option("rows of a language model (auto): text, messages, prompt, ...", _DATA),
     ] = None,
     max_length: Annotated[int | None, _option("tokens (256)", _DATA)] = None,
-    packing: Annotated[
-        bool | None, _option("several texts in a row", _DATA, "--packing/--no-packing")
-    ] = None,
+    packing: Annotated[bool | None, _option("several texts in a row", _DATA, "--packing")] = None,
     config: Annotated[Path | None, _option("a SliceConfig as JSON", _CONFIG)] = None,
     r: Annotated[int | None, _option("width of a slice (16)", _CONFIG)] = None,
     slice_type: Annotated[str | None, _option("column, row, block, row_column", _CONFIG)] = None,
@@ -76,7 +74,7 @@ def train(
     modules_to_save: Annotated[
         list[str] | None, _option("module that trains whole; new heads do anyway", _CONFIG)
     ] = None,
-    epochs: Annotated[int | None, _option("3", _TRAINING)] = None,
+    epochs: Annotated[int | None, _option("times through the data (3)", _TRAINING)] = None,
     batch_size: Annotated[int | None, _option("rows a step and process (32)", _TRAINING)] = None,
     accumulate: Annotated[int | None, _option("batches per optimizer step (1)", _TRAINING)] = None,
     lr: Annotated[float | None, _option("of the slices (1e-3)", _TRAINING)] = None,
@@ -94,16 +92,12 @@ def train(
         _option(
             "update during backward; needs --clip 0 --accumulate 1",
             _TRAINING,
-            "--optimizer-in-bwd/--no-optimizer-in-bwd",
+            "--optimizer-in-bwd",
         ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        _option(
-            "recompute activations",
-            _TRAINING,
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-        ),
+        _option("recompute activations", _TRAINING, "--gradient-checkpointing"),
     ] = None,
     early_stopping: Annotated[
         int | None,
@@ -123,9 +117,11 @@ def train(
     samples: Annotated[
         int | None, _option("prompts that a language model answers before and after (1)", _RUN)
     ] = None,
-    resume: Annotated[bool, _option("go on from the checkpoint in --output", _RUN)] = False,
+    resume: Annotated[
+        bool, _option("go on from the checkpoint in --output", _RUN, "--resume")
+    ] = False,
     print_recipe: Annotated[
-        bool, _option("print what would run, as a recipe, and end", _RUN)
+        bool, _option("print what would run, as a recipe, and end", _RUN, "--print-recipe")
     ] = False,
 ) -> None:
     """Fine-tune a pretrained model; --output is an ordinary model folder, and the delta folder in
@@ -151,8 +147,10 @@ def train(
 def _recipe(given: dict[str, Any]) -> Recipe:
     """The file's content with the options over it."""
     file, config = given.pop("recipe"), given.pop("config")
-    for name in ("resume", "print_recipe"):
-        given.pop(name)
+    resume, output = given.pop("resume"), given["output"]
+    given.pop("print_recipe")
+    if resume and file is None and output is not None and (output / RECIPE).is_file():
+        file = output / RECIPE
     slices = {name: given.pop(name) for name in _SLICES}
     training = settings_of(given.pop("settings") or ())
     over: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

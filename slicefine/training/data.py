@@ -22,7 +22,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-FORMATS = ".csv, .tsv, .jsonl, .json (each also as .gz), .parquet or .arrow"
+FORMATS = ".csv, .tsv, .jsonl, .json, .txt (each also as .gz), .parquet or .arrow"
 _TRAIN, _HELD = ("train",), ("test", "valid", "val", "dev", "eval")
 
 
@@ -34,7 +34,7 @@ def read_rows(data: str, columns: list[str], what: str = "--data") -> list[Row]:
     """All rows, each with at least the given columns, none of them empty.
 
     Args:
-        data: a file (csv, tsv, jsonl, json, parquet, arrow), a folder of such files, of images or
+        data: a file (csv, tsv, jsonl, json, txt with a text a line, parquet, arrow), a folder of such files, of images or
             of ``datasets.save_to_disk``, or a data set of the hub: ``id``, ``id@config``,
             ``id:split``.
         columns: that every row must have.
@@ -156,6 +156,12 @@ def _read_tsv(path: Path, place: str) -> list[Row]:
     return _read_csv(path, place, "\t")
 
 
+def _read_txt(path: Path, place: str) -> list[Row]:
+    """A text a line."""
+    lines = _text_of(path, place).split("\n")
+    return [{"text": line.rstrip("\r")} for line in lines if line.strip()]
+
+
 def _read_json(path: Path, place: str) -> list[Row]:
     """JSON Lines, or one array of objects."""
     text = _text_of(path, place)
@@ -217,6 +223,7 @@ def _read_arrow(path: Path, place: str) -> list[Row]:
 _READERS: dict[str, Callable[[Path, str], list[Row]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
+    ".txt": _read_txt,
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,

@@ -17,6 +17,8 @@ from slicefine.training.chat import FORMS
 from slicefine.training.data import UserError
 from slicefine.training.tasks import TASKS, Columns
 
+# The copy in the output folder.
+RECIPE = "recipe.yaml"
 Format = Literal["auto", "text", "messages", "conversations", "prompt", "instruction"]
 # What may differ between a run that was interrupted and the one that goes on with it.
 _FREE = {"output", "save_every", "device", "samples"}

@@ -17,13 +17,13 @@ from slicefine import atomic
 from slicefine.model import get_slice_model
 from slicefine.training import samples
 from slicefine.training.arguments import arguments, check_device
-from slicefine.training.data import Row, UserError, read_rows, split_rows
+from slicefine.training.data import UserError, read_rows, split_rows
 from slicefine.training.evaluation import file_sha256, measure, planned, rows_sha256
-from slicefine.training.recipe import Recipe
+from slicefine.training.recipe import RECIPE, Recipe
 from slicefine.training.tasks import TASKS, CausalLM, ImageClassification, Task, location
 from slicefine.training.trainer import Interruption, last_checkpoint, new_trainer
 
-RECIPE, RUN = "recipe.yaml", "run.json"
+RUN = "run.json"
 INTERRUPTED = 130
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -72,6 +72,8 @@ class _Run:
             raise UserError(f"--dtype {recipe.dtype}: expected one of {', '.join(_DTYPES)}")
         check_output(self.output, self.model_name, self.resume)
         self.checkpoint = last_checkpoint(self.output) if self.resume else None
+        if self.resume and (self.output / "training.json").exists() and not self._unfinished():
+            raise UserError(f"--resume: the run in {self.output} is finished")
         if self.resume and self.checkpoint is None:
             raise UserError(f"--resume: no checkpoint at {self.output}")
         check_device(recipe.device)
@@ -83,8 +85,12 @@ class _Run:
         if self.checkpoint is not None:
             self._check_same_run()
         self.task.load_inputs(self.model_name)
-        for rows, what in ((self.rows, "--data"), (self.held, "--eval-data")):
-            self._try_rows(rows, what)
+        if isinstance(self.task, CausalLM):
+            # a template that does not take a conversation says so now
+            self._make_data()
+
+    def _unfinished(self) -> bool:
+        return (self.output / RUN).exists()
 
     def _read(self) -> None:
         recipe, task = self.recipe, self.task
@@ -100,11 +106,10 @@ class _Run:
         task.check_labels(held)
         self.rows, self.held, self.all_rows = rows, held, held
 
-    def _try_rows(self, rows: list[Row], what: str) -> None:
-        """A template that does not take a conversation says so now, not after the model's load."""
-        if isinstance(self.task, CausalLM):
-            for number, row in enumerate(rows, 1):
-                self.task.rendered(row, f"{what}: row {number}")
+    def _make_data(self) -> None:
+        held = self.held or None
+        self.train_data = self.task.dataset(self.rows)
+        self.held_data = None if held is None else self.task.dataset(held, "--eval-data")
 
     def _check_same_run(self) -> None:
         try:
@@ -152,13 +157,16 @@ class _Run:
             raise UserError(str(error)) from error
         self.use_cache = getattr(self.model.config, "use_cache", None)
         self.interruption = Interruption()
+        if not isinstance(task, CausalLM):
+            # the numbers of the labels are known now
+            self._make_data()
         self.trainer = new_trainer(
             self.model,
             task,
-            self.rows,
+            self.train_data,
             recipe,
             self.args,
-            self.held,
+            self.held_data,
             (self.interruption,),
         )
 
@@ -189,7 +197,7 @@ class _Run:
         main = self.args.process_index == 0
         total = total_steps(trainer)
         self.say(self._summary(total))
-        for note in getattr(task, "notes", ()):
+        for note in task.notes:
             self.say(note)
         if main:
             self._write_run()

@@ -44,6 +44,8 @@ class Task:
     def __init__(self, columns: Columns, max_length: int) -> None:
         self.columns, self.max_length = columns, max_length
         self.labels: list[str] = []
+        # what was done to rows, for the user to read
+        self.notes: list[str] = []
 
     def required(self) -> list[str]:
         raise NotImplementedError
@@ -381,7 +383,7 @@ class CausalLM(_TextTask):
                 f"{what}: no row has anything to predict within --max-length {self.max_length}"
                 " tokens; raise it, or look at the rows"
             )
-        self.notes = _notes(what, self.max_length, encoded, kept)
+        self.notes += _notes(what, self.max_length, encoded, kept)
         columns = {
             "input_ids": [encoded[i][0] for i in kept],
             "labels": [encoded[i][1] for i in kept],

@@ -22,7 +22,7 @@ from slicefine.integrations.transformers import SliceCallback
 from slicefine.layer import SliceLayer
 from slicefine.optim import SliceAdamW
 from slicefine.registry import layers_of
-from slicefine.training.data import Row, UserError
+from slicefine.training.data import UserError
 from slicefine.training.recipe import Recipe
 from slicefine.training.tasks import CausalLM, ImageClassification, Task
 
@@ -33,10 +33,10 @@ WINDOW = 25
 def new_trainer(
     model: Any,
     task: Task,
-    rows: list[Row],
+    data: Any,
     recipe: Recipe,
     args: Any,
-    held: list[Row] | None = None,
+    held: Any = None,
     callbacks: tuple[Any, ...] = (),
 ) -> Any:
     """A trainer of a model that has slices.
@@ -44,10 +44,10 @@ def new_trainer(
     Args:
         model: from `get_slice_model`.
         task: `prepare`d with the rows, its tokenizer or processor loaded.
-        rows: to train on.
+        data: to train on, from ``task.dataset``.
         recipe: learning rates, optimizer, seed.
         args: of `slicefine.training.arguments.arguments`.
-        held: rows for the evaluation while training; none where the arguments want none.
+        held: data for the evaluation while training, used where the arguments want one.
         callbacks: more of Trainer's.
 
     Returns:
@@ -59,12 +59,12 @@ def new_trainer(
     kind: Any = _language_trainer() if isinstance(task, CausalLM) else ClassifierTrainer
     if isinstance(task, CausalLM):
         refuse_sliced_head(model)
-    evaluated = task.dataset(held, "--eval-data") if held and wants_evaluation(args) else None
+    evaluated = held if wants_evaluation(args) else None
     resumes = SliceCallback(args.resume_from_checkpoint)
     trainer = kind(
         model=model,
         args=args,
-        train_dataset=task.dataset(rows),
+        train_dataset=data,
         eval_dataset=evaluated,
         callbacks=[resumes, *_stopping(recipe, evaluated), *callbacks],
         **_options(task),

@@ -207,9 +207,8 @@ def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(
         encoder, reviews, tmp_path / "out", "--resume", "--head-lr", 1.0, *extra, code=2
     )
     assert "the checkpoint is of another run: head_lr (saved 0.002, given 1.0)" in refused
-    assert "resumed at step 5 of 12" in classify(
-        encoder, reviews, tmp_path / "out", "--resume", *extra
-    )
+    # the folder holds its recipe
+    assert "resumed at step 5 of 12" in run("--resume", "--output", tmp_path / "out")
     straight, resumed = weights_in(tmp_path / "straight"), weights_in(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
@@ -448,3 +447,9 @@ def test_rows_may_hold_unicode_line_separators(tmp_path):
     assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"), ["text"])] == [
         "one\u2028two\nthree"
     ]
+
+
+def test_no_training_loop_is_left_in_the_command_line():
+    for path in (ROOT / "slicefine" / "cli").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ".backward(" not in text and "optimizer.step(" not in text, path.name

@@ -186,3 +186,47 @@ def test_quantised_and_meta_weights_are_named():
         find_targets(quantised, SliceConfig(r=2))
     with pytest.raises(ValueError, match="meta device, without values; load the weights first"):
         find_targets(nn.Sequential(nn.Linear(4, 4, device="meta")), SliceConfig(r=2))
+
+
+class Layered(nn.Module):
+    """Three layers in a list below another module, or at the root."""
+
+    def __init__(self, at_root=False):
+        super().__init__()
+        layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(3))
+        self.other = nn.Linear(8, 8)
+        if at_root:
+            self.layers = layers
+        else:
+            self.body = nn.Module()
+            self.body.layers = layers
+
+
+@pytest.mark.parametrize(("wanted", "missing"), [([1, 7], "7"), ([1, -1], "-1"), (3, "3")])
+def test_a_layer_number_that_does_not_exist_is_refused(wanted, missing):
+    config = SliceConfig(r=2, target_modules=["fc"], layers_to_transform=wanted)
+    with pytest.raises(ValueError, match=f"names layer {missing}, .*in layers 0, 1, 2;"):
+        find_targets(Layered(), config)
+
+
+def test_layers_of_a_list_at_the_root_are_counted_too():
+    config = SliceConfig(r=2, target_modules=["fc"], layers_to_transform=[0, 2])
+    names = [target.name for target in find_targets(Layered(at_root=True), config)]
+    assert names == ["layers.0.fc", "layers.2.fc"]
+
+
+def test_a_rank_for_what_is_no_target_warns():
+    config = SliceConfig(r=2, target_modules=["fc"], rank_pattern={"other": 4})
+    with pytest.warns(UserWarning, match="rank_pattern names 'other', and other is no target"):
+        find_targets(Layered(), config)
+
+
+def test_a_module_to_save_is_first_of_all_a_name():
+    model = nn.Module()
+    model.a = nn.Linear(8, 8)
+    for name in ("head(1)", "head1"):
+        model.register_module(name, nn.Linear(8, 3))
+    config = SliceConfig(r=2, target_modules=["a"], modules_to_save=["head(1)"])
+    get_slice_model(model, config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"head(1).weight", "head(1).bias"} <= trained

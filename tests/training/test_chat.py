@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -158,3 +163,14 @@ def test_what_is_cut_or_left_out_is_said(task):
     assert "1 of 3 rows have nothing to learn" in left_out and "row 1" in left_out
     with pytest.raises(UserError, match="no row has anything to predict"):
         task.dataset(rows[:1])
+
+
+def test_a_model_that_knows_nothing_has_no_perplexity(task):
+    """exp(1000) is no float; the training before it must not be lost for that."""
+
+    class Bad(torch.nn.Module):
+        def forward(self, **batch):
+            return SimpleNamespace(loss=torch.tensor(1000.0))
+
+    value = task.evaluate(Bad(), [[{"text": "a film"}]], nullcontext, torch.device("cpu"))
+    assert value == math.inf

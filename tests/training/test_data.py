@@ -145,9 +145,15 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert read_rows(path, ["text", "label"]) == ROWS, path
 
 
+def test_a_text_file_is_a_text_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a film\r\n\n two, three\n")
+    assert read_rows(str(path), ["text"]) == [{"text": "a film"}, {"text": " two, three"}]
+
+
 def test_what_is_no_data_says_so(tmp_path):
     pytest.importorskip("datasets")
-    assert "ends in .csv" in refused(write(tmp_path, "notes.txt", "a"))
+    assert "ends in .csv" in refused(write(tmp_path, "notes.md", "a"))
     broken = write(tmp_path, "a.parquet", "PAR1 and no more")
     assert "not readable as Parquet" in refused(broken)
     (tmp_path / "mixed").mkdir()

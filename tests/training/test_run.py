@@ -285,6 +285,8 @@ def test_another_run_is_not_gone_on_with(encoder, reviews, tmp_path):
         quiet(classifier(encoder, reviews, out), resume=True)
     Path(reviews).write_text(rows)
     assert quiet(classifier(encoder, reviews, out, training=training), resume=True)[0] == 0
+    with pytest.raises(UserError, match="is finished"):
+        quiet(classifier(encoder, reviews, out), resume=True)
 
 
 def test_the_order_of_rows_is_a_function_of_seed_and_epoch():
