@@ -1,4 +1,4 @@
-// Runs the ops of csrc on a recorded case and prints what they computed; tests/test_aarch64.py builds it for another CPU.
+// Runs the ops of csrc on a recorded case and prints what they computed; tests/ops/test_aarch64.py builds it for another CPU.
 //
 // stdin: int64 n, R, K, dtype, rows?, then dY (n, out), X (n, K), W (out, in), rows [R], cols [K], master, m, v [R, K] float;
 // stdout: gradient [R, K] float, then master, m, v after slice_adamw and W, then the same after slice_grad_adamw.
@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../csrc/ops.h"
+#include "../../csrc/ops.h"
 
 using namespace slicefine;
 
@@ -31,8 +31,8 @@ int main() {
   const auto master = read<float>(R * K), m = read<float>(R * K), v = read<float>(R * K);
   const AdamWOptions options{1e-2, 0.9, 0.999, 1e-8, 0.1, false, dtype == DType::bf16, 1234567};
 
-  std::vector<float> workspace(generic::slice_grad_workspace(n, std::max(R, K))), grad(R * K);
-  const GradInputs inputs{dy.data(), x.data(), out, K, n, h[4] ? rows.data() : nullptr, R, K, dtype, workspace.data()};
+  std::vector<float> grad(R * K);
+  const GradInputs inputs{dy.data(), x.data(), out, K, n, h[4] ? rows.data() : nullptr, R, K, dtype};
   for (int threads = 1; threads <= 2; ++threads) generic::slice_grad(inputs, grad.data(), threads);
   write(grad);
   for (const bool fused : {false, true}) {

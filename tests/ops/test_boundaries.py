@@ -7,7 +7,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from array import array
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +200,32 @@ def test_a_layer_trains_on_where_every_thread_fails():
             print("fine" if "memory" in str(error) or "allocate" in str(error) else error)
         """)
     assert lines == ["fine"]
+
+
+def test_a_module_of_other_sources_is_refused_by_name():
+    """Rows that Python and C++ describe differently would be addresses in the wrong place."""
+    from slicefine.backends import table
+
+    other: Any = ModuleType("slicefine._C")
+    other.__file__ = "/somewhere/_C.so"
+    assert "slicefine._C at /somewhere/_C.so was built from other sources" in (
+        table.mismatch(other) or ""
+    )
+    other.layout = dict(cpu._C.layout)
+    assert table.mismatch(other) is None
+    weight, *others = other.layout["SliceRow"]
+    for change in ({"SliceRow": (*others, weight)}, {"BLOCK_8BIT": 128}, {"dtypes": {}}):
+        other.layout = {**cpu._C.layout, **change}
+        assert table.mismatch(other) is not None, change
+
+
+def test_the_compiled_module_checks_the_size_of_rows_and_tables():
+    row, options = [0] * len(cpu.SliceRow._fields), AdamWOptions(1e-3, 0.9, 0.99, 1e-8, 0.0)
+    for numbers in (array("q", row[:-1]), array("q", [*row, 0]), array("i", row)):
+        with pytest.raises(ValueError, match="expected rows of 17 int64"):
+            cpu._C.slice_adamw(numbers, options, 1)
+        with pytest.raises(ValueError, match="expected rows of 17 int64"):
+            cpu._C.write_slices(numbers, 1)
+    for short in ((0,) * 10, (0,) * 12):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            cpu._C.slice_grad(short, 0, 1)
