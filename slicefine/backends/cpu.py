@@ -74,7 +74,8 @@ def slice_grad(
     """See `slicefine.backends.reference.slice_grad`."""
     row, _keep = gradient_row(grad_output, input, rows)
     dtype = accumulation_dtype(grad_output.dtype)
-    out = grad_output.new_empty((row.R, row.K), dtype=dtype)
+    height = grad_output.shape[1] if rows is None else rows.shape[0]
+    out = grad_output.new_empty((height, input.shape[1]), dtype=dtype)
     _C.slice_grad(row, out.data_ptr(), torch.get_num_threads())
     return out
 

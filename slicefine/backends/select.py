@@ -263,7 +263,8 @@ def direct(*tensors: Tensor) -> ModuleType | None:
     matrix product has emptied the caches: together a fifth of what a slice costs beside a frozen
     layer on the CPU. A GPU's kernels run meanwhile.
     """
-    if _forced is not None or watched():
+    # spelled out, not `watched()`: this runs in every forward and backward of a layer
+    if _forced is not None or torch.compiler.is_compiling() or _modes() or _profiling():
         return None
     for tensor in tensors:
         # a view that the dispatcher would have to negate first is not what its memory holds

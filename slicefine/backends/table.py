@@ -77,14 +77,15 @@ def gradient_row(
     input: Tensor,  # [N, K]
     rows: Tensor | None,  # [R]
     allow_tf32: bool = False,
-) -> tuple[GradientRow, tuple[Tensor, Tensor]]:
-    """The row, and the tensors that must outlive the call."""
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
+    """A `GradientRow`, and the tensors that must outlive the call."""
     (n, out_features), K = grad_output.shape, input.shape[1]
     if grad_output.stride(1) != 1 and out_features > 1:
         grad_output = grad_output.contiguous()
     if input.stride(1) != 1 and K > 1:
         input = input.contiguous()
-    row = GradientRow(
+    # a plain tuple in the order of GradientRow: this runs in every backward of a layer
+    row = (
         grad_output.data_ptr(),
         grad_output.stride(0),
         out_features,
