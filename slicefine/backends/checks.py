@@ -54,9 +54,10 @@ def check_slice(
     )
     expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = weight.device
-    for name, index in (("rows", rows), ("cols", cols)):
-        if index is not None:
-            check_index(op, name, index, device)
+    if rows is not None:
+        check_index(op, "rows", rows, device)
+    if cols is not None:
+        check_index(op, "cols", cols, device)
     step = None if isinstance(s, SliceWrite) else s.step
     if step is not None and step.numel() != 1:
         raise ValueError(f"{op}: step has shape {tuple(step.shape)}; expected one number")

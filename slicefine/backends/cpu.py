@@ -20,6 +20,8 @@ from slicefine.backends.reference import accumulation_dtype
 from slicefine.backends.table import (
     DTYPES,
     SliceRow,
+    adamw_row,
+    check_contiguous,
     gradient_row,
     index_address,
     mismatch,
@@ -111,7 +113,7 @@ def slice_grad_adamw(
         )
     gradient, _keep = gradient_row(grad_output, input, active.rows)
     step = active.step.float()
-    place = slice_row(active._replace(step=step))
+    place = adamw_row(active, None, step)
     _C.slice_grad_adamw(gradient, place, options, torch.get_num_threads())
 
 
@@ -138,12 +140,14 @@ def adamw_table(
         if step.dtype != torch.float32:
             step = step.float()
             keep.append(step)
-        rows.append(slice_row(s._replace(step=step), grad))
+        rows.append(adamw_row(s, grad, step))
     return table(rows), keep
 
 
 def write_rows(slices: Sequence[SliceWrite]) -> array:
-    return table(slice_row(s) for s in slices)
+    for s in slices:
+        check_contiguous(master=s.master)
+    return table(slice_row(s.weight, s.rows, s.cols, s.master) for s in slices)
 
 
 def set_gradients(numbers: array, addresses: list[int]) -> None:

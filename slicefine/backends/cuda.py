@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit
-from slicefine.backends.table import gradient_row, mismatch, slice_row, table
+from slicefine.backends.table import adamw_row, gradient_row, mismatch, table
 
 unavailable: str | None = None
 try:
@@ -63,7 +63,7 @@ def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     for s, grad in zip(slices, grads, strict=True):
         _check_slice(op, s, grad)
         _check_state(op, s.weight, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
-        rows.append(slice_row(s, grad))
+        rows.append(adamw_row(s, grad, s.step))
     if rows:
         _CUDA.slice_adamw(table(rows), options, (*_launch(slices[0].weight), 0, 0))
 
@@ -84,7 +84,7 @@ def slice_adamw_8bit(
         _check_state(
             op, s.weight, exp_avg_scale=s.exp_avg_scale, exp_avg_sq_scale=s.exp_avg_sq_scale
         )
-        rows.append(slice_row(s, grad))
+        rows.append(adamw_row(s, grad, s.step))
     if not rows:
         return
     if codebook.shape != (2, 256):
@@ -113,7 +113,7 @@ def slice_grad_adamw(
     launch = _launch(input)
     partials, counters = _workspace(launch)
     where = (*launch, partials.data_ptr(), counters.data_ptr())
-    _CUDA.slice_grad_adamw(gradient, slice_row(active), options, where)
+    _CUDA.slice_grad_adamw(gradient, adamw_row(active, None, active.step), options, where)
 
 
 def _float32(grad: Tensor | None) -> Tensor:

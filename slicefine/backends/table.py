@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slicefine.backends.operands import BLOCK_8BIT, AdamWSlice, AdamWSlice8bit, SliceWrite
+from slicefine.backends.operands import BLOCK_8BIT, AdamWSlice, AdamWSlice8bit
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -101,33 +101,51 @@ def gradient_row(
     return row, (grad_output, input)
 
 
-def slice_row(s: AdamWSlice | AdamWSlice8bit | SliceWrite, grad: Tensor | None = None) -> SliceRow:
-    """grad: contiguous, of the master's dtype, in place of the one that the slice has."""
-    weight, master = s.weight, s.master
-    moments: tuple[Tensor, ...] = ()
-    if isinstance(s, SliceWrite):
-        check_contiguous(master=master)
-    elif isinstance(s, AdamWSlice):
-        moments = (s.exp_avg, s.exp_avg_sq)
-        check_contiguous(master=master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
-    else:
-        moments = (s.exp_avg, s.exp_avg_sq, s.exp_avg_scale, s.exp_avg_sq_scale)
-        names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
-        check_contiguous(master=master, **dict(zip(names, moments, strict=True)))
-    addresses = [t.data_ptr() for t in moments] + [0] * (4 - len(moments))
-    place = (weight.data_ptr(), *weight.shape, *weight.stride(), DTYPES[weight.dtype])
-    indices = (index_address(s.rows), index_address(s.cols), *master.shape)
-    values = (master.data_ptr(), 0 if grad is None else grad.data_ptr())
-    step = 0 if isinstance(s, SliceWrite) else s.step.data_ptr()
-    return SliceRow._make((*place, *indices, *values, *addresses, step))
+def slice_row(
+    weight: Tensor,  # [out, in]
+    rows: Tensor | None,  # [R]
+    cols: Tensor | None,  # [K]
+    master: Tensor,  # [R, K]
+    rest: tuple[int, ...] = (0, 0, 0, 0, 0, 0),
+) -> tuple[int, ...]:
+    """A `SliceRow`. rest: its columns from ``grad`` on."""
+    R, K = master.shape
+    out_features, in_features = weight.shape
+    stride_row, stride_col = weight.stride()
+    # a plain tuple in the order of SliceRow: hundreds of slices are written down at every step
+    return (
+        weight.data_ptr(),
+        out_features,
+        in_features,
+        stride_row,
+        stride_col,
+        DTYPES[weight.dtype],
+        0 if rows is None else index_address(rows),
+        0 if cols is None else index_address(cols),
+        R,
+        K,
+        master.data_ptr(),
+        *rest,
+    )
 
 
-def table(rows: Iterable[SliceRow]) -> array:
+def adamw_row(s: AdamWSlice | AdamWSlice8bit, grad: Tensor | None, step: Tensor) -> tuple[int, ...]:
+    """The row of an update. grad: contiguous, of the master's dtype. step: float32."""
+    master, m, v = s.master, s.exp_avg, s.exp_avg_sq
+    if not (master.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
+        check_contiguous(master=master, exp_avg=m, exp_avg_sq=v)
+    scales = (0, 0)
+    if isinstance(s, AdamWSlice8bit):
+        check_contiguous(exp_avg_scale=s.exp_avg_scale, exp_avg_sq_scale=s.exp_avg_sq_scale)
+        scales = (s.exp_avg_scale.data_ptr(), s.exp_avg_sq_scale.data_ptr())
+    address = 0 if grad is None else grad.data_ptr()
+    rest = (address, m.data_ptr(), v.data_ptr(), *scales, step.data_ptr())
+    return slice_row(s.weight, s.rows, s.cols, master, rest)
+
+
+def table(rows: Iterable[tuple[int, ...]]) -> array:
     """Rows one after the other, as the modules read many slices."""
-    numbers = array("q")
-    for row in rows:
-        numbers.extend(row)
-    return numbers
+    return array("q", [number for row in rows for number in row])
 
 
 def check_contiguous(**tensors: Tensor) -> None:
