@@ -127,6 +127,7 @@ def perturbed(inputs: Inputs, generator: torch.Generator) -> Inputs:
         return _without_a_token(inputs, generator)
     if not inputs.dtype.is_floating_point:
         raise ValueError(f"inputs are {inputs.dtype}; say how to perturb them with perturb=")
+    # a deviation needs two samples; with one, that of all its features stands in
     spread = (
         inputs.std(0, correction=0) if len(inputs) > 1 else inputs.std().expand(inputs.shape[1:])
     )
@@ -143,6 +144,7 @@ def _without_a_token(inputs: dict[str, Tensor], generator: torch.Generator) -> d
     for row, length in enumerate(mask.sum(1).tolist()):
         if length < 4:
             continue  # nothing but the special tokens and a word
+        # an inner token: the first and the last one are special
         drop = 1 + int(torch.randint(length - 2, (), generator=generator))
         for key, value in inputs.items():
             if value.shape == mask.shape:
@@ -184,6 +186,7 @@ class Patch:
         elif self._lora is not None:
             unload_lora(model, *self._lora)
             self.model = model = self._lora[0]
+        # removal is proven, not assumed
         if base_sha256(model) != self.base["sha256"]:
             raise DeltaError(
                 "the model without the patch is not the base: something else has changed it"
@@ -246,6 +249,7 @@ def load_patch(
         from slicefine.deltas import signing
 
         signing.verify(folder, public_key)
+    # hashed before anything is put in: a patch on another base would be silently wrong
     here = {"model": row["base"].get("model"), "sha256": base_sha256(model)}
     if here["sha256"] != row["base"]["sha256"]:
         raise DeltaError(
@@ -276,6 +280,7 @@ def load_patch(
     else:
         import peft
 
+        # peft freezes the model; `remove` must give this back
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         wrapped: Any = model
         patch.model, patch._lora = (
@@ -285,6 +290,7 @@ def load_patch(
                 trained,
             ),
         )
+    # patch.json holds more than the report
     known = EditReport.__dataclass_fields__
     patch.report = EditReport(**{key: row[key] for key in known})
     return patch
@@ -335,11 +341,16 @@ def patch(
         )
     if not len(edits):
         raise ValueError("there are no edits; nothing to patch")
+    # warnings come before the work, which may take long
     said = _warn(edits, keep)
+    # what is optimized on cannot say what happens elsewhere, so a fifth is only measured
     if keep is not None and held_out is None:
         keep, held_out = _hold_out(keep, seed)
     base = {"model": name, "sha256": base_sha256(model)}
+    # drawn once, before the edit: both models are asked the same
     variants = _variants(edits, perturb, DRAWS, seed)
+    # all answers of the unpatched model, by the identity of the inputs: the patch changes it in
+    # place
     before = {
         id(x): predict(model, x) for x in (edits.inputs, keep, held_out, *variants) if x is not None
     }
@@ -349,6 +360,7 @@ def patch(
             f"edits ask for class {int(edits.labels.max())}; the model has classes 0 to"
             f" {classes - 1}"
         )
+    # the present answers are the labels to keep
     kept = None if keep is None else Samples(keep, before[id(keep)].argmax(1))
     if mode == "exact":
         result = _exact(model, edits, kept, layers, feature, margin, base, seed)

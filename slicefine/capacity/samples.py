@@ -53,6 +53,7 @@ class Samples:
         order = torch.randperm(len(self), generator=generator)
         if isinstance(self.inputs, dict) and "attention_mask" in self.inputs:
             length = self.inputs["attention_mask"].sum(1)
+            # sorted by length within 25 batches: little padding, and still random batches
             windows = [w[length[w].argsort(stable=True)] for w in order.split(25 * size)]
             chunks = [c for w in windows for c in w.split(size)]
             return [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]

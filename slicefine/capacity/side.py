@@ -113,6 +113,7 @@ class AdditiveSide(nn.Module):
         """
         if self._handles:
             raise ValueError("this side is attached already; call detach() first")
+        # before any hook is registered: an unknown name leaves nothing behind
         target = _submodule(model, self.output)
         if isinstance(self.feature, str):
             source = _submodule(model, self.feature)
@@ -159,6 +160,7 @@ class AdditiveSide(nn.Module):
     def _add(self, module: nn.Module, args: tuple, result: Any) -> Any:
         if not self._on:
             return None
+        # taken once: a second call without new features must not reuse old ones
         features, self._seen = self._seen, None
         logits = getattr(result, "logits", result)
         if features is None or not isinstance(logits, Tensor):
@@ -168,6 +170,7 @@ class AdditiveSide(nn.Module):
                 " expected a tensor or an object with logits, after the module that gives the"
                 " features"
             )
+        # broadcasting would add one sample's change to others
         if features.dim() != logits.dim():
             raise ValueError(
                 f"the features have shape {tuple(features.shape)} and the output"
@@ -178,8 +181,10 @@ class AdditiveSide(nn.Module):
             (t.device for t in (*self.network.parameters(), *self.network.buffers())),
             features.device,
         )
+        # the model has moved; g follows it at its first use there
         if here != features.device:
             self.to(features.device)
+        # computed in g's own precision, rounded once
         change = self(features).to(logits.dtype)
         total = logits + change
         # where g is zero the answer keeps its bits, also a zero's sign
@@ -192,6 +197,7 @@ class AdditiveSide(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdditiveSide:
         if self.exact:
+            # what the conversion does is seen on a number, before it touches the network
             probe = fn(torch.zeros(1, dtype=torch.float64))
             if probe.dtype in _HALF:
                 raise TypeError(WHY_NOT_HALF.format(probe.dtype))
@@ -262,6 +268,7 @@ def exact_side(
         )
     index = torch.tensor(list(edits))
     value = torch.stack([_change(i, wanted, logits, margin) for i, wanted in edits.items()])
+    # the construction compares neighbors that may differ in their last bits
     x = features.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(x).all() and torch.isfinite(value).all()):
         raise ValueError("features or edits hold NaN or infinity")
@@ -285,8 +292,10 @@ def _change(row: int, wanted: Tensor | int, logits: Tensor | None, margin: float
         raise ValueError(
             f"the edit of row {row} wants class {wanted}; the model has classes 0 to {len(own) - 1}"
         )
+    # the strongest rival, wherever it is
     others = torch.cat([own[:wanted], own[wanted + 1 :]]).max()
     change = torch.zeros_like(own)
+    # an edit that is right by the margin already asks for nothing
     change[wanted] = (others + margin - own[wanted]).clamp(min=0)
     return change
 
@@ -300,6 +309,7 @@ def default_feature(model: nn.Module) -> str:
     if head is not None and isinstance(head, nn.Linear):
         return names[id(head)]
     if head is not None:
+        # a head of several layers: its last one is linear in the features
         inner = [n for n, m in head.named_modules() if isinstance(m, nn.Linear)]
         if inner:
             return f"{names[id(head)]}.{inner[-1]}"
@@ -359,6 +369,7 @@ def _relu_network(features: int, outputs: int, layers: int, width: int) -> nn.Se
         parts += [nn.Linear(a, b), nn.ReLU()]
     network = nn.Sequential(*parts[:-1])
     last = _linears(network)[-1]
+    # g starts at zero, so attaching it changes no bit
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return network

@@ -36,6 +36,8 @@ def average_forgetting(a: Matrix) -> float:
     """
     _check(a)
     T = len(a)
+    # the best before the end, not the accuracy just after training: a later task may help an
+    # earlier one
     return sum(max(a[i][t] for i in range(t, T - 1)) - a[T - 1][t] for t in range(T - 1)) / max(
         1, T - 1
     )

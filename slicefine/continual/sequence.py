@@ -239,11 +239,13 @@ class _Learner:
 
     def learn(self, number: int) -> None:
         """Train on one task; the model then is ready for the next."""
+        # drift is measured against the weights as this task found them
         before = self._linear_weights()
         if self.deltas is not None:
             self.deltas.detach()
         if self.heads is not None:
             self.heads.use(number)
+        # before the slices are made: what the model says while this task has not touched it
         recorded = self._recorded(number)
         self._start(number)
         trained = {
@@ -253,6 +255,7 @@ class _Learner:
             self._optimizer(len(self.tasks[number].train)),
             self._steps(len(self.tasks[number].train)),
         )
+        # by task, so that a task sees the same batches whichever mode trains it
         generator = torch.Generator().manual_seed(self.recipe.seed + 31 * number)
         with torch.random.fork_rng(devices=[]):
             # dropout
@@ -285,6 +288,7 @@ class _Learner:
                     for n, t in enumerate(self.tasks)
                     for rows in t.train.batches(self.recipe.batch_size, generator)
                 ]
+                # tasks mixed: in their order this would be the sequence itself
                 for i in torch.randperm(len(batches), generator=generator).tolist():
                     number, rows = batches[i]
                     self._step(
@@ -327,9 +331,11 @@ class _Learner:
         if self.deltas is None:
             model.merge_and_unload()
             return
+        # before unload, which puts the originals back
         delta = model.delta()
         model.unload()
         self.deltas.add(self.tasks[number].name, delta)
+        # a task is tested with its own delta on the base
         self.deltas.attach(self.tasks[number].name)
 
     def _optimizer(self, samples: int) -> torch.optim.Optimizer:
@@ -376,8 +382,10 @@ class _Learner:
         recipe = self.recipe
         if recipe.warmup is not None:
             warm = max(1, round(recipe.warmup * total))
+            # linear warm-up, then linear decay to 0
             shape = (step + 1) / warm if step < warm else (total - step) / max(1, total - warm)
             for group in optimizer.param_groups:
+                # the first step finds the group's own learning rate
                 group.setdefault("initial_lr", group["lr"])
                 group["lr"] = group["initial_lr"] * shape
         optimizer.zero_grad()
@@ -413,9 +421,11 @@ class _Learner:
         """
         if not number or not (self.recipe.replay or self.recipe.functional):
             return 0.0
+        # one earlier task a step: the cost does not grow with the number of tasks
         earlier = int(torch.randint(number, (), generator=generator))
         loss: Tensor | float = 0.0
         if self.recipe.functional:
+            # with one head for all tasks there is one earlier answer to keep
             said = earlier if self.heads is not None else 0
             if self.heads is not None:
                 self.heads.use(said)

@@ -54,6 +54,7 @@ class Sweep:
             "matrix": [[fmean(r.matrix[i][t] for r in mine) for t in range(T)] for i in range(T)]
         }
         values.update({key: fmean(r.measures[key] for r in mine) for key in mine[0].measures})
+        # what was lost of what was learned
         values["AF_by_LA"] = values["AF"] / values["LA"] if values["LA"] else None
         joint = [fmean(r.joint) for r in mine if r.joint]
         values["JA"] = fmean(joint) if joint else None
@@ -159,6 +160,7 @@ def sweep(
     if over not in ("rank", "width"):
         raise ValueError(f"over is {over!r}; expected 'rank' (of slices) or 'width' (of the model)")
     if over == "width":
+        # a model of another width has no pretrained weights to put slices in
         modes = ("full",)
     if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
         raise ValueError(f"sizes are {list(sizes)!r}; expected whole numbers, 1 or more")
@@ -191,6 +193,7 @@ def sweep(
                 if first is None:
                     first = made
                 else:
+                    # the references do not depend on the mode
                     made.joint, made.alone = first.joint, first.alone
                 runs.append(made)
                 if progress is not None:

@@ -95,6 +95,8 @@ def allocate(
     4 and 64 where the layer is wide enough, with sum(r_l) <= r L and sum(r_l h_l) <= r sum(h_l):
     neither kept activations nor trained parameters exceed those of r everywhere.
     """
+    # a small weight is a small measurement and no proof that a layer has nothing to learn: it keeps
+    # LEAST_R. None grows past half its features: one position would be left to move to.
     bounds = {
         name: (
             min(LEAST_R, r, widths[name]),
@@ -103,6 +105,7 @@ def allocate(
         for name in weights
     }
 
+    # multiples of 4, so that layers of like weight share a width
     def at(scale: float) -> dict[str, int]:
         return {
             n: max(bounds[n][0], min(bounds[n][1], int(scale * w) // 4 * 4))
@@ -112,6 +115,7 @@ def allocate(
     def costs(chosen: dict[str, int]) -> tuple[int, int]:
         return sum(chosen.values()), sum(chosen[n] * heights[n] for n in chosen)
 
+    # the budget is what r everywhere costs, in kept columns and in trained entries
     limit = costs({n: min(r, widths[n]) for n in weights})
     low, high = (
         0.0,
@@ -119,6 +123,8 @@ def allocate(
         * len(weights)
         / max(min((w for w in weights.values() if w > 0), default=1.0), 1e-12),
     )
+    # bisection on one common scale: both costs grow with it, and the largest scale that fits spends
+    # the budget
     for _ in range(100):
         middle = (low + high) / 2
         fits = all(a <= b for a, b in zip(costs(at(middle)), limit, strict=True))
@@ -128,6 +134,7 @@ def allocate(
 
 def candidates_of(survey: dict[str, Any], base: SliceConfig) -> dict[str, SliceConfig]:
     """The default and its rivals at no more parameters or kept activations, from a survey."""
+    # a layer that is never called, or that no gradient reaches, gets no say in who gets how much
     rows = [row for row in survey["layers"] if row["energy"] and row["gradient_norm"]]
     pick = lambda key: {row["name"]: row[key] for row in rows}
     column = base.slice_type == "column"
@@ -182,21 +189,29 @@ def advise(
         raise ValueError(
             f"trial_steps is {trial_steps}; a trial of fewer than 10 steps says nothing"
         )
+    # decided before the trials and by a rule: a trial is shorter than one interval, so it cannot
+    # compare intervals
     interval = _interval(survey, base, steps_in_all)
     rivals = {
         name: _changed(config, switch_interval=interval) if name != "default" else config
         for name, config in candidates_of(survey, base).items()
     }
     planned = {name: cost(config) for name, config in rivals.items()} if cost else {}
+    # the comparison is at no more memory than the default; what needs more would win unfairly
     dropped = [name for name in planned if planned[name] > planned["default"]]
     test = lr_range_test(model, base, batches, recipe=recipe, loss=loss, track=track)
     trial = lambda config, lr: (
         short_training(model, config, batches, lr, trial_steps, held, recipe, loss).held_loss or 0.0
     )
+    # the range test sees a handful of steps; a trial at a third and at three times its suggestion
+    # says whether a few more steps agree
     lrs = [test.suggested / 3, test.suggested, 3 * test.suggested]
     by_lr = {lr: trial(base, lr) for lr in track(lrs, "trials of learning rates", len(lrs))}
     lr = min(by_lr, key=by_lr.__getitem__)
+    # all rivals at one learning rate, the default's best: the default has the advantage, and who
+    # beats it beats it as it would be used
     names = [name for name in rivals if name not in dropped]
+    # has been trained at this learning rate already
     results = {"default": by_lr[lr]}
     results |= {
         name: trial(rivals[name], lr)
@@ -277,6 +292,7 @@ def _examples(survey: dict[str, Any]) -> dict[str, Any]:
     rows = survey.get("tangent") or []
     if not rows:
         return {"measured": False}
+    # the last row is all layers together where more than one was tried
     row = rows[-1]
     curve = {int(n): v for n, v in row["invisible_by_examples"].items()}
     return {

@@ -55,6 +55,7 @@ def linear_layers(model: nn.Module, config: SliceConfig | None = None) -> list[L
     seen: set[int] = set()
     layers = []
     for target in find_targets(model, config or SliceConfig()):
+        # a module that is used under two names is looked at once
         if target.skipped is None and id(target.module) not in seen:
             seen.add(id(target.module))
             layers.append(Layer(target.name, target.module))
@@ -78,8 +79,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for parameters, and back to what was."""
     modes = {module: module.training for module in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
+    # dropout would add noise to every measurement
     model.eval()
     for parameter in wanted:
+        # gradients then flow through activations alone, and no weight's gradient is made
         parameter.requires_grad_(False)
     try:
         yield
@@ -119,6 +122,7 @@ def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> l
                 f"the features of a layer with {widths[i]:,d} inputs take {size(i):,d} bytes and"
                 f" the budget is {budget:,d}; raise the budget or sample fewer rows"
             )
+        # first fit in the model's order: neighbors share inputs, which are then held once
         if held + size(i) > budget:
             groups.append([])
             held = 0
@@ -144,9 +148,11 @@ def input_features(
 
     def take(x: Tensor) -> tuple[Tensor, Tensor]:
         mask = current["mask"]
+        # one position per example
         if x.dim() == 2:
             x = x.unsqueeze(1)
         x = x.flatten(1, -2)
+        # a mask of another shape is not of these positions
         if mask is None or tuple(mask.shape) != tuple(x.shape[:2]):
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         mask = mask.bool()
@@ -154,11 +160,13 @@ def input_features(
         means = torch.einsum("btd,bt->bd", x.float(), weights) / weights.sum(
             1, keepdim=True
         ).clamp_min(1.0)
+        # the first dimension is not the examples', so there is no mean per example
         if len(x) != current["batch"]:
             means = means[:0]
         valid = mask.flatten().nonzero().flatten()
         # each batch its part
         share = -(-samples * current["batch"] // total)
+        # by the number of the batch: the same rows whichever layers share a pass
         generator = torch.Generator().manual_seed(seed + current["number"])
         chosen = valid[torch.randperm(len(valid), generator=generator)[:share].to(valid.device)]
         return x.flatten(0, 1).index_select(0, chosen).float().cpu(), means.cpu()
@@ -186,6 +194,7 @@ def input_features(
             )
             model(**batch)
             shared.clear()
+    # layers with the same parts have the same inputs, as q, k and v have
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, parts in collected.items():
         alike.setdefault(tuple(id(rows) for rows, _ in parts), []).append(name)
@@ -223,8 +232,10 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
     def before(name: str) -> Any:
         def swap(module: nn.Module, args: Any) -> None:
             kept = {k: p for k, p in module._parameters.items() if p is not None}
+            # a stack, because a module may run inside itself
             stack = module.__dict__.setdefault("_slicefine_kept", [])
             stack.append(kept)
+            # a seed by the module's name: its weights are the same in every pass and on every call
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(
                     seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -244,6 +255,7 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
         ]
         try:
             for name, module in owners:
+                # before all other hooks, which may read the weights
                 hooks.callback(module.register_forward_pre_hook(before(name), prepend=True).remove)
                 hooks.callback(module.register_forward_hook(after).remove)
             yield
@@ -265,12 +277,14 @@ def _draw(module: nn.Module, deviation: float | None) -> None:
     module._parameters.update(fresh)
     reset = getattr(module, "reset_parameters", None)
     matrices = [p for p in fresh.values() if p.dim() > 1]
+    # a model's own scale of initialization wins over the module's default
     if callable(reset) and (deviation is None or not matrices):
         reset()
         return
     for name, parameter in fresh.items():
         if parameter.dim() > 1:
             parameter.normal_(std=deviation or 0.02)
+        # the scale of a normalization
         elif name.endswith("weight"):
             parameter.fill_(1.0)
         else:

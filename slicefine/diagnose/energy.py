@@ -57,6 +57,7 @@ def task_energy(
         )
     if not all(0 < tau <= 1 for tau in taus):
         raise ValueError(f"taus are {tuple(taus)}; expected shares between 0, exclusive, and 1")
+    # a common offset is no direction in which examples differ
     centred = _centred(features)
     energy = centred.square().sum(0)
     if not float(energy.sum()) > 0.0 or not bool(torch.isfinite(energy).all()):
@@ -86,6 +87,7 @@ def task_energy(
 
 
 def _centred(features: Tensor) -> Tensor:
+    # float64: small shares are read off the far end of the spectrum
     features = features.to("cpu", torch.float64)
     return features - features.mean(0)
 
@@ -93,6 +95,7 @@ def _centred(features: Tensor) -> Tensor:
 def _principal(centred: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
     """(eigenvalues, left singular vectors (n, k) if asked for), largest first, from the smaller of
     the two Gram matrices."""
+    # the nonzero eigenvalues of both Gram matrices are the same; the smaller one is cheaper
     n, d = centred.shape
     if n <= d or vectors:
         values, left = torch.linalg.eigh(centred @ centred.t())
@@ -114,6 +117,7 @@ def _aligned(centred: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"{len(labels)} labels for {len(centred)} rows of features; expected one each"
         )
+    # regression targets come as a matrix already
     targets = torch.nn.functional.one_hot(labels.long()) if labels.dim() == 1 else labels
     targets = _centred(targets)
     total = targets.square().sum()

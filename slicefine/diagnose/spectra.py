@@ -129,9 +129,12 @@ def gaussian_null(
     """The statistics of Gaussian matrices of a shape: one matrix, its features grouped anew in each
     draw.
     """
+    # another stream than that of the permutations
     generator = torch.Generator().manual_seed(seed + 1)
     matrix = _oriented(torch.randn(shape, generator=generator), axis)
     bounds = group_bounds(matrix.shape[0], groups)
+    # regrouping one matrix is far cheaper than drawing new ones, and rows of a Gaussian are
+    # exchangeable
     drawn = [torch.randperm(matrix.shape[0], generator=generator) for _ in range(max(draws, 1))]
     return _nulls([_statistics(matrix, bounds, order) for order in drawn])
 
@@ -171,6 +174,7 @@ def _statistics(
     if not float(energies.max()) > 0.0:
         raise ValueError("the weight is zero; there is no spectrum to compare")
     shares = [s / s.sum().clamp_min(1e-300) for s in spectra]
+    # the lower half of a spectrum is rounding where a group has low rank
     half = max(1, min(len(s) for s in shares) // 2)
     # (k, half)
     top = torch.stack([s[:half] for s in shares]).clamp_min(1e-18)
@@ -206,10 +210,12 @@ def _nulls(drawn: list[dict[str, Any]]) -> dict[str, Null]:
 def _energy_z(norms: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
     """z of each group's mean squared norm against a group drawn without replacement: mean and
     variance are known exactly."""
+    # a population, not a sample: the groups are drawn from these very features
     d, variance = len(norms), norms.var(correction=0)
     scores = []
     for start, stop in bounds:
         n = stop - start
+        # of a mean of n drawn from d without replacement
         deviation = (variance / n * (d - n) / (d - 1)).sqrt()
         scores.append((norms[start:stop].mean() - norms.mean()) / deviation.clamp_min(1e-300))
     return torch.stack(scores)
@@ -218,11 +224,13 @@ def _energy_z(norms: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 def _flags(
     own: dict[str, Any], z: Tensor, bounds: list[tuple[int, int]], expected_profile: float
 ) -> list[tuple[int, int, int, str]]:
+    # the median: one extreme group would pull a mean towards itself
     middle = own["energies"].median()
     flagged = []
     for g, (start, stop) in enumerate(bounds):
         factor = float(own["energies"][g] / middle)
         reasons = []
+        # both: in a wide layer the smallest difference is significant
         if abs(float(z[g])) > _Z and not 1 / _ENERGY_FACTOR < factor < _ENERGY_FACTOR:
             reasons.append(f"energy {factor:.3g} times the median group's (z {float(z[g]):+.1f})")
         profile = float(own["group_profile_ratios"][g])

@@ -141,7 +141,9 @@ def survey(
         name: [(start, stop, why) for _, start, stop, why in found[options.axis].flagged]
         for name, found in balance.items()
     }
+    # a layer that is never called has no energy, and nothing to train
     used = [layer for layer in layers if layer.name in energy]
+    # training at random positions is the slow part: a few layers, of all depths and kinds
     tried = spread_over(used, options.tried)
     winning = timed(
         "winning",
@@ -194,6 +196,7 @@ def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = N
     """
     widest = max(layer.in_features for layer in layers)
     largest = max(layer.in_features * layer.out_features for layer in layers)
+    # float64 copies of the rows and of their Gram matrix
     decomposed = 8 * (3 * options.tokens * widest + 3 * min(options.tokens, widest) ** 2)
     own = lambda module: sum(4 * p.numel() for p in module._parameters.values() if p is not None)
     module = max(map(own, model.modules())) if model is not None else 0
@@ -212,9 +215,11 @@ def balances(
         weight, row = layer.weight.detach(), {}
         for axis in AXES:
             features = weight.shape[0 if axis == "row" else 1]
+            # one feature has no groups to compare
             if features < 2:
                 continue
             groups = len(group_bounds(features))
+            # layers of one shape share the null, which depends on nothing else
             key = tuple(weight.shape), axis
             if key not in gaussian:
                 gaussian[key] = gaussian_null(key[0], axis, groups, options.draws, options.seed)
@@ -239,6 +244,7 @@ def energies(
     held = sum(len(next(iter(batch.values()))) for batch in batches)
     groups = passes([layer.in_features for layer in layers], options.tokens, held, options.budget)
     found: dict[str, tuple[Energy, Energy]] = {}
+    # own features first: only the energies of one pass are held, never two sets of features
     work = [(group, null) for group in groups for null in (False, True)]
     own: dict[str, Energy] = {}
     for group, null in track(work, "features, their own and with random weights", len(work)):
@@ -257,6 +263,7 @@ def energies(
 
 def _decomposed(features: dict[str, Features], labels: Tensor | None) -> dict[str, Energy]:
     """Energies, computed once for layers with the same inputs."""
+    # by identity: layers with the same inputs share one object
     known: dict[int, Energy] = {}
     for feature in features.values():
         if id(feature) not in known:
@@ -283,6 +290,7 @@ def spread_over(layers: Sequence[Layer], count: int) -> list[str]:
     kinds = list(dict.fromkeys(kind_of(layer.name)[0] for layer in layers))
     chosen: list[str] = []
     for i in range(count):
+        # the middle of the i-th of `count` equal parts
         place = (i + 0.5) / count * len(layers)
         wanted = kinds[i % len(kinds)]
         near = min(
@@ -305,6 +313,7 @@ def tangent_rows(
     """One row for each layer tried and one for all of them together: ranks on a pool of half the
     examples, at most 48, and what training sets of growing size leave invisible."""
     by_name = {layer.name: layer for layer in layers}
+    # the Gram matrix grows with the square of examples times outputs
     few = _first_examples(batches, 96)
     held = sum(len(next(iter(batch.values()))) for batch in few)
     outputs = model_outputs(options.outputs, options.seed)
@@ -342,10 +351,12 @@ def _tangent_row(
     name: str, gram: Tensor, held: int, parameters: int, labels: Tensor | None
 ) -> dict[str, Any]:
     outputs = len(gram) // held
+    # half to ask about, half to learn from: no example is in both
     pool = held // 2
     sizes = [n for n in (2, 4, 8, 16, 32, 48) if n <= held - pool]
     curve, reports = {}, {}
     for n in sizes:
+        # the pool's rows stand first, then as many of the training set as n says
         keep = torch.arange((pool + n) * outputs)
         reports[n] = report_from_gram(
             gram[keep][:, keep], pool, outputs, parameters, tolerance=1e-6
@@ -356,10 +367,12 @@ def _tangent_row(
         if sizes
         else report_from_gram(gram, held, outputs, parameters, tolerance=1e-6)
     )
+    # beside the strict rank: what a noisy optimizer can be expected to use
     loose = int((torch.tensor(last.spectrum) > 1e-3).sum())
     row = asdict(last)
     row["label_alignment"] = None
     if labels is not None and outputs == int(labels.max()) + 1 and len(labels) >= held:
+        # centered: a constant shift of all logits changes no answer
         targets = torch.nn.functional.one_hot(labels[:held].long(), outputs).double()
         row["label_alignment"] = label_alignment(gram, targets - targets.mean(0))
     row["spectrum"] = [round(v, 9) for v in row["spectrum"]]
@@ -368,6 +381,7 @@ def _tangent_row(
 
 def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[str, Any]:
     """Share of the weights' entries that training reaches, by optimizer step, and where it ends."""
+    # a last batch that is not full counts as a step
     total = options.epochs * -(-examples // options.batch_size)
     moves = -(-total // options.interval) if options.interval else 1
     # the share changes with a move only

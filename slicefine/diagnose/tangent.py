@@ -129,6 +129,7 @@ def _terms(
                 f"layers that the model never calls have no tangent: {', '.join(never)}; leave"
                 " them out"
             )
+        # the gradient at a zero that was added to an output is the output's gradient
         zeros = [zero for calls in recorder.calls.values() for _, zero in calls]
         count = result.shape[1]
         grads = [
@@ -150,9 +151,11 @@ def _terms(
             # [n, C, ..., out]
             delta = torch.stack([g[position] for g in grads], 1).unflatten(0, (len(result),))
             position += 1
+            # only the slice's rows: the rest of an output gradient is not part of J
             delta = delta if rows is None else delta.index_select(-1, rows.to(delta.device))
             inputs.append(x.reshape(len(x), -1, x.shape[-1]))
             deltas.append(delta.reshape(len(x), count, -1, delta.shape[-1]))
+        # several calls of a layer in one forward pass add up: they become further positions
         terms[name] = torch.cat(inputs, 1), torch.cat(deltas, 2)
     return terms
 
@@ -232,6 +235,7 @@ def slice_grams(
     """
     layers = _prepared(model, slices)
     outputs = outputs or model_outputs()
+    # the first layer alone: its size says how many fit in one pass
     waiting, together = list(slices), 1
     while waiting:
         names, waiting = waiting[:together], waiting[together:]
@@ -257,11 +261,13 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _gram_of(x: Tensor, delta: Tensor, chunk_bytes: int) -> Tensor:
     """x (n, T, k), delta (n, C, T, m) -> (n C, n C), float64."""
     n, count, length, m = delta.shape
+    # J is an outer product per example: its Gram matrix is the product of two small ones
     if length == 1:
         d = delta.double().reshape(n * count, m)
         inner = x.double().reshape(n, -1)
         inner = (inner @ inner.t()).repeat_interleave(count, 0).repeat_interleave(count, 1)
         return (d @ d.t()).mul_(inner).cpu()
+    # at least one output row at a time, so that J is never whole
     rows = max(1, chunk_bytes // (8 * n * count * x.shape[-1]))
     gram = torch.zeros(n * count, n * count, dtype=torch.float64, device=x.device)
     for start in range(0, m, rows):
@@ -361,9 +367,11 @@ def report_from_gram(
     """A `TangentReport` from J J^T of the pool's examples followed by the training set's."""
     split = examples * outputs
     own = gram[:split, :split]
+    # rounding leaves eigenvalues of a semidefinite matrix slightly below 0
     values = torch.linalg.eigvalsh(own).flip(0).clamp_min(0.0)
     if not float(values[0]) > 0.0:
         raise ValueError("the outputs do not answer to the slices at all; their tangent is zero")
+    # of J: the square roots of J J^T's
     singular = (values / values[0]).sqrt()
     rank = int((singular > tolerance).sum())
     share = values / values.sum()
@@ -371,6 +379,7 @@ def report_from_gram(
     train_rank = invisible = None
     if len(gram) > split:
         train_rank, invisible = _seen(gram, split, tolerance)
+    # a rank as large as the pool is the pool's, not the slices'
     saturated = rank == min(split, parameters) and split < parameters
     return TangentReport(
         parameters,
@@ -410,10 +419,13 @@ def label_alignment(gram: Tensor, targets: Tensor) -> float:
 def _seen(gram: Tensor, split: int, tolerance: float) -> tuple[int, float]:
     """(rank of the training part, share of the pool's part outside its span)."""
     values, vectors = torch.linalg.eigh(gram[split:, split:])
+    # squared: the tolerance is of singular values, these are eigenvalues
     kept = values > tolerance**2 * values[-1].clamp_min(1e-300)
     cross = gram[:split, split:] @ vectors[:, kept]
+    # the pool's tangent projected on the span of the training set's
     seen = float((cross.square().sum(0) / values[kept]).sum())
     whole = float(gram[:split, :split].trace())
+    # rounding may take the projection a little beyond the whole
     return int(kept.sum()), math.sqrt(max(0.0, 1.0 - seen / whole))
 
 

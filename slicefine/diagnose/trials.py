@@ -88,7 +88,9 @@ def short_training(
     slices = {layer.slice_weight: layer for layer in slice_layers(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     whole = [p for p in trained if p not in slices]
+    # slices as well as whole modules; the weight outside of a slice is never written
     originals = {p: p.detach().clone() for p in trained}
+    # batch statistics move in training mode; the slice indices do not, and belong to the layers
     buffers = {
         name: b.detach().clone()
         for name, b in model.named_buffers()
@@ -100,6 +102,7 @@ def short_training(
     ]
     losses: list[float] = []
     try:
+        # a learning rate of 1: every step sets those of the groups
         optimizer = SliceAdamW(groups, lr=1.0, seed=recipe.seed)
         model.train()
         for step, _ in zip(
@@ -113,10 +116,12 @@ def short_training(
                     if callable(lr)
                     else factor
                 )
+            # the same dropout for every candidate
             torch.manual_seed(recipe.seed + step)
             with recipe.context():
                 value = loss(model, batches[step % len(batches)])
             losses.append(value.item())
+            # before backward: gradients of an infinite loss would only spoil the moments
             if stop(losses) or not math.isfinite(losses[-1]):
                 break
             value.backward()
@@ -131,6 +136,7 @@ def short_training(
                 parameter.copy_(value)
                 parameter.grad = None
             for layer in slices.values():
+                # the weight follows its restored master, bit for bit
                 layer.write_through()
             for name, buffer in model.named_buffers():
                 if name in buffers:
@@ -189,6 +195,7 @@ def lr_range_test(
         )
 
     ticks = track(range(steps), "learning-rate range test", steps)
+    # no held-out batches: the range test reads the training loss as it goes
     run = short_training(model, config, batches, at, steps, (), recipe, loss, diverged, ticks)
     losses = [value for value in run.losses if math.isfinite(value)]
     return read_range(
@@ -210,9 +217,11 @@ def smoothed(losses: Sequence[float], beta: float = 0.9) -> list[float]:
 def read_range(lrs: Sequence[float], losses: Sequence[float], diverged: bool) -> RangeTest:
     """low, high and a suggestion from a curve of losses over rising learning rates."""
     smooth = smoothed(losses)
+    # the smoothed curve, as single batches are too noisy to find a minimum in
     lowest = min(range(len(smooth)), key=smooth.__getitem__)
     fall = smooth[0] - smooth[lowest]
     usable = lowest > 0 and fall > 0.0
+    # learning begins where a tenth of the whole fall is reached
     reached = next((i for i in range(lowest + 1) if smooth[0] - smooth[i] >= 0.1 * fall), lowest)
     low, high = lrs[reached], lrs[lowest]
     notes = []

@@ -115,7 +115,9 @@ def gradient_shares(
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # positions are summed over, so their arrangement does not matter
             x = args[0].detach().reshape(-1, args[0].shape[-1])
+            # a feature that is zero everywhere has a zero gradient, and no slice there can learn
             seen = (x != 0).any(0)
             alive[name] = alive[name] | seen if name in alive else seen
             zero = (
@@ -130,6 +132,8 @@ def gradient_shares(
                     None,
                 )  # it would keep the gradients of all outputs alive
                 assert grad is not None
+                # the gradient of one weight, squared in place: it exists only while its norms are
+                # taken
                 square = (grad.reshape(-1, grad.shape[-1]).t().float() @ x.float()).square_()
                 found = [square.sum(0).double().cpu(), square.sum(1).double().cpu()]
                 sums[name] = (
@@ -138,6 +142,7 @@ def gradient_shares(
                     else found
                 )
 
+            # called as soon as this output's gradient is known
             zero.register_post_accumulate_grad_hook(measure)
             return output + zero
 
@@ -154,6 +159,7 @@ def gradient_shares(
     for layer in layers:
         if layer.name in sums:
             columns, rows = sums[layer.name]
+            # a zero gradient has shares of 0 and not NaN
             total = columns.sum().clamp_min(1e-300)
             result[layer.name] = GradientShares(
                 math.sqrt(float(columns.sum()) / len(batches)),
@@ -221,6 +227,7 @@ def winning_report(
     ):
         by_position = shares_of_positions(shares[layer.name], _spec(layer, r, axis))
         generator = torch.Generator().manual_seed(seed)
+        # without replacement: a position trained twice would count twice in the spread
         chosen = torch.randperm(len(by_position), generator=generator)[:positions].tolist()
         trials[layer.name] = [
             Trial(
@@ -274,6 +281,7 @@ def _train_slice(
     )
     get_slice_model(model, config)
     sliced = dict(named_slice_layers(model))[layer.name]
+    # float32, as exact as the weight or more
     original = sliced.slice_weight.detach().clone()
     losses = []
     try:
@@ -281,6 +289,7 @@ def _train_slice(
         for _ in range(steps):
             value = loss(model, batch)
             value.backward()
+            # the loss before each step, and after the last one
             losses.append(value.item())
             optimizer.step()
             optimizer.zero_grad()
@@ -292,6 +301,7 @@ def _train_slice(
         sliced.write_through()
         model.merge_and_unload()  # type: ignore[operator]
         for module, mode in modes.items():
+            # the layer's own module was replaced and is put back below
             if module is not layer.module:
                 module.training = mode
     _keep_module(model, layer)
