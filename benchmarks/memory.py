@@ -84,7 +84,10 @@ def _row(made: Workload, method: Method, batch: int, length: int) -> dict[str, A
         return {**estimate(made, method, batch, length).row(), "error": None}
     except Exception as error:
         torch._dynamo.reset()
-        reason = next(iter(str(error).strip().splitlines()), "")
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        # torch.compile says there what it met
+        context = [line for line in lines if line.startswith("Developer debug context: raised")]
+        reason = ", ".join(lines[:1] + context)
         refused = Estimate(
             made.name, method.name, method.targets, method.r, batch, length, 0, 0, made.mode
         ).row()

@@ -33,6 +33,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "get_slice_model",
+    "lean",
     "list_targets",
     "load_slice_state_dict",
     "slice_state_dict",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from slicefine import lean as lean
     from slicefine.backends.select import available_backends as available_backends
     from slicefine.backends.select import use_backend as use_backend
     from slicefine.config import SliceConfig as SliceConfig
@@ -61,6 +63,9 @@ def __getattr__(name: str) -> object:
     # Lazy, so that `python -m slicefine env` can report a broken torch instead of failing on it.
     import importlib
 
+    if name == "lean":
+        # a package that can be called
+        return importlib.import_module("slicefine.lean")
     if name in _HOME:
         return getattr(importlib.import_module(f"slicefine.{_HOME[name]}"), name)
     public = ", ".join(_HOME)

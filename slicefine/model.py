@@ -232,6 +232,8 @@ class SliceModel(AdapterModel):
                 " are up to date): torch.distributed.checkpoint.state_dict.get_model_state_dict"
                 " gathers them for a plain model"
             )
+        if undo_lean := self.__dict__.get("_undo_lean"):
+            undo_lean(self)
         restore_parameters(self)
         plain: dict[int, nn.Module] = {}
         for parent in list(self.modules()):

@@ -30,7 +30,9 @@ COLOURS = {
 # the switches of a step, in the order of what they cost
 SWITCHES = {
     "eager": "",
+    "lean": "--lean",
     "checkpointing": "--gradient-checkpointing",
+    "lean+checkpointing": "--lean --gradient-checkpointing",
 }
 
 
@@ -168,7 +170,8 @@ def _choice(request: Request, peaks: Peaks) -> dict[str, Any]:
 
     if not request.decide or request.budget is None:
         return {}
-    modes = list(SWITCHES) if request.mode == "eager" else [request.mode]
+    asked = SWITCHES[request.mode].split()
+    modes = [mode for mode, flags in SWITCHES.items() if set(asked) <= set(flags.split())]
     peak = lambda mode, batch: peaks(mode, batch, request.length)
     return {"choice": asdict(choose(peak, modes, request.batch, request.budget))}
 
@@ -240,6 +243,9 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="activation checkpointing")
     ] = False,
+    lean: Annotated[
+        bool, typer.Option("--lean", help="a model that keeps less (slicefine.lean)")
+    ] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="write the rows to this file")
     ] = None,
@@ -250,7 +256,8 @@ def plan(
             f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
         )
     budget = None if gpu is None else size_in_bytes(gpu)
-    mode = "checkpointing" if checkpointing else "eager"
+    switches = {"lean": lean, "checkpointing": checkpointing}
+    mode = "+".join(name for name, on in switches.items() if on) or "eager"
     requests = [
         Request(model, name, r, batch, seq, dtype, mode, budget, name == "column")
         for name in method_names()

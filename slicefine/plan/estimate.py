@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 
+from slicefine.lean.apply import lean
 from slicefine.optim import SliceAdamW
 from slicefine.plan.layers import (
     SHORT_STACKS,
@@ -42,6 +43,7 @@ class Workload:
     embeddings: the module whose output must receive gradients in the frozen-floor run.
     logits_width: size of the vocabulary, if it has one.
     context: context manager that is active during the step.
+    lean: the options with which `slicefine.lean` changes the model, None to leave it as it is.
     """
 
     name: str
@@ -53,11 +55,15 @@ class Workload:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     checkpointing: bool = False
     compiled: bool = False
+    lean: dict[str, Any] | None = None
 
     @property
     def mode(self) -> str:
-        """ "eager", "checkpointing" or "compiled"."""
-        return "checkpointing" if self.checkpointing else "compiled" if self.compiled else "eager"
+        """ "eager", or "compiled", or "lean", "checkpointing" or both, joined by "+"."""
+        if self.compiled:
+            return "compiled"
+        switches = {"lean": self.lean is not None, "checkpointing": self.checkpointing}
+        return "+".join(name for name, on in switches.items() if on) or "eager"
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of one step. mode: "eager", "checkpointing" or "compiled"."""
+    """Bytes at the peak of one step. mode: `Workload.mode`."""
 
     model: str
     method: str
@@ -181,6 +187,8 @@ def _estimate_of(
 ) -> Estimate:
     model = method.on_meta(model)
     model.train()
+    if workload.lean is not None:
+        lean(model, verbose=False, **workload.lean)
     with _fakes(model):
         optimizer = method.prepare(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

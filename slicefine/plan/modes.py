@@ -1,4 +1,4 @@
-"""The same step in another mode: activation checkpointing, torch.compile."""
+"""The same step in another mode: lean, with activation checkpointing, under torch.compile."""
 
 from __future__ import annotations
 
@@ -47,8 +47,21 @@ def with_checkpointing(workload: Workload) -> Workload:
     return replace(workload, build=build, checkpointing=True)
 
 
+def with_lean(workload: Workload, **options: Any) -> Workload:
+    """The same of a model that `slicefine.lean` has changed.
+
+    Args:
+        options: those of `slicefine.lean`.
+    """
+    if workload.compiled:
+        raise ValueError("a lean model's loss is not compiled; choose lean or torch.compile")
+    return replace(workload, lean=options)
+
+
 MODES: dict[str, Callable[[Workload], Workload]] = {
     "eager": lambda workload: workload,
+    "lean": with_lean,
     "checkpointing": with_checkpointing,
+    "lean+checkpointing": lambda workload: with_lean(with_checkpointing(workload)),
     "compiled": with_compile,
 }

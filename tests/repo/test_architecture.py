@@ -26,6 +26,7 @@ LAYERS = [
     {"modules"},
     {"optim", "targets", "plan.tracker", "deltas"},
     {"model"},
+    {"lean"},
     {"plan"},
     {"integrations"},
     {"training"},
@@ -156,13 +157,14 @@ def test_the_public_names():
         "SliceLinear",
         "SliceModel",
         "get_slice_model",
+        "lean",
         "list_targets",
         "load_slice_state_dict",
         "slice_state_dict",
         "track_memory",
         "use_backend",
     }
-    assert set(slicefine.__all__) == {"__version__", *slicefine._HOME}
+    assert set(slicefine.__all__) == {"__version__", "lean", *slicefine._HOME}
     assert all(getattr(slicefine, name) is not None for name in slicefine.__all__)
     with pytest.raises(AttributeError, match="no attribute 'SliceAdam'; public names: SliceConfig"):
         slicefine.SliceAdam  # noqa: B018
