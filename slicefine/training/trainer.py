@@ -299,7 +299,8 @@ class Interruption(transformers.TrainerCallback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, self._note)
         except ValueError:
-            pass  # not the main thread: signals stay as they are
+            # not the main thread: signals stay as they are
+            pass
         try:
             yield
         finally:
