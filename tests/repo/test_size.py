@@ -13,7 +13,7 @@ def test_the_budgets_are_shown_and_hold(capsys):
     with capsys.disabled():
         print("\n" + size_report.report(), end="")
     assert size_report.largest_files()[0].size <= 600
-    assert size_report.largest_functions()[0].size <= 155
+    assert size_report.largest_functions()[0].size <= 130
 
 
 def test_classes_have_few_methods():
@@ -21,14 +21,14 @@ def test_classes_have_few_methods():
     layer = [entry for entry in classes if entry.name.endswith(f":{LARGEST_CLASS}")]
     others = [entry for entry in classes if entry not in layer]
     assert all(entry.size <= 28 for entry in layer)
-    assert others[0].size <= 36, others[0]
+    assert others[0].size <= 20, others[0]
 
 
 def test_the_density_of_the_code():
     core, tests = size_report.total(CORE), size_report.total(("tests",))
-    assert core.tokens_per_line <= 8.3
-    assert tests.tokens_per_line <= 9.8
-    assert core.comment_share >= 0.010
+    assert core.tokens_per_line <= 8.45
+    assert tests.tokens_per_line <= 9.85
+    assert core.comment_share >= 0.025
 
 
 def test_lines_end_at_the_margin():
@@ -38,8 +38,13 @@ def test_lines_end_at_the_margin():
 
 
 def test_modules_do_not_import_each_other_in_circles():
-    known: set[str] = set()
-    assert {circle[0] for circle in size_report.import_circles()} <= known
+    assert size_report.import_circles() == []
+    assert size_report.folder_circles() == []
+
+
+def test_the_readme_is_a_door_and_no_manual():
+    lines, pictures = size_report.readme()
+    assert lines <= 120 and pictures >= 1
 
 
 SAMPLE = '''\
