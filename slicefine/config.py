@@ -10,70 +10,86 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from slicefine.slices import SLICE_TYPES, STATE_POLICIES, SWITCH_MODES
+from slicefine.slices import (
+    SLICE_TYPES,
+    STATE_POLICIES,
+    SWITCH_MODES,
+    SliceType,
+    StatePolicy,
+    SwitchMode,
+)
 
-BIAS_MODES = ("none", "all", "slice_only")
-TIED_MODES = ("skip", "share")
+BiasMode = Literal["none", "all", "slice_only"]
+TiedMode = Literal["skip", "share"]
+BIAS_MODES: tuple[str, ...] = get_args(BiasMode)
+TIED_MODES: tuple[str, ...] = get_args(TiedMode)
+# fields that take names; those of the second group take a regular expression instead, too
+_NAMES = ("target_parameters", "modules_to_save")
+_NAMES_OR_REGEX = ("target_modules", "exclude_modules", "layers_pattern")
 
 
 @dataclass
 class SliceConfig:
-    """How the linear layers of a model become slices. Names follow PEFT's configs where the meaning
-    is the same.
+    """How the linear layers of a model become slices.
 
-    r: width of a slice, in features. rank_pattern: module name or regex -> another r.
-    slice_type: "column" (input features; leanest), "row" (output features), "block" (both),
-        "row_column" (alternating).
-    r_out: height of a block, in output features; None means r.
-    switch_interval: optimizer steps between two moves; None never moves.
-    switch_mode: order of positions: "ascending", "descending", "random" (each position once a
-        sweep), "fixed", or the
-        highest score first: "gradient" (Frobenius norm of the slice's gradient in the step before
-            the move; that step keeps
-        the whole layer input), "magnitude" (Frobenius norm of the slice's weights).
-    start_position: index of the first position, 0 to ceil(features / r) - 1.
-    contiguous: a slice is a run of neighbouring features; False scatters it by a seeded
-        permutation.
-    state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero,
-        "keep" it for the new slice,
-        or "remember" it on the host and restore it when the slice comes back. Alternating axes
-        cannot "keep": they reset.
-    target_modules: names or suffixes (list), a regex for the whole name (str), or "all-linear"
-        (every linear layer except
-        the output head). exclude_modules: the same, to leave out.
-    target_parameters: names or suffixes of parameters that a module uses without a linear layer,
-        beside target_modules ([] for none
-        of those): experts of shape (experts, out, in), as in transformers 5 (column slices), or a
-        projection of
-        nn.MultiheadAttention.
-    layers_to_transform, layers_pattern: restrict a list of target_modules to layer numbers, as in
-        PEFT.
-    modules_to_save: modules that train whole, such as a new classification head.
-    bias: "none", "all", or "slice_only" (the biases of the sliced layers) train too.
-    fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which stores
-        (in, out). It is found out
-        per layer; a value that contradicts the model warns.
-    tied_weights: "skip" layers whose weight another module uses too (with a warning), or "share"
-        one slice between them.
-    keep_originals: keep what stood in every visited slice, in the weight's dtype on the host;
-        revert, disable_adapter and deltas
-        need it. After a whole sweep that is a copy of the weights; False saves it.
-    seed: of random orders and scattered features.
+    Names follow PEFT's configs where the meaning is the same.
 
-    Raises ValueError for a value that is not one of those above, TypeError for one of the wrong
-    type.
+    Args:
+        r: width of a slice, in features. With "all-linear", a layer that is narrower trains all of
+            its features.
+        slice_type: "column" (input features; takes the least memory), "row" (output features),
+            "block" (both) or "row_column" (alternating).
+        r_out: height of a block, in output features; None means r.
+        switch_interval: optimizer steps between two moves; None never moves.
+        switch_mode: order of positions. "ascending", "descending", "random" (each position once a
+            sweep), "fixed", or the highest score first: "gradient" (Frobenius norm of the slice's
+            gradient in the step before the move; that step keeps the whole layer input) or
+            "magnitude" (Frobenius norm of the slice's weights).
+        start_position: index of the first position, 0 to ceil(features / r) - 1.
+        contiguous: a slice is a run of neighboring features; False scatters it by a seeded
+            permutation.
+        state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero,
+            "keep" it for the new slice, or "remember" it on the host and restore it when the slice
+            comes back. Alternating axes cannot "keep": they reset.
+        target_modules: names or suffixes (a list), a regular expression for the whole name (a
+            string), or "all-linear": every linear layer except the output head.
+        exclude_modules: names, suffixes or a regular expression of modules to leave out.
+        target_parameters: names or suffixes of parameters that a module uses without a linear
+            layer, beside target_modules ([] for none of those): experts of shape (experts, out,
+            in), as in transformers 5 (column slices), or a projection of nn.MultiheadAttention.
+        layers_to_transform: layer numbers to which a list of target_modules is restricted.
+        layers_pattern: name of the list of layers that layers_to_transform counts; None or "" is
+            any.
+        modules_to_save: modules that train whole. None, the default, is the output head of a
+            classifier where "all-linear" finds one: a new head has nothing to keep. A list names
+            them all, so [] leaves the head frozen. The head of a language model is not new and
+            stays frozen.
+        rank_pattern: module name or regular expression -> another r.
+        bias: which biases train too: "none", "all", or "slice_only" (those of the sliced layers).
+        fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which
+            stores (in, out). It is found out per layer; a value that contradicts the model warns.
+        tied_weights: "skip" layers whose weight another module uses too (with a warning), or
+            "share" one slice between them.
+        keep_originals: keep what stood in every visited slice, in the weight's dtype on the host;
+            revert, disable_adapter and deltas need it. After a whole sweep that is a copy of the
+            weights; False saves it.
+        seed: of random orders and scattered features.
+
+    Raises:
+        ValueError: a value is not one of those above.
+        TypeError: a value is of the wrong type.
     """
 
     r: int = 16
-    slice_type: str = "column"
+    slice_type: SliceType = "column"
     r_out: int | None = None
     switch_interval: int | None = 100
-    switch_mode: str = "ascending"
+    switch_mode: SwitchMode = "ascending"
     start_position: int = 0
     contiguous: bool = True
-    state_on_switch: str = "reset"
+    state_on_switch: StatePolicy = "reset"
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -81,9 +97,9 @@ class SliceConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: str = "none"
+    bias: BiasMode = "none"
     fan_in_fan_out: bool = False
-    tied_weights: str = "skip"
+    tied_weights: TiedMode = "skip"
     keep_originals: bool = True
     seed: int = 0
 
@@ -93,6 +109,17 @@ class SliceConfig:
         _one_of("state_on_switch", self.state_on_switch, STATE_POLICIES)
         _one_of("bias", self.bias, BIAS_MODES)
         _one_of("tied_weights", self.tied_weights, TIED_MODES)
+        self._check_sizes()
+        for name in ("contiguous", "fan_in_fan_out", "keep_originals"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; expected True or False")
+        self._check_ranks()
+        for name in (*_NAMES, *_NAMES_OR_REGEX):
+            self._check_names(name)
+        self._check_layers()
+
+    def _check_sizes(self) -> None:
         _positive("r", self.r)
         if self.r_out is not None:
             _positive("r_out", self.r_out)
@@ -102,16 +129,12 @@ class SliceConfig:
                     " has a height of its own"
                 )
         if self.switch_interval is not None:
-            _positive(
-                "switch_interval",
-                self.switch_interval,
-                "optimizer steps, or None for a slice that stays",
-            )
+            what = "optimizer steps, or None for a slice that stays"
+            _positive("switch_interval", self.switch_interval, what)
         _whole("start_position", self.start_position)
         _whole("seed", self.seed)
-        for name in ("contiguous", "fan_in_fan_out", "keep_originals"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+
+    def _check_ranks(self) -> None:
         if not isinstance(self.rank_pattern, dict):
             raise TypeError(
                 f"rank_pattern is {self.rank_pattern!r}; expected a dict of module name or regex"
@@ -120,26 +143,17 @@ class SliceConfig:
         for pattern, r in self.rank_pattern.items():
             _positive(f"rank_pattern[{pattern!r}]", r)
             _regex("rank_pattern", pattern)
-        indexes = (
-            [self.layers_to_transform]
-            if isinstance(self.layers_to_transform, int)
-            else self.layers_to_transform
-        )
-        if indexes is not None and not (
-            isinstance(indexes, list) and all(isinstance(i, int) for i in indexes)
-        ):
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if isinstance(layers, (tuple, range, set, frozenset)):
+            layers = self.layers_to_transform = sorted(layers)
+        indexes = [layers] if isinstance(layers, int) else layers
+        if indexes is not None and not (isinstance(indexes, list) and all(map(_number, indexes))):
             raise TypeError(
-                f"layers_to_transform is {self.layers_to_transform!r}; expected a layer number or a"
-                " list of them"
+                f"layers_to_transform is {layers!r}; expected a layer number or a list of them"
             )
-        for name in (
-            "target_modules",
-            "exclude_modules",
-            "target_parameters",
-            "layers_pattern",
-            "modules_to_save",
-        ):
-            self._check_names(name)
+        self.layers_pattern = self.layers_pattern or None
         if self.target_modules is None or isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -147,7 +161,7 @@ class SliceConfig:
                         f"{name} cannot be used when target_modules is {self.target_modules!r};"
                         " give target_modules as a list"
                     )
-        if self.layers_pattern and self.layers_to_transform is None:
+        if self.layers_pattern and layers is None:
             raise ValueError(
                 "layers_pattern is given without layers_to_transform; say which layer numbers to"
                 " train"
@@ -155,14 +169,13 @@ class SliceConfig:
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, (set, tuple)):
+        if isinstance(value, (set, frozenset, tuple)):
             value = sorted(value)
             setattr(self, name, value)
-        if value is None or (
-            isinstance(value, str) and name not in ("modules_to_save", "target_parameters")
-        ):
-            if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
-                _regex(name, value)
+        if value is None:
+            return
+        if isinstance(value, str) and name in _NAMES_OR_REGEX:
+            _regex(name, value)
             return
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             what = "parameter" if name == "target_parameters" else "module"
@@ -171,17 +184,23 @@ class SliceConfig:
             _regex(name, entry)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain values."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
+        """All fields, as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON to a file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SliceConfig:
-        """Unknown keys warn and are left out, so a file written by a newer version still loads."""
+        """A config of the given fields.
+
+        Unknown keys warn and are left out, so a file written by a newer version still loads.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
         known = {}
         for key, value in values.items():
@@ -195,6 +214,11 @@ class SliceConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SliceConfig:
+        """A config of what `to_json` gave.
+
+        Raises:
+            TypeError: the text is JSON, but no object.
+        """
         values = json.loads(text)
         if not isinstance(values, dict):
             raise TypeError(f"a SliceConfig in JSON is an object, not {type(values).__name__}")
@@ -202,6 +226,7 @@ class SliceConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SliceConfig:
+        """A config of what `save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
@@ -217,6 +242,10 @@ def _regex(name: str, value: str) -> None:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _whole(name: str, value: Any) -> None:

@@ -6,18 +6,20 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from slicefine import checkpointing
 from slicefine.config import SliceConfig
 from slicefine.deltas import adapters, live
 from slicefine.deltas.adapters import DEFAULT, AdapterModel
 from slicefine.deltas.delta import Delta
 from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
+from slicefine.matching import means_everything, some
 from slicefine.modules.attention import SliceMultiheadAttention, is_attention
 from slicefine.modules.experts import SliceExperts
 from slicefine.modules.parameters import (
@@ -28,38 +30,76 @@ from slicefine.modules.parameters import (
     swap_parameter,
 )
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
-from slicefine.targets import Target, find_targets, left_out_experts, matches_modules_to_save
+from slicefine.state import ModelState, config_of, set_state, state_of
+from slicefine.targets import Target, Targets, resolve
+
+# At run time SliceModel is mixed in front of a model's own class, which is an nn.Module already.
+_Module = nn.Module if TYPE_CHECKING else object
 
 
 def get_slice_model(
     model: nn.Module, config: SliceConfig, adapter_name: str = DEFAULT
-) -> nn.Module:
-    """Turn the targets of ``config`` into slices, in place, and freeze the rest; returns the same
-    object.
+) -> SliceModel:
+    """Turn the layers that ``config`` means into slices, in place, and freeze the rest.
 
-    The model keeps its class, its state-dict keys and its methods, and gains those of `SliceModel`:
-    ``print_trainable_parameters()``, ``get_nb_trainable_parameters()``, ``coverage()``,
-    ``planned_coverage(steps)`` and
-    ``merge_and_unload()``; those of `AdapterModel`: ``disable_adapter()``, ``revert()``,
-    ``delta()``, ``save_pretrained(folder)``
-    and others, to which the slices are an adapter called ``adapter_name``. Build the optimizer
-    afterwards. Nothing is changed if the config does not fit the model.
-    Raises ValueError naming every target that does not exist, with the nearest names, and every
-    layer that cannot train.
+    The model keeps its class, its state-dict keys and its methods, and gains those of `SliceModel`.
+    Build the optimizer afterwards. Nothing is changed if the config does not fit the model.
+
+    Args:
+        model: a plain model with its weights loaded.
+        config: which layers become slices, and how they train.
+        adapter_name: what the slices are called among the model's adapters.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: config is no SliceConfig.
+        ValueError: an entry of the config matches nothing (with the nearest names), a layer cannot
+            train, no layer is left, or the model has slices already.
+        DeltaError: there is an adapter of that name.
     """
     if not isinstance(config, SliceConfig):
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SliceConfig (SliceConfig.from_dict"
             " takes a dict)"
         )
-    if "slice_config" in model.__dict__:
+    if config_of(model) is not None:
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     adapters.check_name(model, adapter_name)
-    targets = find_targets(model, config)
-    saved = _modules_to_save(model, config)
-    trained_before = {
-        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    found = resolve(model, config)
+    trained_before = _trainable(model)
+    layers = _layers_of(model, found.layers, config, trained_before)
+    for note in [*found.unused, *found.notes, *_notes_on(model, found.layers, layers, config)]:
+        warnings.warn(note, stacklevel=2)
+
+    for layer in layers.values():
+        _renew_hook(layer)
+    _set_trainable(model, ())
+    replacement: dict[int, nn.Module] = {
+        id(t.module): layers[t.name]
+        for t in found.layers
+        if t.name in layers and t.parameter is None
     }
+    _replace_modules(model, replacement)
+    _replace_parameters(model, found.layers, layers)
+    _share_tied(layers)
+    for module in found.saved.values():
+        module.requires_grad_(True)
+    _free_biases(model, config.bias)
+    sliced = _mix_in(model)
+    state = sliced._slicefine
+    state.config, state.trained_before = config, trained_before
+    live.register_slices(model, adapter_name, _trained_whole(model, found), config.keep_originals)
+    _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
+    checkpointing.let_inputs_carry_gradients(model)
+    return sliced
+
+
+def _layers_of(
+    model: nn.Module, targets: list[Target], config: SliceConfig, trained_before: frozenset[str]
+) -> dict[str, SliceLayer]:
+    """Name -> the slice of every target that is not skipped; the model stays as it is."""
     layers, problems = {}, []
     for target in _unique(targets):
         try:
@@ -73,53 +113,61 @@ def get_slice_model(
         raise ValueError(
             "every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets)
         )
-    for target in targets:
-        if target.skipped:
-            warnings.warn(f"{target.name} stays as it is: {target.skipped}", stacklevel=2)
+    return layers
+
+
+def _notes_on(
+    model: nn.Module, targets: list[Target], layers: dict[str, SliceLayer], config: SliceConfig
+) -> list[str]:
+    """What to warn of once it is known which layers become slices."""
+    notes = []
+    frozen_on_purpose = config.modules_to_save == []
+    skipped = [t for t in targets if t.skipped and not (t.is_head and frozen_on_purpose)]
+    if skipped:
+        notes.append(_skipped(skipped))
     if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
-        warnings.warn(
-            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no"
-            " effect",
-            stacklevel=2,
+        notes.append(
+            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect"
         )
-
-    if experts := left_out_experts(model, config):
-        warnings.warn(
-            "experts stay as they are; to train them too:"
-            f" target_parameters=[{', '.join(map(repr, experts))}]",
-            stacklevel=2,
+    weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(weights.values()) / total
+    if share < _LITTLE and means_everything(config):
+        notes.append(
+            f"the {len(weights)} sliced weights are {100 * share:.2f} % of this"
+            f" {type(model).__name__}: the rest is frozen and no linear layer, so little can be"
+            " learned"
         )
+    return notes
 
-    for layer in layers.values():
-        _renew_hook(layer)
-    _set_trainable(model, set())
-    replacement = {
-        id(t.module): layers[t.name] for t in targets if t.name in layers and t.parameter is None
-    }
-    for parent in list(model.modules()):  # every place that holds the module, however many
-        for name, child in list(parent._modules.items()):
-            if id(child) in replacement:
-                parent._modules[name] = replacement[id(child)]
-    _replace_parameters(model, targets, layers)
-    _share_tied(layers)
-    for module in saved:
-        module.requires_grad_(True)
-    _free_biases(model, config.bias)
-    live.register_slices(model, adapter_name, _trained_whole(model, config), config.keep_originals)
-    _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
 
-    model.__dict__["slice_config"] = config
-    model.__dict__["_trained_before_slices"] = trained_before
-    model.__class__ = _with_slices(_own_class(model))
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        _let_inputs_carry_gradients(model)
-    return model
+def _skipped(targets: list[Target]) -> str:
+    """One text on all layers that stay as they are, those with one reason on one line."""
+    by_reason: dict[str, list[str]] = {}
+    for target in targets:
+        assert target.skipped is not None
+        by_reason.setdefault(target.skipped, []).append(target.name)
+    lines = [
+        f"{some(names)} {'stays as it is' if len(names) == 1 else 'stay as they are'}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+    if len(lines) > _LINES:
+        rest = len(lines) - _LINES
+        lines[_LINES:] = [f"and {rest} more (list_targets(model, config) gives each its reason)"]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Match:
-    """One row of `list_targets`: a layer, its weight (out, in), its slice, and why it is skipped if
-    it is.
+    """One row of `list_targets`.
+
+    Attributes:
+        name: of the layer, or of the parameter.
+        out_features: rows of its weight.
+        in_features: columns of its weight.
+        r: width of its slice.
+        parameters: values that train at a time.
+        skipped: why it stays as it is; None for a slice.
     """
 
     name: str
@@ -131,35 +179,52 @@ class Match:
 
 
 def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
-    """Dry run of `get_slice_model`: what the config matches. Changes nothing; raises the same
-    errors.
+    """Dry run of `get_slice_model`: what the config means in a model, without changing it.
+
+    Args:
+        model: a plain model.
+        config: as for `get_slice_model`.
+
+    Returns:
+        A row for every layer, in the model's order, those that stay as they are too.
+
+    Raises:
+        ValueError: as `get_slice_model` does.
     """
-    matches = []
-    for target in find_targets(model, config):
-        parameters = 0
-        out_features, in_features = target.shape
-        if target.skipped is None:
-            try:
-                spec = SliceSpec(
-                    out_features, in_features, config.slice_type, target.r, config.r_out or target.r
-                )
-                SliceSchedule(spec, start_position=config.start_position)
-            except ValueError as error:
-                raise ValueError(f"{target.name}: {error}") from error
-            parameters = math.prod(spec.parameter_shape)
-        matches.append(
-            Match(target.name, out_features, in_features, target.r, parameters, target.skipped)
-        )
-    return matches
+    found = resolve(model, config)
+    for note in [*found.unused, *found.notes]:
+        warnings.warn(note, stacklevel=2)
+    return [_match(target, config) for target in found.layers]
 
 
-class SliceModel(AdapterModel):
+def _match(target: Target, config: SliceConfig) -> Match:
+    parameters = 0
+    out_features, in_features = target.shape
+    if target.skipped is None:
+        try:
+            spec = SliceSpec(out_features, in_features, config.slice_type, target.r, target.r_out)
+            SliceSchedule(spec, start_position=config.start_position)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from error
+        parameters = math.prod(spec.parameter_shape)
+    shape = out_features, in_features
+    return Match(target.name, *shape, target.r, parameters, target.skipped)
+
+
+class SliceModel(AdapterModel, _Module):
     """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard
     mixes in FSDPModule.
     """
 
-    slice_config: SliceConfig
-    _trained_before_slices: set[str]
+    _slicefine: ModelState
+
+    @property
+    def slice_config(self) -> SliceConfig:
+        """The config of the slices in training."""
+        config = self._slicefine.config
+        if config is None:
+            raise AttributeError("the model has loaded deltas and no slices in training")
+        return config
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. The masters of slices are copies, so they count as trainable
@@ -214,14 +279,33 @@ class SliceModel(AdapterModel):
             f"{line} ({count} layer{'s' * (count > 1)})" for line, count in lines.items()
         )
 
-    def merge_and_unload(self) -> nn.Module:
-        """Back to plain linear layers, in place: same weights, bit-equal outputs. Returns the model
-        in its own class.
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Back to plain linear layers, in place: same weights, bit-equal outputs.
 
         Adapters that are applied stay in the weights; the others are forgotten.
+
+        Args:
+            progressbar: taken for PEFT's sake: the weights hold the slices already, so there is
+                nothing to wait for.
+            safe_merge: raise instead if a weight that was trained is not finite.
+            adapter_names: the adapters to apply before; None leaves those that are applied.
+
+        Returns:
+            The model, in its own class.
+
+        Raises:
+            RuntimeError: the slices in training are switched off, or `fully_shard` holds the
+                layers.
+            ValueError: with safe_merge, naming the weights that are not finite.
         """
-        assert isinstance(self, nn.Module)
-        if "slice_config" in self.__dict__ and self._adapters.trainable not in self.active_adapters:
+        if adapter_names is not None:
+            self.set_adapter(adapter_names)
+        if config_of(self) is not None and self._adapters.trainable not in self.active_adapters:
             raise RuntimeError(
                 "the slices in training are switched off; leave disable_adapter() or set_adapter"
                 " them first"
@@ -232,25 +316,42 @@ class SliceModel(AdapterModel):
                 " are up to date): torch.distributed.checkpoint.state_dict.get_model_state_dict"
                 " gathers them for a plain model"
             )
+        if safe_merge:
+            self._check_finite()
         if undo_lean := self.__dict__.get("_undo_lean"):
             undo_lean(self)
         restore_parameters(self)
-        plain: dict[int, nn.Module] = {}
-        for parent in list(self.modules()):
-            for name, child in list(parent._modules.items()):
-                if isinstance(child, SliceLinear):
-                    parent._modules[name] = plain.setdefault(id(child), _unload(child))
-        trained = self.__dict__.pop("_trained_before_slices", None)
-        for name in ("slice_config", "_adapters"):
-            self.__dict__.pop(name, None)
+        plain: dict[int, nn.Module] = {
+            id(layer): _unload(layer)
+            for layer in slice_layers(self)
+            if isinstance(layer, SliceLinear)
+        }
+        _replace_modules(self, plain)
+        state = state_of(self)
+        set_state(self, None)
         _keep_from_ddp(self, [])
         self.__class__ = _own_class(self)
-        if trained is not None:
-            _set_trainable(self, trained)
+        if state is not None:
+            _set_trainable(self, state.trained_before)
         return self
 
+    def _check_finite(self) -> None:
+        broken = []
+        for name, layer in named_slice_layers(self):
+            layer.synchronise()
+            broken += [] if bool(layer.weight.isfinite().all()) else [name]
+        if broken:
+            raise ValueError(
+                f"safe_merge: the weights of {some(broken)} hold values that are not finite; the"
+                " training has diverged. unload() gives the base back"
+            )
+
     def unload(self) -> nn.Module:
-        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up."""
+        """Back to the base, bit for bit, and to plain linear layers; what was trained is given up.
+
+        Returns:
+            The model, in its own class.
+        """
         self.revert()
         return self.merge_and_unload()
 
@@ -279,6 +380,11 @@ class SliceModel(AdapterModel):
 
 
 _POSITIONS = (".slice_rows", ".slice_cols")
+_REGISTRIES = frozenset(nn.Module().__dict__)
+# a share of the parameters below which slices cannot change what a model does
+_LITTLE = 0.01
+# of one warning
+_LINES = 8
 
 
 def _keep_from_ddp(model: Any, positions: list[str]) -> None:
@@ -308,16 +414,14 @@ def _with_delta(
             f"SliceModel.from_pretrained got a {type(model).__name__}; expected the base model (an"
             " nn.Module) and a folder"
         )
-    if "slice_config" in model.__dict__:
+    if config_of(model) is not None:
         raise ValueError(
             "the model has slices in training; use its load_adapter(folder, name) and"
             " set_adapter(name)"
         )
     delta = path if isinstance(path, Delta) else Delta.load(adapters.local_path(path))
-    fresh = "_adapters" not in model.__dict__
-    if fresh:
-        model.__dict__["_adapters"] = live.AdapterRegister()
-        model.__class__ = _with_slices(_own_class(model))
+    fresh = state_of(model) is None
+    _mix_in(model)
     try:
         if not is_trainable:
             mixed: Any = model
@@ -329,17 +433,17 @@ def _with_delta(
         get_slice_model(model, config, adapter_name)
         live.resume_from(model, delta)
     except BaseException:
-        if "slice_config" in model.__dict__:
+        if config_of(model) is not None:
             sliced: Any = model
             sliced.unload()
-        if fresh and "slice_config" not in model.__dict__:
-            model.__dict__.pop("_adapters", None)
+        elif fresh:
+            set_state(model, None)
             model.__class__ = _own_class(model)
         raise
     return model
 
 
-def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
+def _trained_whole(model: nn.Module, found: Targets) -> dict[str, bool]:
     """State-dict key of everything that changes beside slices -> whether the base model has it too
     (False: modules_to_save).
     """
@@ -359,7 +463,7 @@ def _trained_whole(model: nn.Module, config: SliceConfig) -> dict[str, bool]:
         k for k in model.state_dict() if k in tensors
     ):  # by name: a state-dict hook may hand out copies
         value = tensors[key]
-        saved = matches_modules_to_save(config, key.rpartition(".")[0])
+        saved = found.is_saved(key.rpartition(".")[0])
         if id(value) in parameters or id(value) in running or (saved and key in buffers):
             whole[key] = not saved
     return whole
@@ -375,8 +479,21 @@ def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
     )
 
 
+def _mix_in(model: nn.Module) -> SliceModel:
+    """Give a model its state and the methods of `SliceModel`; one that has them stays as it is."""
+    if state_of(model) is None:
+        state = ModelState(live.AdapterRegister(), trained_before=_trainable(model))
+        set_state(model, state)
+        model.__class__ = _with_slices(_own_class(model))
+    return cast(SliceModel, model)
+
+
 @functools.cache
 def _with_slices(kind: type) -> type:
+    # A call of the mixed class, as in type(model)(config), makes an ordinary model: an instance of
+    # the mixed class without a state would have methods that cannot work.
+    call = {"__call__": lambda cls, *args, **kwargs: kind(*args, **kwargs)}
+    meta: Any = type(type(kind).__name__, (type(kind),), call)
     # Hugging Face writes the class name into a checkpoint's config, so it stays what it was.
     body: dict[str, Any] = {
         "_slices_mixed_into": kind,
@@ -386,22 +503,8 @@ def _with_slices(kind: type) -> type:
     # transformers' new name, which its old one calls; overriding both would send them in circles
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     if name := next((n for n in names if hasattr(kind, n)), None):
-        body[name] = _then_let_inputs_carry_gradients(getattr(kind, name))
-    return type(kind.__name__, (SliceModel, kind), body)
-
-
-def _then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[..., Any]:
-    """Reentrant checkpoints need an input that carries a gradient, and behind frozen embeddings
-    there is none.
-    """
-
-    @functools.wraps(enable)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = enable(self, *args, **kwargs)
-        _let_inputs_carry_gradients(self)
-        return result
-
-    return wrapper
+        body[name] = checkpointing.then_let_inputs_carry_gradients(getattr(kind, name))
+    return meta(kind.__name__, (SliceModel, kind), body)
 
 
 def _own_class(model: Any) -> type:
@@ -424,11 +527,32 @@ def _unique(targets: list[Target]) -> Iterator[Target]:
 
 
 def _slice_of(target: Target, config: SliceConfig) -> SliceLayer:
+    if config.slice_type == "block":
+        config = replace(config, r_out=target.r_out)
     if target.parameter is None:
         return SliceLinear.from_linear(target.module, config, target.name, target.r)
     parameter = target.module._parameters[target.parameter]
     assert parameter is not None
     return SliceParameter.from_parameter(parameter, config, target.name, target.r)
+
+
+def _replace_modules(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
+    """Put modules into every place that holds another: children, and plain attributes and lists."""
+    for parent in list(model.modules()):
+        _replace_in(parent._modules, replacement)
+        for key, value in parent.__dict__.items():
+            # some forwards walk a plain list that was filled beside the registered children
+            if isinstance(value, (list, dict)) and key not in _REGISTRIES:
+                _replace_in(value, replacement)
+            elif isinstance(value, nn.Module) and id(value) in replacement:
+                parent.__dict__[key] = replacement[id(value)]
+
+
+def _replace_in(holder: Any, replacement: dict[int, nn.Module]) -> None:
+    entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    for key, value in list(entries):
+        if isinstance(value, nn.Module) and id(value) in replacement:
+            holder[key] = replacement[id(value)]
 
 
 def _replace_parameters(
@@ -448,25 +572,14 @@ def _replace_parameters(
             swap_parameter(target.module, target.parameter, layer)
 
 
-def _modules_to_save(model: nn.Module, config: SliceConfig) -> list[nn.Module]:
-    found = {
-        entry: [
-            m
-            for n, m in model.named_modules()
-            if matches_modules_to_save(SliceConfig(modules_to_save=[entry]), n)
-        ]
-        for entry in config.modules_to_save or ()
-    }
-    if missing := [entry for entry, modules in found.items() if not modules]:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not have;"
-            f" its children are: {names}"
-        )
-    return [module for modules in found.values() for module in modules]
+def _trainable(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that require a gradient, every name of a shared one."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in parameters if p.requires_grad)
 
 
-def _set_trainable(model: nn.Module, names: set[str]) -> None:
+def _set_trainable(model: nn.Module, names: Iterable[str]) -> None:
+    names = set(names)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in names)
 
@@ -526,9 +639,3 @@ def _renew_hook(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     # whoever put the hook there has loaded the library
     sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)
-
-
-def _let_inputs_carry_gradients(model: Any) -> None:
-    enable = getattr(model, "enable_input_require_grads", None)
-    if callable(enable):
-        enable()

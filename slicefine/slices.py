@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-SLICE_TYPES = ("column", "row", "block", "row_column")
-SWITCH_MODES = ("ascending", "descending", "random", "fixed", "gradient", "magnitude")
-STATE_POLICIES = ("reset", "keep", "remember")
+SliceType = Literal["column", "row", "block", "row_column"]
+SwitchMode = Literal["ascending", "descending", "random", "fixed", "gradient", "magnitude"]
+StatePolicy = Literal["reset", "keep", "remember"]
+SLICE_TYPES: tuple[str, ...] = get_args(SliceType)
+SWITCH_MODES: tuple[str, ...] = get_args(SwitchMode)
+STATE_POLICIES: tuple[str, ...] = get_args(StatePolicy)
 
 
 @dataclass(frozen=True)

@@ -1,385 +1,351 @@
-"""Which modules a SliceConfig names: PEFT's matching rules, and what to say when nothing matches.
-
-A list of target_modules matches whole names or suffixes (``name == entry or name.endswith("." +
-entry)``), a string is a
-regular expression for the whole name (``re.fullmatch``), and "all-linear" is every linear layer
-except the output head.
-Checked against peft 0.21 in tests/core/test_targets.py.
-"""
+"""What a SliceConfig means in a model: found once, used by everything that makes or counts slices."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from slicefine.config import SliceConfig
-from slicefine.layer import SliceLayer
+from slicefine.heads import find_heads, output_head
+from slicefine.matching import Rules, check_entries, named, some
 from slicefine.modules.attention import is_attention, projections
 from slicefine.modules.experts import is_experts, why_not_experts
 from slicefine.modules.parameters import SlicedModule
+from slicefine.obstacles import Place, is_linear, quantised, why_not
 
-_HEAD_NAMES = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
+__all__ = [
+    "Target",
+    "Targets",
+    "find_targets",
+    "is_linear",
+    "output_head",
+    "resolve",
+]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the config names: a linear module, or a parameter of another. skipped: why it stays as
-    it is; None for a slice.
+    """What the config names: a linear module, or a parameter of another.
+
+    Attributes:
+        name: of the module, or of the parameter.
+        module: the linear layer, or the module that holds the parameter.
+        r: width of its slice; r_out: height of a block.
+        skipped: why it stays as it is; None for a slice.
+        parameter: name of the parameter in ``module``; None for a linear layer.
+        is_head: whether it is skipped as an output head.
     """
 
     name: str
     module: nn.Module
     r: int
+    r_out: int
     skipped: str | None = None
     parameter: str | None = None
+    is_head: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); out_features of experts are those of all of them. (0, 0)
         without a matrix.
         """
-        weight: Any = getattr(self.module, self.parameter or "weight", None)
-        if weight is None or weight.dim() < 2:
-            return 0, 0
-        shape = weight.shape[:-1].numel(), weight.shape[-1]
-        return (
-            shape if self.parameter or isinstance(self.module, nn.Linear) else shape[::-1]
-        )  # Conv1D
+        return shape_of(self.module, self.parameter)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """An nn.Linear, or Hugging Face's Conv1D (recognised without importing transformers)."""
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-    )
+def shape_of(module: nn.Module, parameter: str | None = None) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer or of a parameter; (0, 0) without a matrix."""
+    weight: Any = getattr(module, parameter or "weight", None)
+    if weight is None or weight.dim() < 2:
+        return 0, 0
+    shape = weight.shape[:-1].numel(), weight.shape[-1]
+    stored_as_linear = parameter is not None or isinstance(module, nn.Linear)
+    # Conv1D stores (in, out)
+    return shape if stored_as_linear else shape[::-1]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config means in a model.
+
+    Attributes:
+        layers: the targets in the model's order, those that are skipped too.
+        saved: name -> module of what trains whole.
+        unused: sentences to warn with, on entries of the config that change nothing.
+        notes: the same, on what a user may not have meant.
+    """
+
+    layers: list[Target]
+    saved: dict[str, nn.Module]
+    unused: list[str]
+    notes: list[str]
+
+    def is_saved(self, name: str) -> bool:
+        """Whether a module trains whole, or is inside one that does."""
+        return any(f"{name}.".startswith(f"{saved}.") for saved in self.saved)
 
 
 def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
     """The targets of a config in a model, in the model's order.
 
-    Raises ValueError naming every entry that matches nothing, with the nearest module names.
+    Entries of the config without effect are warned of. Raises as `resolve` does.
     """
-    everything = _means_everything(config)
-    names = dict(model.named_modules())
+    found = resolve(model, config)
+    for note in found.unused:
+        warnings.warn(note, stacklevel=2)
+    return found.layers
+
+
+def resolve(model: nn.Module, config: SliceConfig) -> Targets:
+    """Find what a config means in a model.
+
+    Args:
+        model: a plain model; it is not changed.
+        config: how its layers are to become slices.
+
+    Returns:
+        The layers, what trains whole, and what to warn of.
+
+    Raises:
+        ValueError: an entry matches nothing (with the nearest names), a layer that the config
+            names cannot train, or no layer is left.
+    """
     if is_attention(model) or is_experts(model):
         raise ValueError(
             f"the model is a single {type(model).__name__}, whose parameters become slices within a"
             " model; put it into one"
         )
-    if not everything:
-        _check_entries(config.target_modules or [], names)
-        _check_layers(config, names)
-    _warn_of_unused(config, names)
-    head = output_head(model)
-    users = _users_of_weights(model)
-    attentions = {n: m for n, m in names.items() if is_attention(m) and not _excluded(config, n)}
-    targets = []
-    for name, module in names.items():
-        parent = name.removesuffix(".out_proj")
-        if name in attentions and (everything or _listed(config, name)):
-            for key in projections(attentions[name]):
-                targets.append(
-                    _parameter_target(f"{name}.{key}", module, key, users, config, everything)
-                )
-            continue
-        if name != parent and parent in attentions and not everything and _listed(config, parent):
-            targets.append(
-                Target(
-                    name,
-                    module,
-                    _rank(config, name),
-                    _obstacle(module, name, users, config, False, True),
-                )
+    return _Search(model, config).result()
+
+
+class _Search:
+    """One walk over the modules of a model, for one config."""
+
+    def __init__(self, model: nn.Module, config: SliceConfig) -> None:
+        self.model, self.config = model, config
+        self.modules = dict(model.named_modules())
+        self.rules = Rules(config, self.modules)
+        if not self.rules.everything:
+            check_entries(config.target_modules or [], self.modules)
+            self.rules.check_layers()
+        self.heads = find_heads(model)
+        self.users = _users_of_weights(model)
+        self.attentions = {
+            name
+            for name, module in self.modules.items()
+            if is_attention(module) and not self.rules.excluded(name)
+        }
+        self.notes: list[str] = []
+
+    def result(self) -> Targets:
+        saved = self._saved()
+        new_heads = self._new_heads()
+        targets = [t for name in self.modules for t in self._targets_of(name, new_heads)]
+        targets += self._named_parameters({target.name for target in targets})
+        if self.config.tied_weights == "share":
+            _check_shared(targets, self.model, self.users)
+        self._check_something_left(targets)
+        names = [target.name for target in targets if target.skipped is None]
+        sliceable = (is_linear, quantised, is_attention, is_experts)
+        candidates = [n for n, m in self.modules.items() if any(is_it(m) for is_it in sliceable)]
+        unused = self.rules.without_effect(names, [*candidates, *names])
+        self._note_experts()
+        if new_heads:
+            one = len(new_heads) == 1
+            self.notes.append(
+                f"{', '.join(new_heads)} {'is trained' if one else 'are trained'} whole, as a new"
+                f" output head needs; modules_to_save={list(new_heads)!r} says so without this"
+                " warning, modules_to_save=[] keeps it frozen"
             )
-            continue
-        if (
-            not name
-            or _excluded(config, name)
-            or not (
-                is_linear(module) or _quantised(module) if everything else _listed(config, name)
-            )
-        ):
-            continue
-        if everything and module is head:
-            if name in _HEAD_NAMES:  # a language model's head is pretrained; this one may be new
-                reason = (
-                    f"'all-linear' leaves out the head; modules_to_save=[{name!r}] trains it whole,"
-                    " as a new head needs"
-                )
-                targets.append(Target(name, module, config.r, reason))
-            continue
-        targets.append(
-            Target(
-                name,
-                module,
-                _rank(config, name),
-                _obstacle(module, name, users, config, everything, parent in attentions),
-            )
-        )
-    targets += _named_parameters(model, config, users, {target.name for target in targets})
-    if config.tied_weights == "share":
-        _check_shared(targets, model, users)
-    if not any(target.module is not head for target in targets):
-        if is_linear(model):
+        return Targets(targets, saved | new_heads, unused, self.notes)
+
+    def _saved(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        missing = []
+        for entry, pattern in self.rules.saved_by_entry.items():
+            inside = {name: m for name, m in self.modules.items() if pattern.match(name)}
+            missing += [] if inside else [entry]
+            found.update(inside)
+        if missing:
+            names = ", ".join(name for name, _ in self.model.named_children())
             raise ValueError(
-                f"the model is a single {type(model).__name__}; use SliceLinear.from_linear(model,"
-                " config) for it"
+                f"modules_to_save names {', '.join(map(repr, missing))}, which the model does not"
+                f" have; its children are: {names}"
             )
+        return found
+
+    def _new_heads(self) -> dict[str, nn.Module]:
+        """The heads that train whole without being asked for."""
+        if self.config.modules_to_save is not None or not self.rules.everything:
+            return {}
+        return {n: m for n, m in self.heads.task.items() if not self.rules.excluded(n)}
+
+    def _targets_of(self, name: str, new_heads: dict[str, nn.Module]) -> list[Target]:
+        module, everything = self.modules[name], self.rules.everything
+        if name in self.attentions and (everything or self.rules.listed(name)):
+            keys = projections(module)
+            return [self._parameter(f"{name}.{key}", module, key, everything) for key in keys]
+        parent = name.removesuffix(".out_proj")
+        of_attention = name != parent and parent in self.attentions
+        if of_attention and not everything and self.rules.listed(parent):
+            return [self._layer(name, everything=False, of_attention=True)]
+        linear = is_linear(module) or bool(quantised(module))
+        if not name or not (linear if everything else self.rules.listed(name)):
+            return []
+        if self.rules.excluded(name) or (everything and module is self.heads.language):
+            return []
+        head = self.heads.holds(name) if everything else None
+        if head in new_heads:
+            return []
+        if head is not None:
+            reason = (
+                "'all-linear' leaves out the head;"
+                f" modules_to_save=[{head!r}] trains it whole, as a new head needs"
+            )
+            r = self.config.r
+            return [Target(name, module, r, r, reason, is_head=True)]
+        return [self._layer(name, everything, of_attention)]
+
+    def _layer(self, name: str, everything: bool, of_attention: bool) -> Target:
+        module = self.modules[name]
+        parent = self.modules.get(name.rpartition(".")[0]) if name else None
+        weight: Any = getattr(module, "weight", None)
+        others = [user for user in self.users.get(weight, ()) if user != name]
+        if self.config.tied_weights == "share":
+            others = []
+        place = Place(name, parent, others, everything, of_attention)
+        reason = why_not(module, place, self.notes)
+        return self._target(name, module, None, reason, everything)
+
+    def _target(
+        self, name: str, module: nn.Module, key: str | None, skipped: str | None, everything: bool
+    ) -> Target:
+        r, of_its_own = self.rules.rank(name)
+        r_out = self.config.r_out or r
+        if skipped is None and everything and not of_its_own:
+            r, r_out = self._fitting(shape_of(module, key), r, r_out)
+        return Target(name, module, r, r_out, skipped, key)
+
+    def _fitting(self, shape: tuple[int, int], r: int, r_out: int) -> tuple[int, int]:
+        """The widths that a layer has room for: all of a layer that is narrower than r."""
+        out_features, in_features = shape
+        if self.config.slice_type == "column":
+            return min(r, in_features), r_out
+        if self.config.slice_type == "row":
+            return min(r, out_features), r_out
+        if self.config.slice_type == "block":
+            return min(r, in_features), min(r_out, out_features)
+        return min(r, *shape), r_out
+
+    def _named_parameters(self, known: set[str]) -> list[Target]:
+        """Targets of target_parameters; what target_modules has found is not repeated."""
+        entries = self.config.target_parameters or []
+        owners = {
+            f"{name}.{key}" if name else key: (module, key)
+            for name, module in self.modules.items()
+            for key in module._parameters
+        }
+        check_entries(entries, owners, "target_parameters", "parameters")
+        found = [name for name in owners if entries and named(entries, name)]
+        return [
+            self._parameter(name, *owners[name], everything=False)
+            for name in found
+            if name not in known and not self.rules.excluded(name)
+        ]
+
+    def _parameter(self, name: str, module: nn.Module, key: str, everything: bool) -> Target:
+        reason = self._why_not_parameter(name, module, key)
+        if reason is not None and not everything:
+            raise ValueError(f"{name} cannot become a slice: {reason}.")
+        tied = self._tied(name, module, key)
+        if reason is None and tied:
+            reason = f"its weight is tied to {', '.join(tied)}"
+        return self._target(name, module, key, reason, everything)
+
+    def _tied(self, name: str, module: nn.Module, key: str) -> list[str]:
+        parameter = module._parameters[key]
+        assert parameter is not None
+        return [user for user in self.users[parameter] if f"{user}.{key}" != name]
+
+    def _why_not_parameter(self, name: str, module: nn.Module, key: str) -> str | None:
+        parameter = module._parameters[key]
+        assert parameter is not None
+        if is_linear(module) and key == "weight":
+            raise ValueError(
+                f"{name} is the weight of a linear layer; name the layer in target_modules instead."
+            )
+        reason = None
+        if is_experts(module) and parameter.dim() == 3:
+            reason = why_not_experts(module, parameter, self.config.slice_type)
+        elif not (is_attention(module) and key in projections(module)):
+            reason = (
+                f"it is a parameter of shape {tuple(parameter.shape)} of a {type(module).__name__};"
+                " only projections of nn.MultiheadAttention and weights of experts (experts, out,"
+                " in) of transformers 5 become slices. modules_to_save trains a module whole"
+            )
+        if reason is not None:
+            return reason
+        if not parameter.dtype.is_floating_point:
+            return f"it is quantised ({parameter.dtype}); load the model unquantised"
+        if parameter.is_meta:
+            return "it is on the meta device, without values; load the weights first"
+        if "forward" in module.__dict__ or isinstance(module, SlicedModule):
+            return (
+                "the forward of its module has been replaced on the instance; make slices before"
+                " dispatching the model"
+            )
+        if self.config.tied_weights == "share" and (others := self._tied(name, module, key)):
+            return (
+                f"it is tied to {', '.join(others)}, and only linear layers share a slice; use"
+                " tied_weights='skip'"
+            )
+        return None
+
+    def _check_something_left(self, targets: list[Target]) -> None:
+        if any(not self.rules.everything or not self.heads.holds(t.name) for t in targets):
+            return
+        kind = type(self.model).__name__
+        if is_linear(self.model):
+            raise ValueError(
+                f"the model is a single {kind}; use SliceLinear.from_linear(model, config) for it"
+            )
+        but = ""
+        if self.rules.everything and self.heads.task:
+            but = (
+                f" but its output head ({', '.join(self.heads.task)}): slices are of linear layers,"
+                " and the rest of the model has none that can train. A head is better trained"
+                " whole, without slices; target_modules=[its name] makes a slice of it all the same"
+            )
+        linear = some(name for name, module in self.modules.items() if is_linear(module))
         raise ValueError(
-            f"target_modules={config.target_modules!r} with"
-            f" exclude_modules={config.exclude_modules!r} leaves no layer of"
-            f" {type(model).__name__}. Linear layers there:"
-            f" {_some(n for n, m in names.items() if is_linear(m))}"
-        )
-    _warn_of_idle_ranks(config, names, [target.name for target in targets])
-    return targets
-
-
-def _means_everything(config: SliceConfig) -> bool:
-    targets = config.target_modules
-    return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """What "all-linear" leaves out: the output embedding of a language model, else a module called
-    score or classifier.
-    """
-    get: Any = getattr(model, "get_output_embeddings", None)
-    head: Any = None
-    with contextlib.suppress(NotImplementedError):  # transformers' answer for a model without one
-        head = get() if callable(get) else None
-    if head is None:
-        head = next((m for n in _HEAD_NAMES if (m := getattr(model, n, None)) is not None), None)
-    return head
-
-
-def matches_modules_to_save(config: SliceConfig, name: str) -> bool:
-    return any(_saves(entry, name) for entry in config.modules_to_save or ())
-
-
-def _saves(entry: str, name: str) -> bool:
-    # a name may hold what means something in a pattern, so it is compared as a name first
-    if f".{entry}." in f".{name}.":
-        return True
-    return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
-
-
-def _named(entries: list[str] | str, name: str) -> bool:
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return name in entries or any(name.endswith(f".{entry}") for entry in entries)
-
-
-def _excluded(config: SliceConfig, name: str) -> bool:
-    return bool(
-        config.exclude_modules and _named(config.exclude_modules, name)
-    ) or matches_modules_to_save(config, name)
-
-
-def _listed(config: SliceConfig, name: str) -> bool:
-    entries = config.target_modules
-    assert entries is not None
-    if not _named(entries, name):
-        return False
-    wanted = _wanted_layers(config)
-    if isinstance(entries, str) or name in entries or wanted is None:
-        return True
-    return _layer_index(config, name) in wanted
-
-
-def _wanted_layers(config: SliceConfig) -> list[int] | None:
-    layers = config.layers_to_transform
-    if layers is None or isinstance(layers, int):
-        return None if layers is None else [layers]
-    return list(layers) or None
-
-
-def _layer_index(config: SliceConfig, name: str) -> int | None:
-    """Number of the layer that a module is in, by layers_pattern; also of a list at the root."""
-    patterns = config.layers_pattern
-    if isinstance(patterns, str):
-        patterns = [patterns]
-    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns or ()]
-    regexes = regexes or [r"(?:.*?\.)?[^.]*\.(?P<index>\d+)\."]
-    found = next((m for regex in regexes if (m := re.match(regex, name))), None)
-    return None if found is None else int(found["index"])
-
-
-def _check_layers(config: SliceConfig, names: Iterable[str]) -> None:
-    """Raise ValueError for an entry of layers_to_transform that is the number of no layer."""
-    entries, wanted = config.target_modules, _wanted_layers(config)
-    if wanted is None or entries is None or isinstance(entries, str):
-        return
-    listed = [n for n in names if n not in entries and _named(entries, n)]
-    found = sorted({i for n in listed if (i := _layer_index(config, n)) is not None})
-    missing = [i for i in wanted if i not in found]
-    if missing and listed:
-        raise ValueError(
-            f"layers_to_transform={wanted} names layer {', '.join(map(str, missing))}, which"
-            f" target_modules={entries!r} are not in. They are in layers"
-            f" {', '.join(map(str, found)) or 'that have no number'}; layers are counted from 0, and"
-            " layers_pattern names the list that they stand in"
+            f"target_modules={self.config.target_modules!r} with"
+            f" exclude_modules={self.config.exclude_modules!r} leaves no layer of {kind}{but}."
+            f" Linear layers there: {linear}"
         )
 
-
-def _rank(config: SliceConfig, name: str) -> int:
-    for pattern, r in config.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return r
-    return config.r
-
-
-def _obstacle(
-    module: nn.Module,
-    name: str,
-    users: dict[nn.Parameter, list[str]],
-    config: SliceConfig,
-    everything: bool,
-    of_attention: bool = False,
-) -> str | None:
-    """Why a named module cannot become a slice; raised unless the config named everything."""
-    if isinstance(module, SliceLayer):
-        raise ValueError(
-            f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()"
-        )
-    weight = getattr(module, "weight", None)
-    if reason := _quantised(module):
-        return _refuse(
-            False,
-            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train"
-            " floating-point weights. Load the model unquantised, or leave the layer out"
-            " (exclude_modules)",
-        )
-    if not is_linear(module):
-        return _refuse(
-            everything, f"{name} is a {type(module).__name__}; {_what_instead(module, name)}"
-        )
-    if not isinstance(weight, nn.Parameter):
-        return _refuse(
-            False,
-            f"the weight of {name} is a {type(weight).__name__} and no parameter of its own"
-            " (pruned, or parametrised); make it permanent first, or leave the layer out"
-            " (exclude_modules)",
-        )
-    if weight.is_meta:
-        return _refuse(
-            False,
-            f"{name} has its weight on the meta device, without values; load the weights first (a"
-            " device map that offloads keeps them elsewhere: give it more memory)",
-        )
-    if (
-        isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and not of_attention
-    ):
-        return _refuse(
-            everything,
-            f"{name} belongs to a subclass of nn.MultiheadAttention, which may read its weight"
-            " without calling it, so a slice might never train",
-        )
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return _refuse(
-            everything,
-            f"{name} is a {type(module).__name__} with a forward of its own, which a slice would"
-            " replace",
-        )
-    if (
-        "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
-    ):  # a device map's is renewed
-        return _refuse(
-            False,
-            f"the forward of {name} has been replaced on the instance, so a slice would never be"
-            " called; make slices before whatever replaces it",
-        )
-    others = [user for user in users[weight] if user != name]
-    if others and config.tied_weights == "skip":
-        return (
-            f"its weight is tied to {', '.join(others)}; untie them, or tied_weights='share' where"
-            " all of them are linear layers"
-        )
-    return None
-
-
-_QUANTISERS = (
-    "torchao",
-    "bitsandbytes",
-    "optimum",
-    "gptqmodel",
-    "auto_gptq",
-    "awq",
-    "hqq",
-    "quanto",
-    "compressed_tensors",
-    "aqlm",
-)
-
-
-def _quantised(module: nn.Module) -> str | None:
-    """How the weight of a linear layer is quantised, found without importing any library that does
-    it; None if it is not.
-    """
-    weight = getattr(module, "weight", None)
-    for kind in (type(module), type(weight)):
-        if (
-            kind.__module__.split(".")[0] in _QUANTISERS
-            and "linear" in type(module).__name__.lower()
-        ):
-            return f"{kind.__module__}.{kind.__name__}"
-        path = kind.__module__.split(".")
-        if (
-            path[:3] == ["torch", "ao", "nn"]
-            and "quantized" in path
-            and kind.__name__ in ("Linear", "LinearReLU")
-        ):
-            return f"{kind.__module__}.{kind.__name__}"
-    for packed in ("qweight", "weight_packed"):
-        if isinstance(getattr(module, packed, None), torch.Tensor):
-            return packed
-    if (
-        is_linear(module)
-        and isinstance(weight, torch.Tensor)
-        and not weight.dtype.is_floating_point
-    ):
-        return str(weight.dtype)
-    return None
-
-
-def _what_instead(module: nn.Module, name: str) -> str:
-    """What to do with a module that was named and is no linear layer."""
-    whole = f"modules_to_save=[{name!r}] trains it whole"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return (
-            "an embedding looks rows up and has no slice of columns to train cheaply. Leave it"
-            f" frozen, or {whole}"
-        )
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return (
-            "convolutions do not become slices (a 1x1 convolution can be written as nn.Linear)."
-            f" Leave it frozen, or {whole}"
-        )
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return (
-            "recurrent layers run in one fused kernel that gives no slice of a gradient. Leave it"
-            f" frozen, or {whole}"
-        )
-    inside = [n for n, m in module.named_modules() if is_linear(m)]
-    if inside:
-        return (
-            "only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Linear"
-            f" layers inside: {_some(inside)}"
-        )
-    return (
-        "only nn.Linear, nn.MultiheadAttention and Hugging Face's Conv1D become slices. Leave it"
-        f" frozen, or {whole}"
-    )
+    def _note_experts(self) -> None:
+        """Most of a model's weights may be in experts, which "all-linear" leaves out."""
+        if not self.rules.everything:
+            return
+        entries = self.config.target_parameters or []
+        found = {}
+        for name, module in self.modules.items():
+            if not is_experts(module) or self.rules.excluded(name):
+                continue
+            for key, parameter in module._parameters.items():
+                full = f"{name}.{key}"
+                asked_for = bool(entries) and named(entries, full)
+                if parameter is None or parameter.dim() != 3 or self.rules.excluded(full):
+                    continue
+                if not asked_for:
+                    found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
+        if found:
+            self.notes.append(
+                "experts stay as they are; to train them too:"
+                f" target_parameters=[{', '.join(map(repr, found))}]"
+            )
 
 
 def _check_shared(
@@ -405,100 +371,6 @@ def _check_shared(
                     )
 
 
-def _named_parameters(
-    model: nn.Module, config: SliceConfig, users: dict[nn.Parameter, list[str]], known: set[str]
-) -> list[Target]:
-    """Targets of ``target_parameters``; those that target_modules has found already are not
-    repeated.
-    """
-    entries = config.target_parameters or []
-    owners = {
-        f"{n}.{key}" if n else key: (m, key)
-        for n, m in model.named_modules()
-        for key in m._parameters
-    }
-    _check_entries(entries, owners, "target_parameters", "parameters")
-    found = [name for name in owners if entries and _named(entries, name) and name not in known]
-    return [
-        _parameter_target(name, *owners[name], users, config, False)
-        for name in found
-        if not _excluded(config, name)
-    ]
-
-
-def _parameter_target(
-    name: str,
-    module: nn.Module,
-    key: str,
-    users: dict[nn.Parameter, list[str]],
-    config: SliceConfig,
-    everything: bool,
-) -> Target:
-    parameter = module._parameters[key]
-    assert parameter is not None
-    target = lambda skipped: Target(name, module, _rank(config, name), skipped, key)
-    if is_linear(module) and key == "weight":
-        raise ValueError(
-            f"{name} is the weight of a linear layer; name the layer in target_modules instead."
-        )
-    kind, shape = type(module).__name__, tuple(parameter.shape)
-    if is_attention(module) and key in projections(module):
-        reason = None
-    elif is_experts(module) and parameter.dim() == 3:
-        reason = why_not_experts(module, parameter, config.slice_type)
-    else:
-        reason = (
-            f"it is a parameter of shape {shape} of a {kind}; only projections of"
-            " nn.MultiheadAttention and weights of experts (experts, out, in) of transformers 5"
-            " become slices. modules_to_save trains a module whole"
-        )
-    if reason is None and not parameter.dtype.is_floating_point:
-        reason = f"it is quantised ({parameter.dtype}); load the model unquantised"
-    if reason is None and parameter.is_meta:
-        reason = "it is on the meta device, without values; load the weights first"
-    if reason is None and ("forward" in module.__dict__ or isinstance(module, SlicedModule)):
-        reason = (
-            "the forward of its module has been replaced on the instance; make slices before"
-            " dispatching the model"
-        )
-    others = [user for user in users[parameter] if f"{user}.{key}" != name]
-    if reason is None and others and config.tied_weights == "skip":
-        return target(f"its weight is tied to {', '.join(others)}")
-    if reason is None and others:
-        reason = (
-            f"it is tied to {', '.join(others)}, and only linear layers share a slice; use"
-            " tied_weights='skip'"
-        )
-    return target(
-        _refuse(everything, f"{name} cannot become a slice: {reason}") if reason else None
-    )
-
-
-def left_out_experts(model: nn.Module, config: SliceConfig) -> list[str]:
-    """Suffixes of weights of experts that "all-linear" leaves out: most of a model's weights may be
-    there.
-    """
-    entries = config.target_parameters or []
-    if not _means_everything(config):
-        return []
-    found = {}
-    for name, module in model.named_modules():
-        if not is_experts(module) or _excluded(config, name):
-            continue
-        for key, parameter in module._parameters.items():
-            full = f"{name}.{key}"
-            named = bool(entries and _named(entries, full)) or _excluded(config, full)
-            if parameter is not None and parameter.dim() == 3 and not named:
-                found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
-    return list(found)
-
-
-def _refuse(quietly: bool, reason: str) -> str:
-    if not quietly:
-        raise ValueError(reason + ".")
-    return reason
-
-
 def _users_of_weights(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Parameter -> the modules that hold it; a module object reachable under two names counts once."""
     users: dict[nn.Parameter, list[str]] = {}
@@ -507,65 +379,3 @@ def _users_of_weights(model: nn.Module) -> dict[nn.Parameter, list[str]]:
             if parameter is not None:
                 users.setdefault(parameter, []).append(name)
     return users
-
-
-def _check_entries(
-    entries: list[str] | str,
-    names: Iterable[str],
-    field: str = "target_modules",
-    what: str = "modules",
-) -> None:
-    names = [name for name in names if name]
-    listed = [entries] if isinstance(entries, str) else entries
-    unmatched = [
-        e
-        for e in listed
-        if not any(_named(e if isinstance(entries, str) else [e], name) for name in names)
-    ]
-    if not unmatched:
-        return
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
-    lines = []
-    for entry in unmatched:
-        near = difflib.get_close_matches(entry, suffixes, n=3, cutoff=0.5)
-        lines.append(
-            f"  {entry!r}: nothing matches"
-            + (f"; nearest names: {', '.join(near)}" if near else "")
-        )
-    raise ValueError(f"{field} names {what} that the model does not have:\n" + "\n".join(lines))
-
-
-def _warn_of_unused(config: SliceConfig, names: Iterable[str]) -> None:
-    """Entries of exclude_modules and rank_pattern that match no module have no effect: most likely
-    a typing error.
-    """
-    names = list(names)
-    exclude = config.exclude_modules or []
-    for entry in [exclude] if isinstance(exclude, str) else exclude:
-        if not any(
-            _named(exclude if isinstance(exclude, str) else [entry], name) for name in names
-        ):
-            warnings.warn(f"exclude_modules names {entry!r}, which matches no module", stacklevel=4)
-    for pattern in config.rank_pattern:
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-            warnings.warn(f"rank_pattern names {pattern!r}, which matches no module", stacklevel=4)
-
-
-def _warn_of_idle_ranks(config: SliceConfig, names: Iterable[str], targets: list[str]) -> None:
-    """An entry of rank_pattern whose modules are no targets has no effect either."""
-    names = list(names)
-    for pattern in config.rank_pattern:
-        matched = [n for n in names if re.match(rf"(.*\.)?({pattern})$", n)]
-        if matched and not any(re.match(rf"(.*\.)?({pattern})$", n) for n in targets):
-            warnings.warn(
-                f"rank_pattern names {pattern!r}, and {_some(matched)} is no target: it has no"
-                " effect",
-                stacklevel=4,
-            )
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return (
-        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    ) or "none"

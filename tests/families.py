@@ -68,7 +68,7 @@ FAMILIES = [
         "RobertaConfig",
         TEXT,
         "tokens",
-        14,
+        12,
     ),
     Family(
         "DistilBERT",
@@ -112,7 +112,7 @@ FAMILIES = [
         "ElectraConfig",
         TEXT | {"embedding_size": 12},
         "tokens",
-        15,
+        13,
     ),
     Family(
         "ALBERT",
@@ -241,7 +241,7 @@ FAMILIES = [
             "num_classes": 5,
         },
         "image",
-        9,
+        8,
         "fused qkv",
     ),
     Family(
@@ -259,7 +259,7 @@ FAMILIES = [
             "num_classes": 5,
         },
         "image",
-        14,
+        13,
         "fused qkv, patch merging; the convolution of the patches stays frozen",
     ),
     Family(
@@ -269,7 +269,7 @@ FAMILIES = [
         "",
         {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 5},
         "image",
-        9,
+        8,
         "its 1x1 convolutions are linear layers; other convolutions stay frozen",
     ),
     Family(

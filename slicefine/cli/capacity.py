@@ -162,8 +162,9 @@ def _predict(
     task = studying.new_task(task_name, Columns("text", "label", "image"), max_length, edits)
     rows = studying.read(edits, task, "--edits")
     model = studying.trained_classifier(task, model_name)
+    names = target_modules or "all-linear"
     try:
-        config = SliceConfig(slice_type=slice_type, target_modules=target_modules or "all-linear")
+        config = SliceConfig.from_dict({"slice_type": slice_type, "target_modules": names})
         predictions = predict_sizes(model, studying.encode(task, rows), grid, config)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error

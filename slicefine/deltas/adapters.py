@@ -22,6 +22,7 @@ from slicefine.deltas import live
 from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError
 from slicefine.deltas.format import SUFFIX
 from slicefine.deltas.live import AdapterRegister
+from slicefine.state import state_of
 
 DEFAULT = "default"
 # arguments of PreTrainedModel.save_pretrained and PeftModel.save_pretrained that change nothing
@@ -40,7 +41,11 @@ _OF_WHOLE_MODELS = {
 class AdapterModel:
     """Mixed into the class of a model that has slices or loaded deltas."""
 
-    _adapters: AdapterRegister
+    @property
+    def _adapters(self) -> AdapterRegister:
+        state = state_of(self)
+        assert state is not None, "a model of a mixed class has its state"
+        return state.adapters
 
     # What there is
 
@@ -336,7 +341,8 @@ def check_name(model: nn.Module, name: str) -> None:
         raise DeltaError(
             f"an adapter cannot be called {name!r}: a folder of that name is made when it is saved"
         )
-    known: AdapterRegister | None = model.__dict__.get("_adapters")
+    state = state_of(model)
+    known: AdapterRegister | None = None if state is None else state.adapters
     if known is not None and (name == known.trainable or name in known.deltas):
         raise DeltaError(
             f"there is an adapter {name!r} already; choose another adapter_name, or"

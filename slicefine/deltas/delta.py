@@ -34,6 +34,7 @@ from slicefine.deltas.format import (
 from slicefine.originals import SavedSlice, same_bits
 from slicefine.sharding import is_sharded
 from slicefine.slices import read_slice, write_slice
+from slicefine.state import config_of
 
 __all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "FullDelta", "SliceValues", "WeightDelta"]
 
@@ -513,7 +514,7 @@ def _write(matrix: Tensor, patch: SliceValues, values: Tensor) -> None:
 
 
 def _refuse_slices(model: nn.Module) -> None:
-    if "slice_config" in model.__dict__:
+    if config_of(model) is not None:
         raise DeltaError(
             "the model has slices in training; use its load_adapter and set_adapter, or"
             " merge_and_unload() it first"

@@ -65,7 +65,7 @@ def register_slices(model: Any, name: str, full: dict[str, bool], keep_originals
         full: state-dict key of what is fully trained -> whether the base model has it too.
         keep_originals: whether their values are kept for the way back.
     """
-    register = model.__dict__.setdefault("_adapters", AdapterRegister())
+    register: AdapterRegister = model._adapters
     register.trainable = name
     register.full, register.parents = {}, []
     for key, replaces in full.items() if keep_originals else ():

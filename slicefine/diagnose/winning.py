@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from slicefine.config import SliceConfig
 from slicefine.diagnose.capture import Batch, Layer, Track, evaluating, quietly
 from slicefine.model import get_slice_model, named_slice_layers
 from slicefine.optim import SliceAdamW
-from slicefine.slices import SliceSpec
+from slicefine.slices import SliceSpec, SliceType
 
 LEAST_POSITIONS = 8
 _LITTLE, _MUCH = 0.1, 5.0  # times r / d: a share below or above is named as an exception
@@ -274,7 +274,7 @@ def _train_slice(
     model.eval()
     config = SliceConfig(
         r=width,
-        slice_type=axis,
+        slice_type=cast(SliceType, axis),
         start_position=position,
         switch_interval=None,
         target_modules=[layer.name],

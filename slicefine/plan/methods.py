@@ -16,6 +16,7 @@ from slicefine.config import SliceConfig
 from slicefine.model import get_slice_model
 from slicefine.optim import SliceAdamW
 from slicefine.plan.estimate import Method
+from slicefine.slices import SliceType
 from slicefine.targets import find_targets
 
 
@@ -32,7 +33,7 @@ def floor() -> Method:
 
 def slices(
     r: int,
-    slice_type: str = "column",
+    slice_type: SliceType = "column",
     in_bwd: bool = False,
     targets: str | list[str] = "all-linear",
 ) -> Method:

@@ -99,6 +99,6 @@ def test_unload_gives_the_base_back():
     model.unload()
     assert (
         type(model) is transformers.BertForSequenceClassification
-        and "_adapters" not in model.__dict__
+        and "_slicefine" not in model.__dict__
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

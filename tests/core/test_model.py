@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
+from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model, list_targets
+from slicefine.model import slice_layers
 
 
 class Net(nn.Module):
@@ -37,7 +44,38 @@ def train(model, steps=5):
         optimizer.step()
 
 
+ROOT = Path(__file__).parents[2]
+SNIPPET = """\
+from torch import nn
+from slicefine import SliceConfig, get_slice_model
+
+model = get_slice_model(nn.Sequential(nn.Linear(8, 8)), SliceConfig(slice_type="row"))
+model.print_trainable_parameters()
+model.train().requires_grad_(False)
+with model.disable_adapter():
+    shares: dict[str, float] = model.coverage()
+SliceConfig(slice_type="rows")
+"""
 CONFIG = SliceConfig(r=3, switch_interval=2, modules_to_save=["classifier"])
+
+
+def test_a_sliced_model_keeps_one_key_of_its_own():
+    model = get_slice_model(Net(), CONFIG)
+    # the list for DDP has the name that DDP reads
+    added = {"_slicefine", "_ddp_params_and_buffers_to_ignore"}
+    assert model.__dict__.keys() - Net().__dict__.keys() == added
+
+
+def test_editors_know_the_methods_of_a_sliced_model(tmp_path):
+    if not shutil.which("pyright", path=str(Path(sys.executable).parent)):
+        pytest.skip("pyright is not installed")
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(SNIPPET, encoding="utf-8")
+    pyright = [str(Path(sys.executable).with_name("pyright")), "--pythonpath", sys.executable]
+    run = subprocess.run([*pyright, str(snippet)], capture_output=True, text=True, cwd=ROOT)
+    errors = [line for line in run.stdout.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "snippet.py:9" in errors[0], run.stdout + run.stderr
+    assert "row_column" in run.stdout
 
 
 def test_the_model_stays_what_it_was():
@@ -130,7 +168,9 @@ def test_tied_weights_are_skipped_with_a_warning():
     advice = "untie them, or tied_weights='share' where all of them are linear layers"
     with pytest.warns(UserWarning, match="its weight is tied to") as warned:
         model = get_slice_model(Net(tied=True), CONFIG)
-    assert [str(w.message) for w in warned] == [
+    # one warning, however many layers
+    (message,) = [str(w.message) for w in warned]
+    assert message.splitlines() == [
         "body.2 stays as it is: its weight is tied to twin; " + advice,
         "twin stays as it is: its weight is tied to body.2; " + advice,
     ]
@@ -164,7 +204,7 @@ def test_tied_weights_can_share_one_slice():
 def test_a_failing_config_changes_nothing():
     model = Net()
     with pytest.raises(ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"):
-        get_slice_model(model, SliceConfig(r=7))
+        get_slice_model(model, SliceConfig(r=7, target_modules=["0", "2", "twin"]))
     assert (
         type(model) is Net
         and all(type(m) is not SliceLinear for m in model.modules())
@@ -218,7 +258,24 @@ def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
     assert loaded.config.architectures == ["BertForSequenceClassification"]
 
 
-def test_a_new_head_that_would_stay_frozen_is_pointed_out():
+def test_a_new_head_trains_whole_by_default_and_that_is_said():
+    said = (
+        r"^classifier is trained whole, as a new output head needs; modules_to_save="
+        r"\['classifier'\] says so without this warning, modules_to_save=\[\] keeps it frozen$"
+    )
+    with pytest.warns(UserWarning, match=said) as warned:
+        model = get_slice_model(Net(), SliceConfig(r=3))
+    assert len(warned) == 1
+    explicit = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["classifier"]))
+    trainable = lambda m: {n for n, p in m.named_parameters() if p.requires_grad}
+    assert trainable(model) == trainable(explicit) >= {"classifier.weight", "classifier.bias"}
+    assert model.delta().whole.keys() == explicit.delta().whole.keys()
+
+
+def test_a_head_that_is_to_stay_frozen_is_no_slice():
+    model = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=[]))
+    assert type(model.classifier) is nn.Linear
+    assert not model.classifier.weight.requires_grad
     with pytest.warns(
         UserWarning,
         match=(
@@ -226,12 +283,38 @@ def test_a_new_head_that_would_stay_frozen_is_pointed_out():
             r" modules_to_save=\['classifier'\]"
         ),
     ):
-        get_slice_model(Net(), SliceConfig(r=3))
+        get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["twin"]))
+
+
+def test_a_narrow_layer_takes_all_of_itself_by_default():
+    net = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 5))
+    for slice_type, widths in (("column", [4, 16, 16]), ("row", [16, 16, 5])):
+        model = net()
+        config = SliceConfig(slice_type=slice_type)
+        assert [match.r for match in list_targets(model, config)] == widths
+        get_slice_model(model, config)
+        assert [layer.spec.r for layer in slice_layers(model)] == widths
+        plain, x = copy.deepcopy(model), torch.randn(3, 4)
+        (model(x).square().sum()).backward()
+        assert all(layer.slice_weight.grad is not None for layer in slice_layers(model))
+        assert torch.equal(plain.merge_and_unload()(x), model(x))
+    block = SliceConfig(slice_type="block", r=16, r_out=8)
+    get_slice_model(model := net(), block)
+    shapes = [layer.spec.shape("block") for layer in slice_layers(model)]
+    assert shapes == [(8, 4), (8, 16), (5, 16)]
+    assert [match.r for match in list_targets(net(), SliceConfig(slice_type="row_column"))] == [
+        4,
+        16,
+        5,
+    ]
+    # a width that was asked for is not changed
+    with pytest.raises(ValueError, match="0: a column slice of width 16 does not fit"):
+        get_slice_model(net(), SliceConfig(rank_pattern={"0": 16}))
 
 
 def test_every_layer_that_does_not_fit_is_named():
     with pytest.raises(ValueError) as error:
-        get_slice_model(Net(), SliceConfig(r=13, modules_to_save=["classifier"]))
+        get_slice_model(Net(), SliceConfig(r=13, target_modules=["0", "2", "twin"]))
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
         "body.0",
         "body.2",
@@ -247,6 +330,7 @@ def test_every_layer_that_does_not_fit_is_named():
 
 def test_the_class_of_a_sliced_model_makes_ordinary_models():
     fresh = type(get_slice_model(Net(), CONFIG))()
+    assert type(fresh) is Net and not hasattr(fresh, "active_adapters")
     get_slice_model(fresh, CONFIG)
     train(fresh)
     fresh.merge_and_unload()
@@ -267,3 +351,112 @@ def test_ddp_is_told_to_leave_positions_alone():
     plain = get_slice_model(Net(), CONFIG)
     plain.merge_and_unload()
     assert not hasattr(plain, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_one_warning_for_many_layers():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(24)), nn.Linear(8, 8))
+    for i in range(0, 24, 2):
+        model[i].weight = model[i + 1].weight
+    with pytest.warns(UserWarning, match="stays as it is") as warned:
+        get_slice_model(model, SliceConfig(r=2))
+    (message,) = [str(w.message) for w in warned]
+    assert message.splitlines()[-1].startswith("and 16 more (list_targets(model, config)")
+
+
+def test_slices_of_next_to_nothing_are_pointed_out():
+    model = nn.ModuleDict({"table": nn.Embedding(3000, 40), "out": nn.Linear(20, 20)})
+    with pytest.warns(UserWarning, match=r"the 1 sliced weights are 0\.33 % of this ModuleDict"):
+        get_slice_model(model, SliceConfig())
+
+
+def test_layers_in_a_plain_list_train_and_come_back():
+    """As in Mask2Former, whose forward walks a list that it filled beside the children."""
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = []
+            for i in range(2):
+                self.layers.append(layer := nn.Linear(8, 8))
+                self.add_module(str(i), layer)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = get_slice_model(Listed(), SliceConfig(r=2))
+    model(torch.randn(3, 8)).sum().backward()
+    layers = list(slice_layers(model))
+    assert len(layers) == 2 and all(layer.slice_weight.grad is not None for layer in layers)
+    model.merge_and_unload()
+    assert [type(layer) for layer in model.layers] == [nn.Linear, nn.Linear]
+    assert model.layers[0] is model._modules["0"]
+
+
+def test_merging_takes_the_arguments_of_peft():
+    model = get_slice_model(Net(), CONFIG)
+    train(model)
+    x = torch.randn(4, 6)
+    trained = model(x)
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=["default"])
+    assert type(merged) is Net and torch.equal(merged(x), trained)
+    broken = get_slice_model(Net(), CONFIG)
+    with torch.no_grad():
+        broken.twin.slice_weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="safe_merge: the weights of twin hold values"):
+        broken.merge_and_unload(safe_merge=True)
+    assert isinstance(broken.twin, SliceLinear)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("give_tuple", [False, True])
+def test_reentrant_checkpoints_behind_frozen_embeddings(inplace, give_tuple):
+    from torch.utils.checkpoint import checkpoint
+
+    class Embed(nn.Embedding):
+        def forward(self, ids):
+            x = super().forward(ids)
+            return (x, ids.shape) if give_tuple else x
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = Embed(9, 8), nn.Linear(8, 8)
+            self.gradient_checkpointing = False
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def gradient_checkpointing_enable(self, use_reentrant):
+            self.gradient_checkpointing = True
+            partial = functools.partial(checkpoint, use_reentrant=use_reentrant)
+            self._gradient_checkpointing_func = partial
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            x = x[0] if give_tuple else x
+            if inplace:
+                x += 1
+            return self._gradient_checkpointing_func(self.body, x)
+
+    for use_reentrant in (True, False):
+        for enable_first in (False, True):
+            model: Any = Body()
+            if enable_first:
+                model.gradient_checkpointing_enable(use_reentrant)
+            model = get_slice_model(model, SliceConfig(r=2))
+            if not enable_first:
+                model.gradient_checkpointing_enable(use_reentrant)
+            model(torch.arange(4)).sum().backward()
+            assert model.body.slice_weight.grad is not None
+            assert bool(model.embed._forward_hooks) is use_reentrant
+
+
+def test_weights_that_can_never_train_are_named():
+    with pytest.raises(ValueError, match="0 is a LazyLinear, whose weight gets its shape from the"):
+        get_slice_model(nn.Sequential(nn.LazyLinear(8)), SliceConfig(r=2))
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"0 was made under torch\.inference_mode\(\)"):
+        get_slice_model(model, SliceConfig(r=2))

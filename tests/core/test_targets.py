@@ -230,3 +230,26 @@ def test_a_module_to_save_is_first_of_all_a_name():
     get_slice_model(model, config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"head(1).weight", "head(1).bias"} <= trained
+
+
+def names_of(model=None, **config):
+    config = {"r": 2, "target_modules": ["fc"]} | config
+    return [match.name for match in list_targets(model or Layered(), SliceConfig(**config))]
+
+
+@pytest.mark.parametrize("layers", [[0, 1], (0, 1), range(2), {0, 1}])
+@pytest.mark.parametrize("pattern", [None, "", "layers", ["layers"]])
+def test_layer_numbers_in_every_form_that_peft_takes(layers, pattern):
+    expected = ["body.layers.0.fc", "body.layers.1.fc"]
+    assert names_of(layers_to_transform=layers, layers_pattern=pattern) == expected
+
+
+def test_excluding_a_module_around_layers_is_pointed_out():
+    with pytest.warns(UserWarning, match="exclude_modules names 'body', which is no layer that"):
+        names_of(exclude_modules=["body"])
+
+
+def test_a_pattern_in_modules_to_save_still_matches():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "layer1", "layer2")})
+    get_slice_model(model, SliceConfig(r=2, target_modules=["a"], modules_to_save=[r"layer\d"]))
+    assert model.layer1.weight.requires_grad and model.layer2.weight.requires_grad

@@ -17,14 +17,15 @@ ROOT = Path(__file__).parents[2]
 # A module imports only from layers below its own, or within its own layer's folder. Folders are one entry.
 LAYERS = [
     {"slices", "atomic", "registry", "sharding"},
-    {"config"},
-    {"originals", "backends"},
+    {"config", "heads", "past", "checkpointing"},
+    {"originals", "backends", "state", "matching"},
     {"ops"},
     {"scores", "function"},
     {"layer"},
     {"moves"},
     {"linear"},
     {"modules"},
+    {"obstacles"},
     {"optim", "targets", "plan.tracker", "deltas"},
     {"model"},
     {"lean"},

@@ -1,0 +1,44 @@
+"""What slicefine keeps in a model: one object, under one key of the model's ``__dict__``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from slicefine.config import SliceConfig
+
+_KEY = "_slicefine"
+
+
+@dataclass
+class ModelState:
+    """Everything that a model with slices, or with loaded deltas, knows of them.
+
+    Attributes:
+        adapters: the register of the model's adapters (`slicefine.deltas.adapters`).
+        config: of the slices in training; None while there are none.
+        trained_before: names of the parameters that required a gradient before the slices came.
+    """
+
+    adapters: Any
+    config: SliceConfig | None = None
+    trained_before: frozenset[str] = frozenset()
+
+
+def state_of(model: Any) -> ModelState | None:
+    """The state of a model; None for one that slicefine has not touched."""
+    return model.__dict__.get(_KEY)
+
+
+def set_state(model: Any, state: ModelState | None) -> None:
+    """Give a model its state; None takes it away."""
+    if state is None:
+        model.__dict__.pop(_KEY, None)
+    else:
+        model.__dict__[_KEY] = state
+
+
+def config_of(model: Any) -> SliceConfig | None:
+    """The config of the slices in training; None for a model without any."""
+    state = state_of(model)
+    return None if state is None else state.config
