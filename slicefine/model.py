@@ -338,7 +338,7 @@ class SliceModel(AdapterModel, _Module):
     def _check_finite(self) -> None:
         broken = []
         for name, layer in named_slice_layers(self):
-            layer.synchronise()
+            layer.sync()
             broken += [] if bool(layer.weight.isfinite().all()) else [name]
         if broken:
             raise ValueError(
