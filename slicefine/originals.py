@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicefine.slices import SliceSpec, read_slice, write_slice
+from slicefine.slices import HOST, SliceSpec, read_slice, write_slice
 
 _LOST = (
     "torch.distributed.checkpoint loads only as much as a new optimizer holds: save the optimizer's"
@@ -44,9 +44,10 @@ class Originals:
     def __init__(self, spec: SliceSpec) -> None:
         self.slices: list[SavedSlice] = []
         self._spec = spec
-        self._most_slices = 16  # until they are joined
-        self._rows = torch.zeros(spec.out_features, dtype=torch.bool)
-        self._cols = torch.zeros(spec.in_features, dtype=torch.bool)
+        # until they are joined
+        self._most_slices = 16
+        self._rows = torch.zeros(spec.out_features, dtype=torch.bool, device=HOST)
+        self._cols = torch.zeros(spec.in_features, dtype=torch.bool, device=HOST)
         # blocks: the features of their rows -> (in,) bool, which columns are on record there
         self._blocks: dict[tuple[int, ...], Tensor] = {}
         self._rows_overlap = spec.out_features % spec.r_out != 0
@@ -90,21 +91,23 @@ class Originals:
         """Mark a block as recorded; returns which of its entries were before."""
         seen = self._recorded(rows, cols)
         key = tuple(rows.tolist())
-        self._blocks.setdefault(key, torch.zeros(len(self._cols), dtype=torch.bool))[cols] = True
+        self._blocks.setdefault(key, torch.zeros(len(self._cols), dtype=torch.bool, device=HOST))[
+            cols
+        ] = True
         return seen
 
     def _recorded(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Which entries of a block are on record: (R, K) bool."""
-        seen = torch.zeros(len(rows), len(cols), dtype=torch.bool)
+        seen = torch.zeros(len(rows), len(cols), dtype=torch.bool, device=HOST)
         key = tuple(rows.tolist())
         for group, columns in (
             self._blocks.items() if self._rows_overlap else [(key, self._blocks.get(key))]
         ):
             if columns is not None:
                 common = (
-                    torch.isin(rows, torch.tensor(group))
+                    torch.isin(rows, torch.tensor(group, device=HOST))
                     if group != key
-                    else torch.ones(len(rows), dtype=torch.bool)
+                    else torch.ones(len(rows), dtype=torch.bool, device=HOST)
                 )
                 seen |= common.unsqueeze(1) & columns[cols]
         return seen
@@ -278,7 +281,7 @@ def _common(mine: Tensor | None, theirs: Tensor | None, features: int) -> tuple[
     """Where two sorted sets of features meet: positions in one and in the other; None stands for
     all features.
     """
-    everything = torch.arange(features)
+    everything = torch.arange(features, device=HOST)
     mine, theirs = everything if mine is None else mine, everything if theirs is None else theirs
     inside = torch.isin(mine, theirs)
     return inside.nonzero().flatten(), torch.searchsorted(theirs, mine[inside])

@@ -10,6 +10,7 @@ An *axis* is ``"column"`` (features of the input), ``"row"`` (features of the ou
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -17,6 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+# bookkeeping stays on the host, also under torch.set_default_device
+HOST = torch.device("cpu")
 SliceType = Literal["column", "row", "block", "row_column"]
 SwitchMode = Literal["ascending", "descending", "random", "fixed", "gradient", "magnitude"]
 StatePolicy = Literal["reset", "keep", "remember"]
@@ -48,7 +51,7 @@ class SliceSpec:
                 f"slice_type is {self.slice_type!r}; expected one of {', '.join(SLICE_TYPES)}"
             )
         for axis in self.axes:
-            for width, features, what in self._extents(axis):
+            for width, features, what in self.extents(axis):
                 if not 1 <= width <= features:
                     raise ValueError(
                         f"a {axis} slice of width {width} does not fit a weight of shape"
@@ -57,7 +60,7 @@ class SliceSpec:
                         " (exclude_modules, rank_pattern)."
                     )
 
-    def _extents(self, axis: str) -> list[tuple[int, int, str]]:
+    def extents(self, axis: str) -> list[tuple[int, int, str]]:
         columns = (self.r, self.in_features, "input")
         rows = (self.r_out if axis == "block" else self.r, self.out_features, "output")
         return {"column": [columns], "row": [rows], "block": [rows, columns]}[axis]
@@ -71,7 +74,7 @@ class SliceSpec:
         """Number of positions on an axis: enough to cover every feature once; the last overlaps if
         r does not divide.
         """
-        return math.prod(-(-features // width) for width, features, _ in self._extents(axis))
+        return math.prod(-(-features // width) for width, features, _ in self.extents(axis))
 
     def shape(self, axis: str) -> tuple[int, int]:
         """Shape of the slice on an axis."""
@@ -110,25 +113,66 @@ class SliceSpec:
     def _indices(self, position: int, width: int, features: int) -> Tensor:
         start = min(position * width, features - width)
         if self.contiguous:
-            return torch.arange(start, start + width)
-        order = torch.randperm(features, generator=torch.Generator().manual_seed(self.seed))
+            return torch.arange(start, start + width, device=HOST)
+        order = _permutation(features, self.seed)
         return order[start : start + width].sort().values
 
 
-def _sweep_order(mode: str, count: int, start: int, sweep: int, seed: int) -> list[int]:
-    """The order of positions within one sweep, for the modes that need no score."""
+def _permutation(count: int, seed: int) -> Tensor:
+    """(count,) int64, on the host whatever the default device is: the generator is there."""
+    generator = torch.Generator(HOST).manual_seed(seed)
+    return torch.randperm(count, generator=generator, device=HOST)
+
+
+def _position_at(mode: str, count: int, start: int, turn: int, seed: int) -> int:
+    """The position at a turn, for the modes that need no score, without a list of the others."""
+    sweep, index = divmod(turn, count)
     if mode == "fixed":
-        return [start] * count
-    if mode == "random":
-        order = torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed + 7919 * sweep)
-        ).tolist()
-        if sweep == 0:  # the first position is the configured one
-            order.remove(start)
-            order.insert(0, start)
-        return order
-    step = -1 if mode == "descending" else 1
-    return [(start + step * i) % count for i in range(count)]
+        return start
+    if mode != "random":
+        return (start + (-index if mode == "descending" else index)) % count
+    if count > _PERMUTED:
+        return _shuffled(count, start, index, (seed, sweep))
+    order = _permutation(count, seed + 7919 * sweep)
+    if sweep:
+        return int(order[index])
+    # in the first sweep the configured position comes first, the others keep their order
+    if index == 0:
+        return start
+    place = int((order == start).nonzero())
+    return int(order[index - 1 if index <= place else index])
+
+
+# a permutation of that many is made in a quarter of a millisecond; blocks may have more positions
+_PERMUTED = 16_384
+
+
+def _shuffled(count: int, start: int, index: int, key: tuple[int, int]) -> int:
+    """The value at one index of a pseudo-random permutation of ``range(count)``.
+
+    A Feistel network permutes the next power of four; values outside are sent through again until
+    they are inside, which keeps it a permutation (cycle walking).
+    """
+    half = (max(count - 1, 1).bit_length() + 1) // 2
+    value = _feistel(index, half, key)
+    while value >= count:
+        value = _feistel(value, half, key)
+    if key[1]:
+        return value
+    # the first sweep begins at the configured position, which changes places with another
+    first = _feistel(0, half, key)
+    while first >= count:
+        first = _feistel(first, half, key)
+    return {first: start, start: first}.get(value, value)
+
+
+def _feistel(value: int, half: int, key: tuple[int, int]) -> int:
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for turn in range(4):
+        mixed = zlib.crc32(f"{key[0]} {key[1]} {turn} {right}".encode())
+        left, right = right, left ^ (mixed & mask)
+    return left << half | right
 
 
 @dataclass
@@ -180,8 +224,8 @@ class SliceSchedule:
                     f" positions 0 to {count - 1}"
                 )
             self.position[axis] = self.start_position
-            self.visited[axis] = torch.zeros(count, dtype=torch.bool)
-            self.swept[axis] = torch.zeros(count, dtype=torch.bool)
+            self.visited[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
+            self.swept[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
         self.swept[self.axis][self.start_position] = True
 
     @property
@@ -230,17 +274,14 @@ class SliceSchedule:
             )  # an overflow says nothing
             self.position[axis] = int(score.argmax())
         else:
-            order = _sweep_order(
-                self.mode, count, self.start_position, turn // count, self.spec.seed
+            self.position[axis] = _position_at(
+                self.mode, count, self.start_position, turn, self.spec.seed
             )
-            self.position[axis] = order[turn % count]
         self.swept[axis][self.position[axis]] = True
 
     def coverage(self) -> float:
         """Share of the weight's entries that has trained so far, in [0, 1]."""
-        return covered_share(
-            self.spec, {axis: v.nonzero().flatten().tolist() for axis, v in self.visited.items()}
-        )
+        return _share(self.spec, self.visited)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so ``torch.load(weights_only=True)`` takes it."""
@@ -294,51 +335,94 @@ class SliceSchedule:
 
 
 def covered_share(spec: SliceSpec, positions: Mapping[str, Iterable[int]]) -> float:
-    """Exact share of the entries of W in the union of the given slices; positions: axis ->
-    positions.
+    """Exact share of the entries of W in the union of the given slices.
+
+    Args:
+        spec: the slices of the weight.
+        positions: axis -> positions.
     """
-    covered = {
-        "rows": torch.zeros(spec.out_features, dtype=torch.bool),
-        "cols": torch.zeros(spec.in_features, dtype=torch.bool),
-    }
-    if spec.slice_type == "block":
-        grid = torch.zeros(spec.out_features, spec.in_features, dtype=torch.bool)
-        for position in positions.get("block", ()):
-            rows, cols = spec.features("block", position)
-            assert rows is not None and cols is not None
-            grid[rows.unsqueeze(1), cols] = True
-        return grid.double().mean().item()
+    visited = {}
     for axis, listed in positions.items():
-        for position in listed:
-            rows, cols = spec.features(axis, position)
-            if cols is not None:
-                covered["cols"][cols] = True
-            if rows is not None:
-                covered["rows"][rows] = True
-    missed = math.prod(1.0 - c.double().mean().item() for c in covered.values())
+        count = spec.positions(axis)
+        seen = torch.zeros(count, dtype=torch.bool, device=HOST)
+        indices = torch.tensor(list(listed), dtype=torch.int64, device=HOST)
+        if bool(((indices < 0) | (indices >= count)).any()):
+            raise ValueError(f"positions of a {axis} slice of this weight are 0 to {count - 1}")
+        seen[indices] = True
+        visited[axis] = seen
+    return _share(spec, visited)
+
+
+def _share(spec: SliceSpec, visited: Mapping[str, Tensor]) -> float:
+    """The share from bools per position; a permutation of the features does not change it."""
+    missed = 1.0
+    for axis, seen in visited.items():
+        grid = seen.view(*(_count(extent) for extent in spec.extents(axis)))
+        for dim, (width, features, _) in enumerate(spec.extents(axis)):
+            grid, sizes = _disjoint(grid, dim, width, features)
+            visited_features = grid.to(torch.float64).movedim(dim, -1) * sizes
+            grid = visited_features.movedim(-1, dim)
+        missed *= 1.0 - grid.sum().item() / math.prod(f for _, f, _ in spec.extents(axis))
     return 1.0 - missed
 
 
-def planned_coverage(schedule: SliceSchedule, steps: int) -> tuple[int, float]:
-    """What ``steps`` optimizer steps will cover: (number of positions trained, share of the
-    weight's entries).
+def _count(extent: tuple[int, int, str]) -> int:
+    width, features, _ = extent
+    return -(-features // width)
 
-    Score modes visit every position once a sweep, in an order not known yet; the count is exact and
-    the share is that of
-    an ascending sweep (equal whenever r divides the width).
+
+def _disjoint(grid: Tensor, dim: int, width: int, features: int) -> tuple[Tensor, Tensor]:
+    """Positions along one dimension cut into disjoint parts: the grid of these, and their sizes.
+
+    Only the last position overlaps another, the one before it; what they share is a part more.
+    """
+    count = grid.shape[dim]
+    overlap = count * width - features
+    sizes = torch.full((count,), float(width), dtype=torch.float64, device=HOST)
+    if overlap == 0:
+        return grid, sizes
+    sizes[-2:] -= overlap
+    shared = torch.tensor([overlap], dtype=torch.float64, device=HOST)
+    last_two = grid.narrow(dim, count - 2, 2)
+    both = last_two.amax(dim, keepdim=True)
+    return torch.cat([grid, both], dim), torch.cat([sizes, shared])
+
+
+def planned_coverage(schedule: SliceSchedule, steps: int) -> tuple[int, float]:
+    """What ``steps`` optimizer steps from the start will cover.
+
+    Score modes visit every position once a sweep, in an order not known yet; the count is exact
+    and the share is that of an ascending sweep (equal whenever r divides the width).
+
+    Returns:
+        (number of positions trained, share of the weight's entries).
     """
     if steps < 1:
         return 0, 0.0
+    spec, start = schedule.spec, schedule.start_position
     mode = "ascending" if schedule.mode in ("gradient", "magnitude") else schedule.mode
-    trial = SliceSchedule(schedule.spec, mode, None, schedule.start_position)
-    seen: dict[str, set[int]] = {axis: set() for axis in schedule.spec.axes}
     turns = -(-steps // schedule.interval) if schedule.interval else 1
-    everything = len(trial.spec.axes) * max(trial.spec.positions(axis) for axis in trial.spec.axes)
-    for turn in range(min(turns, everything + 1)):
-        if turn:
-            trial.move(lambda axis: torch.zeros(trial.spec.positions(axis)))
-        seen[trial.axis].add(trial.position[trial.axis])
-    return sum(map(len, seen.values())), covered_share(schedule.spec, seen)
+    visited = {}
+    for place, axis in enumerate(spec.axes):
+        count = spec.positions(axis)
+        # how often this axis has its turn: row_column alternates
+        own = -(-(turns - place) // len(spec.axes))
+        if own > 0:
+            visited[axis] = _visited(mode, count, start, own, spec.seed)
+    return sum(int(seen.sum()) for seen in visited.values()), _share(spec, visited)
+
+
+def _visited(mode: str, count: int, start: int, turns: int, seed: int) -> Tensor:
+    """(count,) bool: where the first turns on an axis go."""
+    seen = torch.zeros(count, dtype=torch.bool, device=HOST)
+    if mode == "fixed":
+        seen[start] = True
+        return seen
+    if turns >= count:
+        return ~seen
+    for turn in range(turns):
+        seen[_position_at(mode, count, start, turn, seed)] = True
+    return seen
 
 
 def read_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicefine.slices import SLICE_TYPES, SliceSchedule, SliceSpec, covered_share, planned_coverage
+from slicefine.originals import Ledger
+from slicefine.slices import (
+    SLICE_TYPES,
+    SliceSchedule,
+    SliceSpec,
+    covered_share,
+    planned_coverage,
+    read_slice,
+)
 
 specs = st.builds(
     lambda out, inn, kind, r, r_out, contiguous, seed: SliceSpec(
@@ -162,3 +173,81 @@ def test_bad_values(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_more_positions_than_a_list_is_made_for():
+    """A random order beyond what one permutation is made for is still a permutation."""
+    spec = SliceSpec(140, 130, "block", 1, 1)
+    schedule = SliceSchedule(spec, "random", 1, start_position=77)
+    order = [schedule.position["block"]]
+    for _ in range(2 * 140 * 130 - 1):
+        schedule.step(trained=True)
+        schedule.move(lambda axis: torch.zeros(1))
+        order.append(schedule.position["block"])
+    first, second = order[: 140 * 130], order[140 * 130 :]
+    assert order[0] == 77 and sorted(first) == sorted(second) == list(range(140 * 130))
+    assert first != second
+    # neighbours in time are no neighbours in place
+    steps = torch.tensor(first, dtype=torch.float64).diff().abs()
+    assert steps.mean() == pytest.approx(140 * 130 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["ascending", "descending", "random"])
+def test_a_move_of_a_large_weight_takes_less_than_a_millisecond(mode):
+    schedule = SliceSchedule(SliceSpec(4096, 11008, "block", 16, 16), mode, 100)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        schedule.move(lambda axis: torch.zeros(1))
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1e-3
+    start = time.perf_counter()
+    positions, share = planned_coverage(schedule, 5000)
+    assert positions == 50 and share == pytest.approx(50 * 256 / (4096 * 11008))
+    assert time.perf_counter() - start < 0.5
+
+
+def test_the_coverage_of_blocks_makes_nothing_as_large_as_the_weight():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, torch.Tensor):
+                    self.numel = max(self.numel, value.numel())
+            return out
+
+    schedule = SliceSchedule(SliceSpec(1000, 1100, "block", 16, 16), "random", 1)
+    with Largest() as largest:
+        for _ in range(50):
+            schedule.step(trained=True)
+            schedule.move(lambda axis: torch.zeros(1))
+        assert 0 < schedule.coverage() < 1
+        planned_coverage(schedule, 2000)
+    assert largest.numel <= 64 * 70
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("kind", SLICE_TYPES)
+def test_bookkeeping_stays_on_the_host(kind, contiguous):
+    """Also where models are made on another device by default; "meta" stands for any."""
+    spec = SliceSpec(10, 23, kind, 4, 3, contiguous)
+    modes = ("ascending", "random", "magnitude")
+    with torch.device("meta"):
+        schedules = [SliceSchedule(spec, mode, 1) for mode in modes]
+        for schedule, _ in itertools.product(schedules, range(5)):
+            schedule.step(trained=True)
+            schedule.move(lambda axis: torch.ones(spec.positions(axis), device="cpu"))
+            assert schedule.coverage() > 0
+        ledger = Ledger(spec)
+        rows, cols = spec.features(spec.axes[0], 1)
+    places = [*schedules[0].visited.values(), *schedules[0].swept.values(), rows, cols]
+    assert {p.device.type for p in places if p is not None} == {"cpu"}
+    weight = torch.randn(10, 23)
+    with torch.device("meta"):
+        ledger.record(read_slice(weight, rows, cols), rows, cols)
+        ledger.join()
+    assert torch.equal(ledger.restored(weight + 0), weight)
