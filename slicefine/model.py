@@ -68,8 +68,10 @@ def get_slice_model(
         raise ValueError("the model has slices already; call model.merge_and_unload() first")
     adapters.check_name(model, adapter_name)
     found = resolve(model, config)
-    trained_before = _trainable(model)
-    layers = _layers_of(model, found.layers, config, trained_before)
+    before = state_of(model)
+    # a model with loaded deltas is frozen, and gives back what trained before those
+    trained_before = _trainable(model) if before is None else before.trained_before
+    layers = _layers_of(model, found.layers, config)
     for note in [*found.unused, *found.notes, *_notes_on(model, found.layers, layers, config)]:
         warnings.warn(note, stacklevel=2)
 
@@ -97,9 +99,10 @@ def get_slice_model(
 
 
 def _layers_of(
-    model: nn.Module, targets: list[Target], config: SliceConfig, trained_before: frozenset[str]
+    model: nn.Module, targets: list[Target], config: SliceConfig
 ) -> dict[str, SliceLayer]:
     """Name -> the slice of every target that is not skipped; the model stays as it is."""
+    trainable = _trainable(model)
     layers, problems = {}, []
     for target in _unique(targets):
         try:
@@ -107,7 +110,7 @@ def _layers_of(
         except (ValueError, TypeError) as error:
             problems.append(f"{target.name}: {error}")
     if problems:
-        _set_trainable(model, trained_before)
+        _set_trainable(model, trainable)
         raise ValueError("\n".join(problems))
     if not layers:
         raise ValueError(
@@ -227,16 +230,19 @@ class SliceModel(AdapterModel, _Module):
         return config
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters. The masters of slices are copies, so they count as trainable
-        and not twice in all.
+        """Count parameters.
+
+        Returns:
+            (trainable, all). The masters of slices are copies of what the weights hold, so they
+            count as trainable and not in all.
         """
-        parameters = list(self.parameters())  # type: ignore[attr-defined]
+        parameters = list(self.parameters())
         slices = {id(layer.slice_weight) for layer in slice_layers(self)}
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(
-            p.numel() for p in parameters if id(p) not in slices
-        )
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return trainable, sum(p.numel() for p in parameters if id(p) not in slices)
 
     def print_trainable_parameters(self) -> None:
+        """Print the counts of `get_nb_trainable_parameters`, in the form of PEFT's line."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%:"
@@ -244,35 +250,36 @@ class SliceModel(AdapterModel, _Module):
         )
 
     def coverage(self) -> dict[str, float]:
-        """Share of each sliced weight that has trained so far, by module name, in [0, 1]."""
+        """How much has trained so far.
+
+        Returns:
+            Name of a layer -> share of its weight, in [0, 1].
+        """
         return {name: layer.schedule.coverage() for name, layer in named_slice_layers(self)}
 
     def planned_coverage(self, steps: int) -> str:
-        """What ``steps`` optimizer steps from the start will cover, in words, one line per shape of
-        weight.
+        """What a number of optimizer steps from the start will cover, in words.
+
+        Args:
+            steps: optimizer steps.
+
+        Returns:
+            One line for each shape of weight.
+
+        Raises:
+            ValueError: steps is no number of steps.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps is {steps!r}; expected a number of optimizer steps")
-        config = self.slice_config
+        every = self.slice_config.switch_interval
+        interval = "static" if every is None else f"interval {every:,d}"
         lines: dict[str, int] = {}
         for layer in slice_layers(self):
             positions, share = planned_coverage(layer.schedule, steps)
-            width = (
-                f"{layer.out_features:,d}-high"
-                if config.slice_type == "row"
-                else f"{layer.in_features:,d}-wide"
-            )
-            if config.slice_type in ("block", "row_column"):
-                width = f"{layer.out_features:,d} x {layer.in_features:,d}"
-            interval = (
-                "static"
-                if config.switch_interval is None
-                else f"interval {config.switch_interval:,d}"
-            )
             plural = "position" if positions == 1 else "positions"
             line = (
                 f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural},"
-                f" {100 * share:.0f} % of each {width} weight"
+                f" {100 * share:.0f} % of each {_size(layer.spec)} weight"
             )
             lines[line] = lines.get(line, 0) + 1
         return "\n".join(
@@ -357,13 +364,23 @@ class SliceModel(AdapterModel, _Module):
 
     @classmethod
     def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """``SliceModel.from_pretrained(base, folder, adapter_name="default", is_trainable=False,
-        verify=True)``.
+        """``SliceModel.from_pretrained(base, folder, ...)``: a base model with a delta on it.
 
-        Loads a delta into a base model, in place, and applies it. is_trainable: makes slices by the
-        delta's SliceConfig that go
-        on from its values; their originals are those of the base. Returns the same object.
-        Raises `DeltaError` if the delta is damaged or was made for another base.
+        Args:
+            model: the base model; it is changed in place.
+            path: a folder, a `Delta`, or the name of a repository on the Hugging Face Hub.
+            args: as kwargs, in their order.
+            kwargs: ``adapter_name="default"``; ``is_trainable=False``: True makes slices by the
+                delta's SliceConfig that go on from its values, False freezes the model;
+                ``verify=True``: compare all of the base. ``torch_device`` and
+                ``low_cpu_mem_usage`` are taken for PEFT's sake: values go where the model's
+                weights are, and nothing is made twice.
+
+        Returns:
+            The same object.
+
+        Raises:
+            DeltaError: the delta is damaged, or was made for another base.
         """
         if cls is not SliceModel:  # a model's own class method, asked of its mixed class
             own: Any = cls._slices_mixed_into  # type: ignore[attr-defined]
@@ -377,6 +394,15 @@ class SliceModel(AdapterModel, _Module):
             (_own_class(self),),
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
+
+
+def _size(spec: SliceSpec) -> str:
+    """The part of a weight's shape that decides what steps cover."""
+    if spec.slice_type in ("block", "row_column"):
+        return f"{spec.out_features:,d} x {spec.in_features:,d}"
+    if spec.slice_type == "row":
+        return f"{spec.out_features:,d}-high"
+    return f"{spec.in_features:,d}-wide"
 
 
 _POSITIONS = (".slice_rows", ".slice_cols")
@@ -408,6 +434,8 @@ def _with_delta(
     adapter_name: str = DEFAULT,
     is_trainable: bool = False,
     verify: bool = True,
+    torch_device: Any = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -427,9 +455,14 @@ def _with_delta(
             mixed: Any = model
             mixed.load_adapter(delta, adapter_name, verify=verify)
             mixed.set_adapter([*mixed.active_adapters, adapter_name])
-            return mixed
+            # what trains beside an adapter that is only used would change the base under it
+            return mixed.requires_grad_(False)
         delta.check_base(model, everything=verify)
         config = SliceConfig.from_dict(delta.config)
+        if config.modules_to_save is None:
+            # the heads that trained then, whatever would train by default now
+            saved = {key.rpartition(".")[0] for key, w in delta.whole.items() if not w.replaces}
+            config.modules_to_save = sorted(saved)
         get_slice_model(model, config, adapter_name)
         live.resume_from(model, delta)
     except BaseException:

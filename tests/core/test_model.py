@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model, list_targets
+from slicefine import (
+    SliceAdamW,
+    SliceConfig,
+    SliceLinear,
+    SliceModel,
+    get_slice_model,
+    list_targets,
+)
 from slicefine.model import slice_layers
 
 
@@ -460,3 +467,35 @@ def test_weights_that_can_never_train_are_named():
         model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"0 was made under torch\.inference_mode\(\)"):
         get_slice_model(model, SliceConfig(r=2))
+
+
+def test_a_delta_that_is_only_used_freezes_its_base_until_it_is_taken_off(tmp_path):
+    model = get_slice_model(Net(), CONFIG)
+    train(model)
+    model.save_pretrained(tmp_path)
+    used = SliceModel.from_pretrained(Net(), tmp_path, torch_device="cpu", low_cpu_mem_usage=True)
+    assert not any(p.requires_grad for p in used.parameters())
+    with used.disable_adapter():
+        base = Net().state_dict()
+        assert all(torch.equal(value, base[key]) for key, value in used.state_dict().items())
+    assert all(p.requires_grad for p in used.merge_and_unload().parameters())
+    # slices on top of it, and off again
+    used = SliceModel.from_pretrained(Net(), tmp_path)
+    get_slice_model(used, CONFIG, "second")
+    assert any(p.requires_grad for p in used.parameters())
+    assert all(p.requires_grad for p in used.merge_and_unload().parameters())
+
+
+def test_training_goes_on_with_the_heads_that_trained_before(tmp_path):
+    with pytest.warns(UserWarning, match="classifier is trained whole"):
+        model = get_slice_model(Net(), SliceConfig(r=3))
+    train(model)
+    model.save_pretrained(tmp_path / "new")
+    frozen = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=[]))
+    train(frozen)
+    frozen.slice_config.modules_to_save = None  # as a delta of a version that trained no head
+    frozen.save_pretrained(tmp_path / "old")
+    for folder, trains in (("new", True), ("old", False)):
+        resumed = SliceModel.from_pretrained(Net(), tmp_path / folder, is_trainable=True)
+        assert resumed.classifier.weight.requires_grad is trains
+        assert not isinstance(resumed.classifier, SliceLinear)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicefine.originals import Ledger
+from slicefine.originals import Originals
 from slicefine.slices import (
     SLICE_TYPES,
     SliceSchedule,
@@ -242,7 +242,7 @@ def test_bookkeeping_stays_on_the_host(kind, contiguous):
             schedule.step(trained=True)
             schedule.move(lambda axis: torch.ones(spec.positions(axis), device="cpu"))
             assert schedule.coverage() > 0
-        ledger = Ledger(spec)
+        ledger = Originals(spec)
         rows, cols = spec.features(spec.axes[0], 1)
     places = [*schedules[0].visited.values(), *schedules[0].swept.values(), rows, cols]
     assert {p.device.type for p in places if p is not None} == {"cpu"}
