@@ -195,7 +195,7 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
         ValueError: as `get_slice_model` does.
     """
     found = resolve(model, config)
-    for note in [*found.unused, *found.notes]:
+    for note in found.unused:
         warnings.warn(note, stacklevel=2)
     return [_match(target, config) for target in found.layers]
 

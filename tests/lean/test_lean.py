@@ -140,7 +140,7 @@ def assert_equal(found: dict, wanted: dict, tolerance: float = 1e-10) -> None:
         assert (found[name] - value).abs().max() <= tolerance * (1 + value.abs().max()), name
 
 
-@pytest.mark.filterwarnings("ignore:classifier stays as it is")
+@pytest.mark.filterwarnings("ignore:classifier is trained whole")
 @pytest.mark.parametrize("first", ["slices first", "lean first"])
 @pytest.mark.parametrize("slice_type", ["column", "row"])
 @pytest.mark.parametrize("name", FAMILIES)

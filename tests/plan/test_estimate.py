@@ -170,7 +170,7 @@ def test_a_compiled_estimate_equals_what_the_allocator_gives(tmp_path, method):
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore:classifier stays as it is")
+@pytest.mark.filterwarnings("ignore:classifier is trained whole")
 @pytest.mark.parametrize("method", ["column", "full"])
 def test_an_estimate_equals_the_measured_step_of_the_real_encoder(method):
     """all-MiniLM-L6-v2 from its config alone, beside the model with its weights."""

@@ -798,8 +798,9 @@ def test_faq_37_new_heads_train_all_the_time():
     torch.testing.assert_close(
         dict(model.classifier.state_dict()), dict(head.state_dict()), rtol=0, atol=1e-7
     )
-    with pytest.warns(UserWarning, match=r"modules_to_save=\['classifier'\] trains it whole"):
-        get_slice_model(Net(), SliceConfig(r=4))
+    with pytest.warns(UserWarning, match="classifier is trained whole, as a new output head"):
+        model = get_slice_model(Net(), SliceConfig(r=4))
+    assert all(p.requires_grad for p in model.classifier.parameters())
 
 
 def test_faq_38_coverage_is_known_before_the_run():
