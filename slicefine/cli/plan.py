@@ -201,6 +201,10 @@ def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
     if request.length:
         line += ["--max-length", str(request.length)]
     line = " ".join([*line, *switches])
+    if "--lean" in switches:
+        # `slicefine train` has no such flag
+        full = ', checkpoint="full"' if len(switches) > 1 else ""
+        line = f"slicefine.lean(model{full})  # batch {batch} of {request.batch}"
     if choice["mode"] == request.mode and batch == request.batch:
         return f"{name} fits {gpu} at {asked}: {needs}.\n{line}"
     new = switches if choice["mode"] != request.mode else []
