@@ -225,6 +225,22 @@ class Patch:
         write_text(folder / "patch.json", json.dumps(self.row(), indent=2) + "\n")
 
 
+def _check_signature(
+    folder: Path, public_key: str | os.PathLike[str] | None, sha256: str | None
+) -> None:
+    """Raise DeltaError unless the file that was read is signed, where that is asked for.
+
+    sha256: of that file; None for a LoRA, which carries no hash that could be signed.
+    """
+    if public_key is None:
+        return
+    from slicefine.deltas import signing
+
+    if sha256 is None:
+        raise signing.SignatureError(f"{folder} holds a LoRA, which is not signed")
+    signing.verify(folder, public_key, sha256=sha256)
+
+
 def load_patch(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -245,10 +261,6 @@ def load_patch(
         raise FileNotFoundError(
             f"no patch in {folder}: {Path(error.filename).name} is missing"
         ) from error
-    if public_key is not None:
-        from slicefine.deltas import signing
-
-        signing.verify(folder, public_key)
     # hashed before anything is put in: a patch on another base would be silently wrong
     here = {"model": row["base"].get("model"), "sha256": base_sha256(model)}
     if here["sha256"] != row["base"]["sha256"]:
@@ -269,6 +281,7 @@ def load_patch(
     )
     if kind == "ADDITIVE_SIDE":
         side, manifest = load_side(folder)
+        _check_signature(folder, public_key, manifest["file_sha256"])
         if manifest["base"]["sha256"] != here["sha256"]:
             raise DeltaError(
                 "the side network was made for another base model than patch.json says"
@@ -276,10 +289,12 @@ def load_patch(
         patch.side = side.attach(model)
     elif kind == "SLICEFINE":
         patch.delta = Delta.load(folder)
+        _check_signature(folder, public_key, patch.delta.sha256)
         patch.delta.apply_to(model)
     else:
         import peft
 
+        _check_signature(folder, public_key, None)
         # peft freezes the model; `remove` must give this back
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         wrapped: Any = model

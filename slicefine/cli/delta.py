@@ -83,8 +83,14 @@ class _Target:
         return self.entry.label if self.entry else str(self.path)
 
     def record(self, event: str, **details: Any) -> None:
-        if self.entry is not None:
-            self.store.record(event, self.entry, **details)
+        if self.entry is None:
+            return
+        if self.store.writable():
+            return self.store.record(event, self.entry, **details)
+        typer.echo(
+            f"not recorded: {self.store.path} may only be read here ({event} of {self.label})",
+            err=True,
+        )
 
 
 # The store
@@ -216,7 +222,10 @@ def apply(
             help="hash the whole base; without it, compare only the entries to be replaced"
         ),
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="apply a revoked delta too")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="apply a revoked delta too, and replace another model"),
+    ] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -227,8 +236,10 @@ def apply(
     if public_key is not None:
         from slicefine.deltas import signing
 
-        signing.verify(found.path, public_key)
+        # the signature of what was loaded, whatever the file is by now
+        signing.verify(found.path, public_key, sha256=found.delta.sha256)
     output = _output(output, model)
+    folders.check_output(model, output, force)
     with tables.quiet():
         loaded = folders.load_for(found.delta, model)
         found.delta.apply_to(loaded, verify=verify)
@@ -249,6 +260,7 @@ def revert(
         Path | None,
         typer.Option(help="folder for the model; default: --model itself, replaced in one step"),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace another model in it")] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -259,6 +271,7 @@ def revert(
 
     found = _Target(store, target)
     output = _output(output, model)
+    folders.check_output(model, output, force)
     with tables.quiet():
         loaded = folders.load_for(found.delta, model)
         found.delta.revert_from(loaded)
@@ -307,6 +320,30 @@ def export(
     tables.adapter(adapter, output, as_json)
 
 
+@app.command()
+def scale(
+    target: str,
+    alpha: Annotated[float, typer.Argument(help="0 is the base, 1 the delta itself")],
+    output: Annotated[Path, typer.Option(help="folder for the scaled delta")],
+    store: StorePath = _STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a delta part of the way between the base and a fine-tune."""
+    from slicefine.deltas.folder import save_folder
+
+    found = _Target(store, target)
+    try:
+        scaled = found.delta.scaled(alpha)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="ALPHA") from error
+    save_folder(scaled, output, f"{found.label}, {alpha:g} of it")
+    tables.show(
+        {"delta": scaled.sha256, "of": found.delta.sha256, "alpha": alpha, "output": str(output)},
+        as_json,
+        f"{alpha:g} of {found.label}: {output}, SHA-256 {scaled.sha256}",
+    )
+
+
 # Trust
 
 
@@ -341,7 +378,7 @@ def sign(
     from slicefine.deltas import signing
 
     found = _Target(store, target)
-    by = signing.sign(found.path, key, password)
+    by = signing.sign(found.path, key, password, sha256=found.delta.sha256)
     found.record("sign", key=by)
     content = {
         "delta": found.delta.sha256,
@@ -383,7 +420,7 @@ def verify(
                 from slicefine.deltas import signing
 
                 for entry in opened.entries():
-                    signing.verify(opened.blob(entry), public_key)
+                    signing.verify(opened.blob(entry), public_key, sha256=entry.sha256)
                 checked.append(f"signatures of key {public_key}")
         else:
             checked += _verify_one(store, target, public_key, model)
@@ -401,7 +438,8 @@ def _verify_one(store: Path, target: str, public_key: Path | None, model: str | 
     if public_key is not None:
         from slicefine.deltas import signing
 
-        checked.append(f"signed by key {signing.verify(found.path, public_key)}")
+        by = signing.verify(found.path, public_key, sha256=found.delta.sha256)
+        checked.append(f"signed by key {by}")
     if model is not None:
         from slicefine.cli import folders
 
@@ -489,10 +527,8 @@ def _local(target: str) -> Path:
 
     try:
         return local_path(target)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no delta at {target}: neither a path here nor a hub id that could be read ({error})"
-        ) from error
+    except OSError as error:
+        raise UserError(f"no delta at {target}: {error}") from error
 
 
 def _output(output: Path | None, model: str) -> Path:

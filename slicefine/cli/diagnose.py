@@ -261,7 +261,7 @@ def progress() -> Iterator[Any]:
     )
 
     columns = (
-        TextColumn("{task.description:<46}"),
+        TextColumn("{task.description:<46}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

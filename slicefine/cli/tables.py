@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ def quiet() -> Iterator[None]:
 
 
 def entries(rows: list[Entry], head: str) -> None:
-    _table(
+    show_table(
         ["delta", "SHA-256", "saved", "MiB", "base", "stage", "signed by", "last audit", "state"],
         [
             [
@@ -129,9 +130,9 @@ def delta(content: Delta, entry: Entry | None, label: str, as_json: bool) -> Non
         ]
         for w in weights
     ]
-    _table(["weight", "shape", "dtype", "changed"], rows)
+    show_table(["weight", "shape", "dtype", "changed"], rows)
     if content.whole:
-        typer.echo(f"whole: {', '.join(sorted(content.whole))}")
+        typer.echo(f"fully trained: {', '.join(sorted(content.whole))}")
 
 
 def _count(index: Any) -> int | None:
@@ -152,7 +153,7 @@ def differences(
         return print_json(
             {"same_base": same_base, "shared": shared, "conflicts": conflicts, "keys": keys}
         )
-    _table(
+    show_table(
         [
             "key",
             f"entries of {label}",
@@ -209,22 +210,64 @@ def adapter(content: LoraAdapter, output: Path, as_json: bool) -> None:
         [m.name, str(m.exact_rank), str(m.rank), f"{m.error:.2e}" if m.error else "exact"]
         for m in content.modules
     ]
-    _table(["weight", "features changed", "rank", "relative error"], rows)
+    show_table(["weight", "features changed", "rank", "relative error"], rows)
     if content.left_out:
         typer.echo(f"left out: {', '.join(content.left_out)}")
     typer.echo(f"LoRA adapter of rank {content.config['r']}: {output}")
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> None:
+def show_table(
+    columns: list[str],
+    rows: list[list[str]],
+    title: str | None = None,
+    right: Collection[str] = (),
+    lines: bool = False,
+) -> None:
+    """Print a table that fits the window; where it does not, one block of lines for each row.
+
+    Nothing in it is taken for markup: notes, names and paths may hold brackets.
+
+    Args:
+        columns: headings; the first names the row.
+        rows: cells, as text.
+        title: a line above.
+        right: headings of columns of numbers.
+        lines: draw lines between rows.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table()
+    table = Table(title=None if title is None else Text(title), show_lines=lines)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        justify = "right" if column in right else "left"
+        table.add_column(Text(column), overflow="fold", justify=justify)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200  # nobody's window: for grep and files
+    # what words need at least, side by side
+    if console.measure(table).minimum > console.width or _widest(columns, rows) > console.width:
+        return _show_blocks(columns, rows, title)
     console.print(table)
+
+
+def _widest(columns: list[str], rows: list[list[str]]) -> int:
+    """Width of a table none of whose cells is broken at more than every second word."""
+    widths = [
+        max(len(column), *(min(len(row[i]), 40) for row in rows), 0)
+        for i, column in enumerate(columns)
+    ]
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _show_blocks(columns: list[str], rows: list[list[str]], title: str | None) -> None:
+    if title is not None:
+        typer.echo(title)
+    width = max(len(column) for column in columns[1:])
+    for row in rows:
+        typer.echo(row[0])
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                typer.echo(f"  {column:<{width}}  {cell}")

@@ -8,6 +8,7 @@ training are an adapter too.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from slicefine import atomic
 from slicefine.deltas import live
-from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError
+from slicefine.deltas.delta import Delta, DeltaError
+from slicefine.deltas.folder import check_no_adapter, check_no_model, save_folder
 from slicefine.deltas.format import SUFFIX
 from slicefine.deltas.live import AdapterRegister
 from slicefine.state import state_of
@@ -112,6 +113,7 @@ class AdapterModel:
             they overlap otherwise.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._adapters.disabled = None
         for name in names:
             self._known(name)
         if len(set(names)) < len(names):
@@ -201,12 +203,93 @@ class AdapterModel:
             [self.delta(name) for name in adapters], weights
         )
 
+    # What users of PEFT and of transformers' adapters call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                "adapter_names: one batch cannot mix several deltas, which stand in the weights"
+                " themselves. set_adapter(name) before the forward, or export the deltas as LoRA"
+                " (slicefine.deltas.lora.to_lora), which PEFT mixes"
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not a way to make slices or to add a LoRA; the error says which way is.
+
+        Raises:
+            DeltaError: always.
+        """
+        raise DeltaError(
+            "add_adapter makes no slices: get_slice_model(model, SliceConfig(...), adapter_name)"
+            " does, once for a model; load_adapter(folder, name) adds a finished delta. Any other"
+            " adapter, such as a LoRA, goes onto the plain model: merge_and_unload() first"
+        )
+
+    def disable_adapters(self) -> None:
+        """Take every adapter off until `enable_adapters`: transformers' way; see `disable_adapter`.
+
+        A second call changes nothing.
+        """
+        register = self._adapters
+        if register.disabled is None:
+            names = register.active
+            self._unapply_all()
+            register.disabled = names
+
+    def enable_adapters(self) -> None:
+        """Apply again what `disable_adapters` took off.
+
+        Raises:
+            DeltaError: adapters were applied since, or nothing was taken off and nothing is applied.
+        """
+        register = self._adapters
+        if register.disabled is None:
+            if not register.active:
+                raise DeltaError("no adapter was disabled; set_adapter(name) applies one")
+            return
+        if register.active:
+            raise DeltaError(
+                f"{', '.join(map(repr, register.active))} was applied after disable_adapters();"
+                f" set_adapter({register.disabled}) applies what was disabled"
+            )
+        names = [name for name in register.disabled if name in self.adapters]
+        self.set_adapter(names, stack=True)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Nothing to do but what the arguments ask: applied deltas stand in the weights already.
+
+        Args:
+            adapter_names: applied before, and no others; None: what is applied.
+            safe_merge: check that no weight is NaN.
+
+        Raises:
+            ValueError: with ``safe_merge``, a weight is not finite.
+        """
+        if adapter_names is not None:
+            self.set_adapter(adapter_names)
+        if safe_merge:
+            self._check_values()
+
+    def unmerge_adapter(self) -> None:
+        """Nothing to do: outputs stay those of the applied adapters, as in PEFT. `disable_adapter`
+        gives the base.
+        """
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, in which the slices are. `disable_adapter` gives the base's outputs,
+        `unload` the base.
+        """
+        return _module(self)
+
     # Files
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        *args: Any,
         selected_adapters: list[str] | None = None,
         info: dict[str, Any] | None = None,
         whole_model: bool = False,
@@ -215,18 +298,29 @@ class AdapterModel:
         """Write adapters as deltas, with config and model card, atomically: ``default`` to the
         folder, others to folders in it.
 
-        selected_adapters: those to write; default: the slices in training, else what is applied.
-            info: JSON to store.
-        whole_model: write the whole model instead, as its class does. So do calls with
-            ``state_dict=``, which is how Trainer and
-        Accelerate write checkpoints. kwargs: is_main_process (False writes nothing); what only a
-        whole model needs is ignored.
+        The whole model is written instead, as its class does, by calls with ``state_dict=``, which
+        is how Trainer and Accelerate write checkpoints; and always where the class takes no
+        ``state_dict`` and so leaves its trainer no such way to ask: sentence-transformers, also
+        for the transformer inside of one, and diffusers. There ``selected_adapters`` asks for
+        deltas.
+
+        Args:
+            save_directory: a folder without a model or another tool's adapter in it.
+            selected_adapters: those to write; default: the slices in training, else what is applied.
+            info: JSON to store with them.
+            whole_model: write the whole model.
+            kwargs: is_main_process (False writes nothing); what only a whole model needs is ignored.
+
+        Raises:
+            DeltaError: nothing is applied, or the folder holds what would no longer load.
         """
-        if whole_model or "state_dict" in kwargs:
-            return _whole_save(self, save_directory, kwargs)
-        if unknown := kwargs.keys() - _OF_WHOLE_MODELS - {"is_main_process"}:
+        deltas = selected_adapters is not None or info is not None
+        if whole_model or "state_dict" in kwargs or (not deltas and _saves_whole(self)):
+            return _whole_save(self, save_directory, *args, **kwargs)
+        if args or (unknown := kwargs.keys() - _OF_WHOLE_MODELS - {"is_main_process"}):
+            named = ", ".join(sorted(unknown)) if not args else repr(args[0])
             raise TypeError(
-                f"save_pretrained got {', '.join(sorted(unknown))}, which a delta has no use for:"
+                f"save_pretrained got {named}, which a delta has no use for:"
                 " push_to_hub(repo_id) uploads it, whole_model=True saves the model as its class"
                 " does"
             )
@@ -240,14 +334,14 @@ class AdapterModel:
                 "no adapter is applied: nothing to save. set_adapter one, or name it in"
                 " selected_adapters"
             )
-        from slicefine.deltas.card import model_card
-
-        for name in names:
-            folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            delta = self.delta(name, info)
-            delta.save(folder / FILE)
-            atomic.write_text(folder / CONFIG_FILE, delta.config_json())
-            atomic.write_text(folder / "README.md", model_card(delta, name))
+        folders = {
+            name: Path(save_directory) if name == DEFAULT else Path(save_directory) / name
+            for name in names
+        }
+        for folder in folders.values():
+            check_no_model(folder)
+        for name, folder in folders.items():
+            save_folder(self.delta(name, info), folder, name)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Write the delta as `save_pretrained` does and upload it; returns the address. kwargs:
@@ -258,6 +352,13 @@ class AdapterModel:
         return push(self, repo_id, **kwargs)
 
     # Inside
+
+    def _check_values(self) -> None:
+        """Raise ValueError naming the first tensor of the state dict with NaN or an infinity."""
+        for key, value in _module(self).state_dict().items():
+            wrong = isinstance(value, Tensor) and value.is_floating_point()
+            if wrong and not bool(value.isfinite().all()):
+                raise ValueError(f"safe_merge: {key} has values that are not finite")
 
     def _known(self, name: str | None) -> str:
         if name is None or name not in self.adapters:
@@ -354,17 +455,40 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def _whole_save(model: Any, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+def _saves_whole(model: Any) -> bool:
+    """Whether the model's own class writes whole models only, in parts, and asks nobody for a state
+    dict.
+    """
+    own = getattr(super(AdapterModel, model), "save_pretrained", None)
+    if own is None:
+        return False
+    if "state_dict" not in inspect.signature(own).parameters:
+        return True
+    # sentence-transformers' module around a transformer saves it so, as a part of a whole model
+    caller = inspect.currentframe()
+    for _ in range(2):
+        caller = caller.f_back if caller is not None else None
+    name = caller.f_globals.get("__name__", "") if caller is not None else ""
+    return name.startswith("sentence_transformers.")
+
+
+def _whole_save(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     save = getattr(super(AdapterModel, model), "save_pretrained", None)
     if save is None:
         raise TypeError(
             f"{type(model).__name__} has no save_pretrained of its own;"
             " torch.save(model.state_dict(), ...) writes the whole model"
         )
-    save(folder, **kwargs)
+    check_no_adapter(Path(folder))
+    save(folder, *args, **kwargs)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path here, or where a delta of the hub has been downloaded to.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has none of that name.
+    """
     if (
         Path(path).exists()
         or not isinstance(path, str)
@@ -374,4 +498,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return Path(path)
     from slicefine.deltas.hub import pull
 
-    return pull(path)
+    try:
+        return pull(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"no folder {path} in {Path.cwd()}: neither a path here nor a hub id that could be read"
+            f" ({type(error).__name__}: {reason})"
+        ) from error

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -258,6 +258,49 @@ class Delta:
             **self.config,
         }
         return json.dumps(content, indent=2) + "\n"
+
+    def scaled(self, alpha: float) -> Delta:
+        """A delta part of the way from the base to this fine-tune.
+
+        Args:
+            alpha: 0 gives the base and 1 this delta, bit for bit; between them every value is
+                ``old + alpha * (new - old)``, computed in float64 and rounded once, and whole
+                numbers such as a count of batches to the nearest. A new head starts at the values
+                that it had before training.
+
+        Returns:
+            Another delta of the same base and the same entries. It says what it was scaled from
+            (``info["combined"]``) and has no evaluation, which was this one's.
+
+        Raises:
+            ValueError: alpha is not between 0 and 1, or a value to be scaled is not finite.
+        """
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha!r}; expected a number from 0 (the base) to 1")
+        weights = {
+            key: replace(
+                weight,
+                patches=[
+                    replace(patch, new=_between(key, patch.old, patch.new, alpha))
+                    for patch in weight.patches
+                ],
+            )
+            for key, weight in self.weights.items()
+        }
+        whole = {
+            key: replace(entry, new=_between(key, entry.old, entry.new, alpha))
+            for key, entry in self.whole.items()
+        }
+        info = {key: value for key, value in self.info.items() if key != "evaluation"}
+        sources = info.get("combined")
+        if self.sha256 is None and isinstance(sources, list):
+            # itself a step that was not saved: named by what it came of
+            info["combined"] = [
+                {**source, "weight": source["weight"] * alpha} for source in sources
+            ]
+        else:
+            info["combined"] = [{"sha256": self.sha256, "weight": alpha}]
+        return replace(self, weights=weights, whole=whole, info=info, sha256=None)
 
     # In and out of a model
 
@@ -530,6 +573,15 @@ def meet(a: SliceValues, b: SliceValues) -> bool:
         x is None or y is None or bool(torch.isin(x, y).any())
         for x, y in ((a.rows, b.rows), (a.cols, b.cols))
     )
+
+
+def _between(key: str, old: Tensor, new: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1):
+        return (new if alpha else old).clone()
+    values = old.double() + alpha * (new.double() - old.double())
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{key} holds values that are not finite, which cannot be scaled")
+    return (values if new.is_floating_point() else values.round()).to(new.dtype)
 
 
 # Making slice values

@@ -75,14 +75,29 @@ def signature_path(delta: str | os.PathLike[str]) -> Path:
 
 
 def sign(
-    delta: str | os.PathLike[str], key: str | os.PathLike[str], password: str | None = None
+    delta: str | os.PathLike[str],
+    key: str | os.PathLike[str],
+    password: str | None = None,
+    sha256: str | None = None,
 ) -> str:
-    """Check a delta and add a signature beside it; one key signs once. Returns the key's id.
+    """Check a delta and add a signature beside it; one key signs once.
 
-    Raises SignatureError for a file that is no Ed25519 private key, DeltaError for a damaged delta.
+    Args:
+        delta: its file or folder.
+        key: PEM file of an Ed25519 private key.
+        password: of the key.
+        sha256: of the delta that was looked at (``Delta.sha256``); None: the file is read here.
+
+    Returns:
+        The key's id.
+
+    Raises:
+        SignatureError: the key is none.
+        DeltaError: the delta is damaged.
     """
     private = _load_key(key, password)
-    sha256: str = read_file(delta_path(delta), None)[0]["file_sha256"]
+    if sha256 is None:
+        sha256 = str(read_file(delta_path(delta), None)[0]["file_sha256"])
     public = private.public_key()
     entry = {
         "algorithm": ALGORITHM,
@@ -118,16 +133,27 @@ def read(delta: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def verify(delta: str | os.PathLike[str], public_key: str | os.PathLike[str]) -> str:
-    """Check a delta and that the owner of a key has signed it; returns the key's id.
+def verify(
+    delta: str | os.PathLike[str],
+    public_key: str | os.PathLike[str],
+    sha256: str | None = None,
+) -> str:
+    """Check that the owner of a key has signed a delta; returns the key's id.
 
-    public_key: PEM file of a key that you trust. The key inside the signature file proves nothing
-        and is not used.
-    Raises SignatureError unless a signature of that key holds for this delta, DeltaError for a
-    damaged delta.
+    Args:
+        delta: its file or folder; the signatures stand beside it.
+        public_key: PEM file of a key that you trust. The key inside the signature file proves
+            nothing and is not used.
+        sha256: of the delta that was loaded (``Delta.sha256``), and that is therefore used. None:
+            the file is read and checked here, and may be another one by the time it is loaded.
+
+    Raises:
+        SignatureError: no signature of that key holds for this delta.
+        DeltaError: the delta is damaged.
     """
     public = _load_public(public_key)
-    sha256: str = read_file(delta_path(delta), None)[0]["file_sha256"]
+    if sha256 is None:
+        sha256 = str(read_file(delta_path(delta), None)[0]["file_sha256"])
     entries = read(delta)
     for entry in entries:
         try:

@@ -224,6 +224,14 @@ class Store:
         with self._locked() as log:
             self._append(log, event, entry.sha256, label=entry.label, **details)
 
+    def writable(self) -> bool:
+        """Whether events can be recorded here; others may share a store that only they write to."""
+        try:
+            with open(self.path / LOCK, "a+b"), open(self.path / INDEX, "ab"):
+                return True
+        except OSError:
+            return False
+
     def promote(self, reference: str, stage: str) -> Entry:
         """Make a delta the current one of a stage, such as ``production``, among the versions of
         its name.
@@ -345,8 +353,11 @@ def parents_of(delta: Delta) -> list[str]:
     """SHA-256 of the deltas that a delta's own file names: those it was trained on top of, and
     those it was merged from.
     """
-    named = [*delta.info.get("parents", ()), *delta.info.get("combined", ())]
-    return [entry["sha256"] for entry in named if isinstance(entry, dict) and entry.get("sha256")]
+    # what a file says may be of any form
+    lists = [delta.info.get(key) for key in ("parents", "combined")]
+    named = [entry for listed in lists if isinstance(listed, list) for entry in listed]
+    hashes = [entry.get("sha256") for entry in named if isinstance(entry, dict)]
+    return [sha256 for sha256 in hashes if isinstance(sha256, str) and sha256]
 
 
 def _torn_line(path: Path, log: Log) -> str:
@@ -360,46 +371,54 @@ def _torn_line(path: Path, log: Log) -> str:
 def _replay(events: list[dict[str, Any]]) -> list[Entry]:
     """What the events say, put together."""
     entries: list[Entry] = []
+    by_hash: dict[str, list[Entry]] = {}
+    stages: dict[tuple[str, str], Entry] = {}
+    by_version: dict[tuple[str, int], list[Entry]] = {}
     for event in events:
-        kind = event["event"]
+        kind, same = event["event"], by_hash.setdefault(event["delta"], [])
         if kind == "save":
-            earlier = next((e for e in entries if e.sha256 == event["delta"]), None)
-            entry = Entry(
-                event["name"],
-                event["version"],
-                event["delta"],
-                event["time"],
-                event.get("base"),
-                event.get("base_sha256"),
-                event["nbytes"],
-                event.get("parents", []),
-                event.get("note"),
-            )
-            if earlier is not None:  # the same delta under another name
+            entry = _saved(event)
+            if same:  # the same delta under another name: it shares these two lists
+                first = same[0]
                 entry.revoked, entry.signed_by, entry.audits = (
-                    earlier.revoked,
-                    earlier.signed_by,
-                    earlier.audits,
+                    first.revoked,
+                    first.signed_by,
+                    first.audits,
                 )
             entries.append(entry)
-            continue
-        for entry in (e for e in entries if e.sha256 == event["delta"]):
-            if kind == "revoke":
+            same.append(entry)
+            by_version.setdefault((entry.name, entry.version), []).append(entry)
+        elif kind == "revoke":
+            for entry in same:
                 entry.revoked, entry.stages = event["reason"], []
-        same = [e for e in entries if e.sha256 == event["delta"]]
-        if kind == "sign" and same and event["key"] not in same[0].signed_by:
-            same[0].signed_by.append(event["key"])  # one list, shared by all names of the delta
+        elif kind == "sign" and same and event["key"] not in same[0].signed_by:
+            same[0].signed_by.append(event["key"])
         elif kind == "audit" and same:
-            same[0].audits.append(
-                {key: event[key] for key in ("time", "metric", "recorded", "measured", "passed")}
-            )
+            keys = ("time", "metric", "recorded", "measured", "passed")
+            same[0].audits.append({key: event[key] for key in keys})
         elif kind == "promote":
-            for entry in (e for e in entries if e.name == event["name"]):
-                with contextlib.suppress(ValueError):
-                    entry.stages.remove(event["stage"])
-                if entry.version == event["version"]:
-                    entry.stages.append(event["stage"])
+            name, stage = event["name"], event["stage"]
+            before = stages.get((name, stage))
+            if before is not None and stage in before.stages:
+                before.stages.remove(stage)
+            for entry in by_version.get((name, event["version"]), ()):
+                entry.stages.append(stage)
+                stages[name, stage] = entry
     return entries
+
+
+def _saved(event: dict[str, Any]) -> Entry:
+    return Entry(
+        event["name"],
+        event["version"],
+        event["delta"],
+        event["time"],
+        event.get("base"),
+        event.get("base_sha256"),
+        event["nbytes"],
+        event.get("parents", []),
+        event.get("note"),
+    )
 
 
 def _find(entries: list[Entry], reference: str, path: Path) -> Entry:

@@ -67,10 +67,15 @@ class Evaluation:
             )
         wanted = {field.name for field in fields(cls)}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
-        if not needed <= content.keys() <= wanted or content["task"] not in TASKS:
+        if not needed <= content.keys() <= wanted or str(content["task"]) not in TASKS:
             raise UserError(
                 f"the delta's evaluation has {sorted(content)}, of task {content.get('task')!r};"
                 f" this slicefine repeats evaluations with {sorted(wanted)} of {', '.join(TASKS)}"
+            )
+        if wrong := [name for name, value in content.items() if not _FORMS[name](value)]:
+            raise UserError(
+                f"the delta's evaluation has {wrong[0]} {content[wrong[0]]!r}, which `slicefine"
+                " train` does not write"
             )
         return cls(**content)
 
@@ -82,6 +87,35 @@ class Evaluation:
             task.form, task.answers_only = self.form, self.answers_only
             task.chat_template = self.chat_template
         return task
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _words(value: Any) -> bool:
+    return all(isinstance(word, str) for word in value)
+
+
+_NONE = type(None)
+_COLUMNS = {field.name for field in fields(Columns)}
+# What a delta may say of its evaluation: its file is somebody else's
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("task", "metric", "model", "data", "data_sha256"), _is(str)),
+    **dict.fromkeys(("images", "form", "chat_template"), _is(str, _NONE)),
+    **dict.fromkeys(("bf16", "answers_only"), _is(bool)),
+    "value": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "rows": lambda value: type(value) is int and value > 0,
+    "max_length": lambda value: type(value) is int and value > 0,
+    "batch_size": lambda value: type(value) is int and value > 0,
+    "seed": _is(int),
+    "share": lambda value: value is None or (type(value) in (int, float) and 0 < value < 1),
+    "labels": lambda value: isinstance(value, list) and _words(value),
+    "columns": lambda value: (
+        isinstance(value, dict) and value.keys() <= _COLUMNS and _words(value.values())
+    ),
+    "dtype": lambda value: value in ("float32", "bfloat16", "float16"),
+}
 
 
 def planned(

@@ -257,7 +257,7 @@ class _Run:
         info: dict[str, Any] = {
             "model_config": task.config_of(self.model),
             "recipe": asdict(recipe),
-            "loss": metrics["loss"],
+            "loss": loss if math.isfinite(loss) else None,
             "training_data": self.training_data,
         }
         if self.held and not interrupted:

@@ -152,7 +152,7 @@ def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(
     assert "has no evaluation" in run("delta audit stopped/delta", 2)
     monkeypatch.setattr(SliceTraining, "training_step", step)
     run(f"{command} --resume")
-    delta("apply stopped/delta --model base --output merged")
+    delta("apply stopped/delta --model base --output merged --force")
     assert (
         same(weights("merged"), weights("out"))
         and delta("audit stopped/delta --tolerance 0")["passed"]
@@ -512,6 +512,174 @@ def test_faq_10_compact_files_several_on_one_base_and_none_at_all(here):
     assert same(dict(model.state_dict()), before)
 
 
+def reseal(path, **changes):
+    """A delta whose file says something else, under a hash that holds."""
+    content = Delta.load(path)
+    for name, value in changes.items():
+        setattr(content, name, {**getattr(content, name), **value})
+    content.save(path)
+
+
+EVIL = """
+open("PWNED", "w").write("code ran")
+from transformers import BertConfig, BertForSequenceClassification
+class EvilConfig(BertConfig):
+    model_type = "evil"
+class EvilModel(BertForSequenceClassification):
+    config_class = EvilConfig
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": {"class": "AutoModel"}}, "which transformers does not have"),
+        ({"base": {"class": "pipeline"}}, "which transformers does not have"),
+        ({"base": {"class": "utils.logging"}}, "which transformers does not have"),
+        ({"base": {"class": "GPT2LMHeadModel"}}, "a model of type 'gpt2'"),
+        ({"info": {"model_config": {"trust_remote_code": True}}}, "trust_remote_code=True. Only"),
+        ({"info": {"model_config": {"device_map": "disk"}}}, "device_map='disk'. Only"),
+        ({"info": {"model_config": {"dtype": "float64"}}}, "dtype='float64'. Only"),
+        ({"info": {"model_config": {"num_labels": -3}}}, "num_labels=-3. Only"),
+        ({"info": {"model_config": {"num_labels": True}}}, "num_labels=True. Only"),
+        ({"info": {"model_config": ["num_labels"]}}, "expected an object"),
+    ],
+)
+def test_a_delta_chooses_neither_code_nor_options(here, changes, said):
+    """The base folder has code of its own beside it, which nobody has been asked to trust."""
+    shutil.copytree("base", "code")
+    config = json.loads((here / "code" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
+    (here / "code" / "config.json").write_text(json.dumps(config))
+    (here / "code" / "evil.py").write_text(EVIL)
+    shutil.copytree("out/delta", "d")
+    reseal("d/adapter_model.safetensors", **changes)
+    for line in ("verify ./d --model code", "apply ./d --model code --output m"):
+        printed = run(f"delta {line}", 1 if line.startswith("verify") else 2)
+        assert said in " ".join(printed.split()), printed
+    assert not (here / "m").exists() and not (here / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"columns": 3},
+        {"columns": {"text": 3}},
+        {"value": "0.5"},
+        {"task": ["x"]},
+        {"seed": None},
+        {"share": 7},
+        {"labels": "ab"},
+        {"dtype": "load"},
+        {"rows": -1},
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(here, change):
+    shutil.copytree("out/delta", "d")
+    recorded = Delta.load("d").info["evaluation"]
+    reseal("d/adapter_model.safetensors", info={"evaluation": {**recorded, **change}})
+    assert "the delta's evaluation has" in run("delta audit ./d", 2)
+
+
+def test_what_is_applied_is_what_is_signed(here, monkeypatch):
+    """The file is replaced by a signed one between the two looks at it."""
+    from slicefine.deltas import signing
+
+    public = signing.new_key("key.pem")
+    Delta.load("out/delta").save("good.safetensors")
+    signing.sign("good.safetensors", "key.pem")
+    evil = Delta.load("out/delta")
+    for weight in evil.weights.values():
+        for patch in weight.patches:
+            patch.new = torch.zeros_like(patch.new)
+    evil.save("d.safetensors")
+    real = signing.verify
+
+    def verify(path, key, **options):
+        shutil.copy("good.safetensors.sig", "d.safetensors.sig")
+        shutil.copy("good.safetensors", "d.safetensors")
+        return real(path, key, **options)
+
+    monkeypatch.setattr(signing, "verify", verify)
+    line = f"delta apply ./d.safetensors --model base --output m --public-key {public}"
+    assert "no signature of" in run(line, 2)
+    assert not (here / "m").exists()
+    # from here on the file is the signed one
+    run(line)
+
+
+def test_nothing_that_was_not_written_is_deleted(here):
+    shutil.copytree("base", "keep")
+    (here / "keep" / "checkpoint-500").mkdir()
+    (here / "keep" / "checkpoint-500" / "state").write_text("1")
+    (here / "keep" / "NOTES.md").write_text("mine")
+    before = weights("keep")
+    said = run("delta apply out/delta --model base --output keep", 2)
+    assert "holds a model already" in said and "--force" in said
+    assert same(weights("keep"), before)
+    (here / "a-file").write_text("x")
+    assert "is a file" in run("delta apply out/delta --model base --output a-file", 2)
+    run("delta apply out/delta --model base --output keep --force")
+    assert same(weights("keep"), weights("out"))
+    for name in ("checkpoint-500/state", "NOTES.md"):
+        assert (here / "keep" / name).is_file()
+    # in place nothing is asked for, and the rest stays too
+    run("delta revert out/delta --model keep")
+    assert (here / "keep" / "checkpoint-500" / "state").is_file()
+    shutil.copytree("base", "another")
+    assert "holds a model already" in run(
+        "delta revert out/delta --model merged --output another", 2
+    )
+
+
+def test_brackets_are_no_markup(here, monkeypatch):
+    note = "see [/home/me/notes], fixes [bug report] of [red]Monday"
+    run(f'delta save reviews out/delta --note "{note}"')
+    assert note in run("delta list")
+    run('delta revoke reviews --reason "[/bold] wrong [x]"')
+    assert "[/bold] wrong [x]" in run("delta list")
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run("delta list")
+    assert "[/bold] wrong [x]" in printed
+    # one block of lines for each delta, nothing cut
+    assert "reviews:1\n" in printed and "…" not in printed
+    assert re.search(r"^  base +base$", printed, re.MULTILINE)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_a_store_that_may_only_be_read_can_be_used(here, monkeypatch):
+    run("delta save reviews out/delta")
+    lines = (here / "slicefine-store" / "index.jsonl").read_bytes()
+    # root may write anywhere
+    monkeypatch.setattr(Store, "writable", lambda self: False)
+    printed = run("delta apply reviews --model base --output m")
+    assert "not recorded: slicefine-store may only be read here (apply of reviews:1)" in printed
+    assert "applied reviews:1" in printed and same(weights("m"), weights("out"))
+    assert (here / "slicefine-store" / "index.jsonl").read_bytes() == lines
+
+
+def test_a_scaled_delta(here):
+    whole = delta("apply out/delta --model base --output one")
+    for alpha in ("0", "1"):
+        run(f"delta scale out/delta {alpha} --output d{alpha}")
+        run(f"delta apply ./d{alpha} --model base --output m{alpha}")
+    assert same(weights("m1"), weights("one"))
+    run("delta revert out/delta --model one --output back")
+    assert same(
+        {k: v for k, v in weights("m0").items() if "classifier" not in k},
+        {k: v for k, v in weights("back").items() if "classifier" not in k},
+    )
+    told = delta("scale out/delta 0.5 --output half")
+    assert told["of"] == whole["delta"] and told["alpha"] == 0.5
+    assert "evaluation" not in Delta.load("half").info
+    run("delta save half half")
+    assert delta("lineage half")[0]["parents"] == [whole["delta"]]
+    assert "no evaluation" in run("delta audit half", 2)
+    assert "expected a number from 0" in run("delta scale out/delta 2 --output x", 2)
+    assert "expected a number from 0" in run("delta scale out/delta nan --output x", 2)
+    assert "holds a model" in run("delta scale out/delta 0.5 --output out", 2)
+
+
 def test_the_page_about_deltas_does_what_it_says(here):
     pytest.importorskip("peft")
     pytest.importorskip("cryptography")
@@ -520,7 +688,7 @@ def test_the_page_about_deltas_does_what_it_says(here):
         (ROOT / "docs" / "deltas.md").read_text(encoding="utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) >= 8
+    assert len(blocks) >= 9
     names: dict = {}
     (here / "out").unlink()
     shutil.copytree("base", "base-of-its-own")
