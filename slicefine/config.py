@@ -23,6 +23,8 @@ from slicefine.slices import (
 
 BiasMode = Literal["none", "all", "slice_only"]
 TiedMode = Literal["skip", "share"]
+UnusedMode = Literal["error", "warn", "ignore"]
+UNUSED_MODES: tuple[str, ...] = get_args(UnusedMode)
 BIAS_MODES: tuple[str, ...] = get_args(BiasMode)
 TIED_MODES: tuple[str, ...] = get_args(TiedMode)
 # fields that take names; those of the second group take a regular expression instead, too
@@ -75,6 +77,10 @@ class SliceConfig:
         keep_originals: keep what stood in every visited slice, in the weight's dtype on the host;
             revert, disable_adapter and deltas need it. After a whole sweep that is a copy of the
             weights; False saves it.
+        unused_slices: slices that have not trained after 3 steps, such as of a weight that a fused
+            loss reads without calling the layer: an "error" that names them, "warn", or "ignore".
+            An output that does not reach the loss, as of an unused pooler, warns, unless most do
+            not; layers without a call, as experts, may be idle for 100 steps.
         seed: of random orders and scattered features.
 
     Raises:
@@ -101,6 +107,7 @@ class SliceConfig:
     fan_in_fan_out: bool = False
     tied_weights: TiedMode = "skip"
     keep_originals: bool = True
+    unused_slices: UnusedMode = "error"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +115,7 @@ class SliceConfig:
         _one_of("switch_mode", self.switch_mode, SWITCH_MODES)
         _one_of("state_on_switch", self.state_on_switch, STATE_POLICIES)
         _one_of("bias", self.bias, BIAS_MODES)
+        _one_of("unused_slices", self.unused_slices, UNUSED_MODES)
         _one_of("tied_weights", self.tied_weights, TIED_MODES)
         self._check_sizes()
         for name in ("contiguous", "fan_in_fan_out", "keep_originals"):

@@ -4,6 +4,8 @@ bias and the slice backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,12 @@ class SliceLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
         ctx.layer, ctx.slice_shape = layer, slice_weight.shape
         ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
-        return F.linear(input, cast_weight, bias)
+        output = F.linear(input, cast_weight, bias)
+        if not torch.compiler.is_compiling() and output._is_view():
+            # autograd refuses in-place operations on a custom function's output that is a view; this
+            # makes the same memory a tensor of its own
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        return output
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -80,7 +87,35 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _backward_once = once_differentiable(_backward)
 
 
-slice_linear = SliceLinearFunction.apply
+def slice_linear(
+    input: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in], frozen
+    bias: Tensor | None,  # [out]
+    slice_weight: Tensor,  # [R, K], or flat for row_column
+    rows: Tensor | None,  # [R] int64
+    cols: Tensor | None,  # [K] int64
+    layer: Any = None,
+) -> Tensor:
+    """``input @ weight.T + bias`` with a gradient for slice_weight.
+
+    Args:
+        layer: the `SliceLayer` if backward does more than return gradients.
+
+    Returns:
+        [..., out].
+    """
+    trains = torch.is_grad_enabled() and (
+        slice_weight.requires_grad
+        or input.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    # an input of another width raises as in nn.Linear, before its columns are taken
+    if not trains or input.shape[-1:] != weight.shape[1:]:
+        return F.linear(input, weight, bias)
+    return _apply(input, weight, bias, slice_weight, rows, cols, layer)
+
+
+_apply = SliceLinearFunction.apply
 
 
 def _slice_gradient(

@@ -100,6 +100,13 @@ class SetAside(NamedTuple):
     version: int
 
 
+class Watch:
+    """Whether a layer has been called, and whether its weight has been read by somebody else."""
+
+    called = False
+    read = False
+
+
 class SliceLayer(nn.Module):
     """A frozen weight with a moving slice that trains; mixed in front of the class that uses it.
 
@@ -108,6 +115,7 @@ class SliceLayer(nn.Module):
     """
 
     # what the slice may be, where it is, and what happens to optimizer state when it moves
+    slice_name: str
     spec: SliceSpec
     schedule: SliceSchedule
     state_on_switch: str
@@ -119,10 +127,14 @@ class SliceLayer(nn.Module):
     agreement: Agreement
     # the way back
     originals: Originals | None
+    originals_lost: str
     set_aside: SetAside | None
     # only with switch_mode="gradient", and only with optimizer_in_bwd
     scores: GradientScores | None
     updater_reference: weakref.ref[Updater] | None
+    # what `slicefine.guard` looks at; None when it has seen the slice train
+    watch: Watch | None
+    unused_slices: str
     # fully_shard replaces one parameter after the other: the weight alone, or slice_weight too
     weight_sharded: bool = False
     sharded: bool = False
@@ -152,6 +164,7 @@ class SliceLayer(nn.Module):
         """
         weight = self.weight
         _check_weight(weight, name)
+        self.slice_name = name
         seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
         self.spec = SliceSpec(
             self.out_features,
@@ -169,8 +182,14 @@ class SliceLayer(nn.Module):
         weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for buffer in ("slice_rows", "slice_cols"):
-            index = torch.empty(0, dtype=torch.int64, device=weight.device)
+        # at full size from the start: whoever copies buffers (AveragedModel) expects one size
+        sizes = {"slice_rows": 0, "slice_cols": 0}
+        for axis in self.spec.axes:
+            rows, cols = self.spec.features(axis, 0)
+            sizes["slice_rows"] = max(sizes["slice_rows"], 0 if rows is None else len(rows))
+            sizes["slice_cols"] = max(sizes["slice_cols"], 0 if cols is None else len(cols))
+        for buffer, size in sizes.items():
+            index = torch.zeros(size, dtype=torch.int64, device=weight.device)
             self.register_buffer(buffer, index, persistent=False)
         shape, precise = self.spec.parameter_shape, _master_dtype(weight.dtype)
         self.slice_weight = nn.Parameter(torch.zeros(shape, dtype=precise, device=weight.device))
@@ -179,7 +198,9 @@ class SliceLayer(nn.Module):
         # fake tensors, with which memory is planned, have no values to keep
         keep = config.keep_originals and not is_fake(weight)
         self.originals = Originals(self.spec) if keep else None
+        self.originals_lost = "" if keep else _NOT_KEPT
         self.set_aside = None
+        self.watch, self.unused_slices = Watch(), config.unused_slices
         self.select_slice()
 
     # The active slice
@@ -221,15 +242,11 @@ class SliceLayer(nn.Module):
         # computed from the move count
         self.axis = self.schedule.axis
         rows, cols = self.spec.features(self.axis, self.schedule.position[self.axis])
-        for name, index in (("slice_rows", rows), ("slice_cols", cols)):
-            buffer = getattr(self, name)
-            if index is None:
-                continue
-            if buffer.numel() == index.numel():
-                # in place: compiled code and kernels keep reading the same tensor
-                buffer.copy_(index)
-            else:
-                setattr(self, name, index.to(buffer.device))
+        # in place: compiled code and kernels keep reading the same tensors
+        if rows is not None:
+            self.slice_rows.copy_(rows)
+        if cols is not None:
+            self.slice_cols.copy_(cols)
         if self.spec.slice_type == "row_column":
             # the unused tail
             self.slice_weight.zero_()
@@ -322,7 +339,7 @@ class SliceLayer(nn.Module):
         if self.originals is None:
             raise RuntimeError(
                 f"a slice cannot {purpose}: its original values were not kept"
-                " (SliceConfig(keep_originals=False)). Train with keep_originals=True, the"
+                f" ({self.originals_lost or _NOT_KEPT}). Train with keep_originals=True, the"
                 " default, and resume with the slices' own state (load_slice_state_dict, or"
                 " SliceAdamW's)."
             )
@@ -347,13 +364,16 @@ class SliceLayer(nn.Module):
         if not compiling:
             sharding.check_whole(self)
             self.sync()
+            if self.watch is not None:
+                self.watch.called = True
         device = input.device.type
         if ops.autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
         if self.disabled:
             return input, None
         updater = self.updater
-        if updater is not None:
+        # an evaluation between two steps is no use that a gradient could come from
+        if updater is not None and torch.is_grad_enabled():
             if compiling:
                 raise RuntimeError(
                     "optimizer_in_bwd=True does not work under torch.compile; use SliceAdamW"
@@ -408,9 +428,11 @@ class SliceLayer(nn.Module):
         self.require_enabled("loading the state of slices")
         self.sync()
         self.schedule.load_state_dict(state["schedule"])
+        if self.originals is None and self.originals_lost != _NOT_KEPT:
+            # they were lost for want of the state that is loaded now
+            self.originals = Originals(self.spec)
         if "originals" not in state:
-            # the original values are unknown
-            self.originals = None
+            self.originals, self.originals_lost = None, "the loaded state of slices has none"
         elif self.originals is not None:
             values = [sharding.local(value) for value in state["originals"]["values"]]
             self.originals.load_state_dict({**state["originals"], "values": values})
@@ -436,6 +458,8 @@ class SliceLayer(nn.Module):
         originals = self.originals
         untouched = originals is not None and self.schedule.steps == 0 and not self.weight.is_meta
         untouched = untouched and originals.holds(self.weight_matrix)  # type: ignore[union-attr]
+        started = originals is not None and not untouched and not self.weight.is_meta
+        outside = originals.outside(self.weight_matrix) if started else None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -444,7 +468,15 @@ class SliceLayer(nn.Module):
         for other in layers_of(self.slice_weight):
             # load_state_dict(assign=True) would untie them
             other.weight = self.weight
+        if not self.sharded:
+            # with assign=True the weight may have another dtype now
+            _convert_master(self)
         self.refresh_master()
+        if originals is not None:
+            originals.cast(self.weight.dtype)
+        if outside is not None and not originals.same_outside(outside, self.weight_matrix):
+            # entries that no slice has visited have changed: these are weights of another model
+            self.originals, self.originals_lost = None, _OTHER_WEIGHTS
         if originals is not None and untouched:
             originals.clear()
             truth = read_slice(self.weight_matrix, self.rows, self.cols)
@@ -454,18 +486,26 @@ class SliceLayer(nn.Module):
         self.sync()
         if self.sharded:
             sharding.check_conversion(self, fn)
-        # kept out of the conversion: its dtype is float32 whatever the weight's is, and it stays
-        # the same Parameter object, because an optimizer may hold it
+        # Kept out of the conversion: the master is float32 whatever the weight is, and stays the
+        # same Parameter object, because an optimizer may hold it; positions are no floating-point
+        # numbers, whatever model.type(dtype) says, and no memory that to_empty() may leave empty.
         master = self._parameters.pop("slice_weight")
+        indices = {name: self._buffers.pop(name) for name in ("slice_rows", "slice_cols")}
         assert master is not None
         try:
             super()._apply(fn, recurse)
         finally:
             self._parameters["slice_weight"] = master
+            self._buffers.update(indices)
         weight = self.weight
         if not self.sharded:
-            _convert_master(master, weight)
-        if not weight.is_meta:
+            _convert_master(self)
+        _convert_indices(self)
+        if weight.is_meta:
+            if self.originals is not None and self.schedule.steps == 0:
+                # nothing has trained: the weights that will be loaded are the originals
+                self.originals.clear()
+        else:
             if self.originals is not None:
                 self.originals.cast(weight.dtype)
             if self.set_aside is None:
@@ -475,6 +515,12 @@ class SliceLayer(nn.Module):
                 self.set_aside = self.set_aside._replace(values=values)
         self.mark_synced()
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        # nn.Module looks parameters up here; the layer's own hot path asks its registry
+        if name == "weight" and (watch := self.__dict__.get("watch")) is not None:
+            watch.read = watch.read or torch.is_grad_enabled()
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
@@ -539,7 +585,8 @@ def _pair(layer: SliceLayer) -> tuple[Tensor, Tensor]:
 def _check_belongs(layer: SliceLayer) -> None:
     """Raise RuntimeError unless the weight is the one that loaded slice state was saved with."""
     truth = read_slice(layer.weight_matrix, layer.rows, layer.cols)
-    if not bool(rounds_to(layer.active(layer.slice_weight).detach(), truth).all()):
+    master = layer.active(layer.slice_weight).detach()
+    if not bool((rounds_to(master, truth) | (master.isnan() & truth.isnan())).all()):
         raise RuntimeError(
             "the loaded slice state does not belong to the weights in the model: the saved"
             " master of the active slice differs from the weight. Load the model's state dict"
@@ -548,20 +595,38 @@ def _check_belongs(layer: SliceLayer) -> None:
     layer.mark_synced()
 
 
-def _convert_master(master: nn.Parameter, weight: Tensor) -> None:
-    """Follow the weight to its device and precision."""
-    if weight.is_meta:
-        master.data = torch.empty_like(master.data, device="meta")
-    else:
-        master.data = master.data.to(weight.device, _master_dtype(weight.dtype))
+def _convert_master(layer: SliceLayer) -> None:
+    """Follow the weight to its device, precision and shared memory."""
+    master, weight = layer.slice_weight, layer.weight
+    precise = _master_dtype(weight.dtype)
+    if weight.is_meta or master.is_meta:
+        # no Parameter can go from or to the meta device and stay the same object
+        values = torch.zeros(master.shape, dtype=precise, device=weight.device)
+        fresh = nn.Parameter(values, requires_grad=master.requires_grad)
+        for other in {layer, *layers_of(master)}:
+            other.slice_weight = fresh
+        return
+    master.data = master.data.to(weight.device, precise)
+    if weight.device.type == "cpu" and weight.is_shared():
+        master.data.share_memory_()
     if master.grad is None:
         return
     # optimizer_in_bwd leaves a gradient without values
     applied = type(master.grad) is not Tensor
-    if applied or weight.is_meta:
-        master.grad = None
-    else:
-        master.grad = master.grad.to(master.device, master.dtype)
+    master.grad = None if applied else master.grad.to(master.device, master.dtype)
+
+
+def _convert_indices(layer: SliceLayer) -> None:
+    """Follow the weight to its device; the schedule knows the positions that a meta tensor lost."""
+    device = layer.weight.device
+    if layer.slice_rows.device == device:
+        return
+    rows, cols = layer.spec.features(layer.axis, layer.schedule.position[layer.axis])
+    for name, index in (("slice_rows", rows), ("slice_cols", cols)):
+        buffer = layer._buffers[name]
+        if index is None or len(index) != len(buffer):
+            index = torch.zeros(len(buffer), dtype=torch.int64)
+        layer._buffers[name] = index.to(device)
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
@@ -579,6 +644,11 @@ def _check_weight(weight: Tensor, name: str) -> None:
         )
     if weight.dtype not in _WEIGHT_DTYPES:
         raise TypeError(f"layer {name!r} has a {weight.dtype} weight; expected one of {dtypes}")
+    if weight.is_inference():
+        raise ValueError(
+            f"layer {name!r} was made under torch.inference_mode(), whose tensors cannot train; make"
+            " the model outside of it"
+        )
     if weight.is_meta:
         raise ValueError(
             f"layer {name!r} has a weight on the meta device, without values; load the weights"
@@ -586,6 +656,8 @@ def _check_weight(weight: Tensor, name: str) -> None:
         )
 
 
+_NOT_KEPT = "SliceConfig(keep_originals=False)"
+_OTHER_WEIGHTS = "weights of another model were loaded after training had begun"
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

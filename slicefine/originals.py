@@ -170,6 +170,22 @@ class Originals:
             for now, saved in zip(self.read(weight), self.slices, strict=True)
         )
 
+    def outside(self, weight: Tensor) -> Tensor:
+        """A copy of ``weight`` (out, in) with zeros wherever something is on record."""
+        rest = weight.detach().clone()
+        for saved in self.slices:
+            write_slice(rest, *_on(saved, rest), torch.zeros_like(saved.values).to(rest))
+        return rest
+
+    def same_outside(self, rest: Tensor, weight: Tensor) -> bool:
+        """Whether ``weight`` has the entries of an earlier `outside`, wherever nothing is on record."""
+        now = self.outside(weight)
+        if now.dtype == rest.dtype:
+            return same_bits(now, rest)
+        # the coarser of the two dtypes is what they can have in common
+        coarse = min(now.dtype, rest.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        return same_bits(now.to(coarse), rest.to(coarse))
+
     def take(self, weight: Tensor) -> None:
         """From now on the originals are what ``weight`` (out, in) holds."""
         for saved, values in zip(self.slices, self.read(weight), strict=True):

@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # slice parameter -> the layers that use it, several where a weight is tied. Not an attribute of the
 # parameter: that would not survive pickling.
 _LAYERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# slice parameter -> the name of its first layer; it outlives the layer
+_NAMES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # tells a list of layers that was kept from one that is up to date
 _registrations = 0
 
@@ -49,6 +51,13 @@ def register(layer: Any) -> None:
     if parameter is not None and layer not in layers_of(parameter):
         _LAYERS[parameter] = [*(_LAYERS.get(parameter) or ()), weakref.ref(layer)]
         _registrations += 1
+        if parameter not in _NAMES:
+            _NAMES[parameter] = layer.__dict__.get("slice_name") or type(layer).__name__
+
+
+def name_of(parameter: Tensor) -> str | None:
+    """The name of the layer whose active slice this parameter is or was; None for others."""
+    return _NAMES.get(parameter)
 
 
 def slices_of(optimizer: Optimizer) -> dict[Tensor, list[Any]]:

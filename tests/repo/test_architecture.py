@@ -22,6 +22,7 @@ LAYERS = [
     {"ops"},
     {"scores", "function"},
     {"layer"},
+    {"guard"},
     {"moves"},
     {"linear"},
     {"modules"},
