@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from slicefine.layer import SliceLayer, State
+from slicefine.layer import SliceLayer, State, Watch
 from slicefine.registry import name_of
 from slicefine.slices import read_slice, rounds_to
 
@@ -62,6 +62,10 @@ def check_step(
     if guard is None:
         waiting = {p for group in optimizer.param_groups for p in group["params"] if name_of(p)}
         guard = _GUARDS[optimizer] = _Guard(waiting | set(slices), len(waiting | set(slices)))
+        for layers in slices.values():
+            for layer in layers:
+                # what has read the weight before training says nothing
+                layer.watch = Watch()
     if guard.done:
         return
     guard.steps += 1

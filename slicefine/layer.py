@@ -211,7 +211,9 @@ class SliceLayer(nn.Module):
 
         Under FSDP2 this process's part of it.
         """
-        weight = sharding.local(self.weight)
+        weight = self._parameters.get("weight")
+        # a parametrized weight is computed by the attribute
+        weight = sharding.local(self.weight if weight is None else weight)
         return weight.t() if self.fan_in_fan_out else weight
 
     @property

@@ -78,11 +78,17 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
 
 def _alive(running: list[_Running]) -> list[_Running]:
     """Without calls that an exception has ended before their post hook."""
-    frames, frame = set(), sys._getframe(1)
+    frames, frame = {}, sys._getframe(1)
     while frame is not None:
-        frames.add(id(frame))
+        frames[id(frame)] = frame
         frame = frame.f_back
-    return [entry for entry in running if entry.frame in frames]
+    alive = []
+    for entry in running:
+        frame = frames.get(entry.frame)
+        # a later frame may have got the same id
+        if frame is not None and frame.f_locals.get("self") is entry.optimizer:
+            alive.append(entry)
+    return alive
 
 
 def _following(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -177,7 +183,7 @@ def _by_state(step: _Running, parameter: Tensor) -> list[Optimizer]:
 
 def _check_resumed(step: _Running, slices: dict[Tensor, list[SliceLayer]]) -> None:
     """Warn, once, of an optimizer that was loaded without the slices' own state."""
-    resumed = 0
+    resumed, groups = 0, []
     for optimizer in step.optimizers:
         if getattr(optimizer, "finishes_its_steps", False):
             continue
@@ -191,7 +197,10 @@ def _check_resumed(step: _Running, slices: dict[Tensor, list[SliceLayer]]) -> No
             if steps <= 1:
                 counted = float(optimizer.state.get(first, {}).get("step", 1)) - 1
                 resumed = max(resumed, group.get(STEPS_KEY, 0) - steps, int(counted) - steps)
-            group[STEPS_KEY] = steps + 1
+            groups.append((group, steps + 1))
+    # afterwards: an optimizer may share its groups with the one that it wraps
+    for group, steps in groups:
+        group[STEPS_KEY] = steps
     if not resumed:
         return
     name = type(step.optimizer).__name__

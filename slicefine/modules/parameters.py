@@ -46,7 +46,8 @@ class SliceParameter(SliceLayer):
 
     @property
     def weight_matrix(self) -> Tensor:
-        return local(self.weight).view(-1, self.in_features)
+        weight = self._parameters.get("weight")
+        return local(self.weight if weight is None else weight).view(-1, self.in_features)
 
     def forward(
         self, input: Tensor, bias: Tensor | None = None, start: int = 0, stop: int | None = None

@@ -450,3 +450,111 @@ def test_a_replica_of_data_parallel_runs_and_trains_the_original():
         setattr(replica, name, buffer.clone())
     replica(torch.randn(3, 8)).sum().backward()
     assert layer.slice_weight.grad is not None and bool(layer.slice_weight.grad.any())
+
+
+@pytest.mark.parametrize("shape", [(4, 11), (2, 5, 11), (2, 3, 5, 11)])
+@pytest.mark.parametrize("slice_type", TYPES)
+def test_the_output_may_be_changed_in_place(slice_type, shape):
+    layer = make(slice_type)
+    x = torch.randn(shape)
+    y = layer(x)
+    y += 1
+    y[..., 0] = 0
+    y.view(-1, 8).mul_(2)
+    F.relu(y, inplace=True).square().sum().backward()
+    weight = layer.weight.detach().clone().requires_grad_(True)
+    mask = torch.ones(8).index_fill(0, torch.tensor([0]), 0.0)
+    plain = 2 * mask * (F.linear(x, weight, layer.bias) + 1)
+    F.relu(plain).square().sum().backward()
+    expected = read_slice(weight.grad, layer.rows, layer.cols)
+    torch.testing.assert_close(layer.active(layer.slice_weight.grad), expected)
+
+
+def test_an_input_of_another_width_fails_as_in_nn_linear():
+    make()(torch.randn(2, 11)).sum().backward()
+    layer = SliceLinear.from_linear(nn.Linear(400_000, 1), SliceConfig(r=16, start_position=24_999))
+    for x in (torch.zeros(4, 8), torch.zeros(4, 8, requires_grad=True)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(x)
+
+
+def test_a_forward_without_gradients_copies_no_columns(monkeypatch):
+    from slicefine import ops
+
+    calls, real, layer = [], ops.take_columns, make()
+    monkeypatch.setattr(ops, "take_columns", lambda *a: calls.append(1) or real(*a))
+    with torch.no_grad():
+        layer(torch.randn(4, 11))
+    with torch.inference_mode():
+        layer(torch.randn(4, 11))
+    assert not calls
+    layer(torch.randn(4, 11))
+    assert calls
+
+
+def test_to_meta_and_back_keeps_the_positions():
+    model = get_slice_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)), SliceConfig(r=8))
+    values = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    model.to("meta").to_empty(device="cpu")
+    assert model[0].slice_cols.tolist() == list(range(8))
+    model.load_state_dict(values)
+    assert torch.equal(model[0].slice_weight, values["0.weight"][:, :8])
+    model.to_empty(device="cpu")
+    assert model[0].slice_cols.tolist() == list(range(8))
+
+
+def test_type_leaves_the_positions_integers():
+    layer = make()
+    layer.type(torch.float64)
+    assert layer.slice_cols.dtype == torch.int64 and layer.slice_weight.dtype == torch.float64
+    layer(torch.randn(2, 11, dtype=torch.float64)).sum().backward()
+
+
+def test_shared_memory_has_the_master_too():
+    layer = make()
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.slice_weight.is_shared()
+
+
+def test_an_average_of_alternating_slices():
+    from torch.optim.swa_utils import AveragedModel
+
+    model = get_slice_model(
+        nn.Sequential(nn.Linear(32, 32)),
+        SliceConfig(r=4, switch_interval=1, slice_type="row_column"),
+    )
+    average, optimizer = AveragedModel(model), SliceAdamW(model.parameters())
+    for _ in range(2):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+        average.update_parameters(model)
+
+
+def test_weights_of_another_model_loaded_in_training_are_noticed():
+    model = get_slice_model(nn.Sequential(nn.Linear(32, 32)), SliceConfig(r=4, switch_interval=2))
+    optimizer = SliceAdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict({k: v.bfloat16() for k, v in own.items()}, assign=True)
+    with model.disable_adapter():
+        pass
+    model.load_state_dict(nn.Sequential(nn.Linear(32, 32)).state_dict())
+    with pytest.raises(RuntimeError, match="weights of another model were loaded"):
+        model.revert()
+
+
+def test_every_attribute_of_a_slice_is_declared():
+    plain = nn.Linear(11, 8)
+    layer = SliceLinear.from_linear(plain, SliceConfig(r=3, switch_mode="gradient"))
+    added = {*layer.__dict__, *layer._parameters, *layer._buffers} - {*plain.__dict__}
+    assert added - {"weight", "bias"} <= layer.own_attributes()
+    assert set(layer.to_plain().__dict__) == set(plain.__dict__)
+
+
+def test_weights_made_under_inference_mode_are_refused():
+    with torch.inference_mode():
+        plain = nn.Linear(11, 8)
+    with pytest.raises(ValueError, match=r"layer 'name' was made under torch.inference_mode"):
+        SliceLinear.from_linear(plain, SliceConfig(r=3), "name")

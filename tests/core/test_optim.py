@@ -588,3 +588,13 @@ def test_another_optimizer_that_resumes_without_the_slices_state_warns():
         UserWarning, match="AdamW resumes at step 2, but the slices start at their first position"
     ):
         step(other, resumed, *batch())
+
+
+def test_in_bwd_an_evaluation_between_two_steps_is_no_use():
+    model = make()
+    optimizer = SliceAdamW(model.parameters(), optimizer_in_bwd=True)
+    x, _ = batch()
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()
+    assert not optimizer._deferred
