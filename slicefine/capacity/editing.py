@@ -62,7 +62,10 @@ class Attempt:
             raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
         self.base, self.model, self.method, self.size = model, model, method, size
         # a slice that moves would not be the size that is asked about
-        self.config = replace(config or SliceConfig(), r=size, switch_interval=None)
+        given = config or SliceConfig()
+        # and a head that trains beside the slices would answer for them
+        saved = given.modules_to_save or []
+        self.config = replace(given, r=size, switch_interval=None, modules_to_save=saved)
         self.side: AdditiveSide | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
