@@ -305,7 +305,3 @@ def main() -> None:
         f"{time.perf_counter() - start:.0f} s. Written: {folder / 'report.json'},"
         f" {folder / 'report.png'}"
     )
-
-
-if __name__ == "__main__":
-    main()

