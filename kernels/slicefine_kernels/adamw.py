@@ -12,6 +12,7 @@ def one_minus_power(log_beta, step):
     log_beta < 0.
     """
     z = step * log_beta
+    # five terms of expm1: 1 - exp(z) loses its digits where z is near 0
     series = -z * (1.0 + z * (0.5 + z * (0.16666667 + z * (0.041666668 + z * 0.008333334))))
     return tl.where(z > -0.25, series, 1.0 - tl.exp(z))
 
@@ -50,6 +51,7 @@ def round_bf16_stochastic(x, random):
 @triton.jit
 def philox_word(seed, c0, c1):
     """First word of Philox4x32-10 with key seed and counter (c0, c1, 0, 0)."""
+    # a tensor of zeros of the counter's shape and type
     zero = c0 * 0
     word, _, _, _ = tl.philox(seed, c0, zero + c1, zero, zero)
     return word

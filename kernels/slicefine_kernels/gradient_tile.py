@@ -43,6 +43,7 @@ def gradient_tile(
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for t in range(t_begin, t_end, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
+        # compared before the widening: int64 comparisons are slower
         mask_t = offs_t < t_end
         offs_t = offs_t.to(tl.int64)
         # [BLOCK_R, BLOCK_T]
@@ -57,6 +58,7 @@ def gradient_tile(
             mask=mask_t[:, None] & mask_k[None, :],
             other=0.0,
         )
+        # only under the interpreter, see `launch.dot_options`
         if UPCAST:
             dy = dy.to(tl.float32)
             x = x.to(tl.float32)
@@ -82,6 +84,7 @@ def hand_in(
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, acc)
     tl.debug_barrier()  # all warps have stored before one of them releases
+    # acquire and release: the last arriver sees the sums of all others
     return tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == splits - 1
 
 
@@ -99,5 +102,6 @@ def add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK
             partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs,
             cache_modifier=".cg",
         )
+    # ready for the next launch on this stream: no launch has to clear the workspace
     tl.store(tickets_ptr + tile, 0)
     return acc

@@ -33,6 +33,7 @@ class AdamWOptions(Protocol):
 def adamw_scalars(options: AdamWOptions) -> tuple[float, ...]:
     """The options as the kernels take them, from lr to seed."""
     o = options
+    # in float64 on the host: float32 on the device would lose digits of a beta close to 1
     logarithms = math.log(o.beta1), math.log(o.beta2)
     sign = -1.0 if o.maximize else 1.0
     return (o.lr, o.beta1, o.beta2, *logarithms, o.eps, o.weight_decay, sign, o.seed or 0)
@@ -137,6 +138,7 @@ def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
     config = grad_config(R, K, input.element_size(), architecture(device))
     tiles = triton.cdiv(R, config.BLOCK_R) * triton.cdiv(K, config.BLOCK_K)
     splits, tokens_per_split = token_splits(T, tiles, processors(device), config.BLOCK_T)
+    # any pointer will do where nothing is split
     partials, tickets = workspace(device) if splits > 1 else (input, input)
     options = {**asdict(config), **dot_options(input.dtype), "SPLIT": splits > 1}
     if torch.version.hip:
@@ -154,15 +156,18 @@ def address_table(entries: tuple[tuple[int, ...], ...], device: torch.device) ->
         return torch.tensor(entries, dtype=torch.int64)
     capturing = torch.cuda.is_current_stream_capturing()
     key = (device, torch.cuda.current_stream(device).cuda_stream, entries)
+    # the same addresses at every step between two moves: no copy to the device
     if key in _tables and not capturing:
         _tables.move_to_end(key)
         return _tables[key]
     pinned = torch.tensor(entries, dtype=torch.int64).pin_memory()
     table = pinned.to(device, non_blocking=True)
+    # a graph copies from this memory at every replay, so it must outlive the call
     if capturing:
         _captured.append(pinned)
         return table
     _tables[key] = table
+    # a move changes the addresses; tables of old positions are dropped
     while len(_tables) > 32:
         _tables.popitem(last=False)
     return table
