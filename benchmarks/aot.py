@@ -33,7 +33,13 @@ from triton.compiler import ASTSource
 # the package exports functions of the modules' names
 adamw, adamw_8bit, grad, fused, writes = (
     importlib.import_module(f"slicefine_kernels.{op}")
-    for op in ("slice_adamw", "slice_adamw_8bit", "slice_grad", "slice_grad_adamw", "write_slices")
+    for op in (
+        "slice_adamw",
+        "slice_adamw_8bit",
+        "slice_grad",
+        "slice_grad_adamw",
+        "write_slices",
+    )
 )
 
 TARGETS = {
@@ -85,14 +91,19 @@ class Variant:
 
     def compile(self, target: str) -> Any:
         fn = self.function
-        signature = {n: "constexpr" if n in self.constants else self.types[n] for n in fn.arg_names}
+        signature = {
+            n: "constexpr" if n in self.constants else self.types[n] for n in fn.arg_names
+        }
         divisible = [
             i
             for i, n in enumerate(fn.arg_names)
             if (signature[n].startswith("*") and self.pointers_aligned) or n in self.aligned
         ]
         source = ASTSource(
-            fn, signature, self.constants, {(i,): [["tt.divisibility", 16]] for i in divisible}
+            fn,
+            signature,
+            self.constants,
+            {(i,): [["tt.divisibility", 16]] for i in divisible},
         )
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if target.startswith("sm_"):
@@ -127,7 +138,8 @@ def resources(kernel: Any, target: str) -> dict[str, int]:
 
 
 _SCALARS = dict.fromkeys(
-    ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "sign"), "fp32"
+    ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "sign"),
+    "fp32",
 )
 _SIZES = (
     "stride_dyt",
@@ -183,9 +195,7 @@ def gradient_variants(
     ]
     if aligned:
         divisible += ["stride_dyt", "stride_wr", *(("stride_xt",) if K % 16 == 0 else ())]
-    what = (
-        f"{shape}, {dtype}{'' if aligned else ', unaligned'}, {'x'.join(map(str, blocks.values()))}"
-    )
+    what = f"{shape}, {dtype}{'' if aligned else ', unaligned'}, {'x'.join(map(str, blocks.values()))}"
     rest = (config.num_warps, config.num_stages, tuple(divisible), aligned, config.maxnreg)
     yield Variant("slice_grad", what, grad._slice_grad_kernel, types, constants, *rest)
     yield Variant(
@@ -204,16 +214,29 @@ def variants(target: str) -> Iterator[Variant]:
     """
     for dtype, size in TYPES.items():
         for shape, (R, K) in SHAPES.items():
-            yield from gradient_variants(dtype, shape, grad_config(R, K, size, target), True)
-        yield from gradient_variants(dtype, "column r=16", default_config(4096, 16, size), False)
+            yield from gradient_variants(
+                dtype, shape, grad_config(R, K, size, target), True
+            )
+        yield from gradient_variants(
+            dtype, "column r=16", default_config(4096, 16, size), False
+        )
         types = {"table_ptr": "*i64", "book_ptr": "*fp32", "seed": "i64", **_SCALARS}
         weight = adamw._TRITON_DTYPE[
             {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         ]
         config = adamw_config()
-        constants = {"STOCHASTIC": dtype == "bf16", "WEIGHT_DTYPE": weight, "BLOCK": config.BLOCK}
+        constants = {
+            "STOCHASTIC": dtype == "bf16",
+            "WEIGHT_DTYPE": weight,
+            "BLOCK": config.BLOCK,
+        }
         yield Variant(
-            "slice_adamw", dtype, adamw._slice_adamw_kernel, types, constants, config.num_warps
+            "slice_adamw",
+            dtype,
+            adamw._slice_adamw_kernel,
+            types,
+            constants,
+            config.num_warps,
         )
         eight = {**constants, "BLOCKS": adamw_8bit._BLOCKS}
         del eight["BLOCK"]

@@ -38,7 +38,9 @@ def rounded(value: Any) -> Any:
 
 def as_json(content: dict[str, Any]) -> str:
     """A row per line."""
-    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
+    head = json.dumps(
+        {key: value for key, value in content.items() if key != "rows"}, indent=1
+    )
     return (
         head[:-2]
         + ',\n "rows": [\n'
@@ -119,14 +121,21 @@ def main() -> int:
         "--quick", action="store_true", help="one small case of each kind, under a minute"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--part", action="append", choices=("models", "layers", "moves", "ops"))
+    parser.add_argument(
+        "--part", action="append", choices=("models", "layers", "moves", "ops")
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument(
-        "--base", metavar="REV", help="compare this checkout with a commit, on the quick cases"
+        "--base",
+        metavar="REV",
+        help="compare this checkout with a commit, on the quick cases",
     )
     parser.add_argument(
-        "--pairs", type=int, default=4, help="runs of this checkout beside one more of the other"
+        "--pairs",
+        type=int,
+        default=4,
+        help="runs of this checkout beside one more of the other",
     )
     options = parser.parse_args()
     arguments = ["--quick"] if options.quick or options.base else []

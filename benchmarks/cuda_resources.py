@@ -18,7 +18,12 @@ CSRC = Path(__file__).parent.parent / "csrc"
 UNITS = ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw")
 # what one block may have
 SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-ARITHMETIC = {"Fp32Fma": "fp32", "Tf32Mma": "tf32 mma", "4bf16": "bf16 mma", "4fp16": "fp16 mma"}
+ARITHMETIC = {
+    "Fp32Fma": "fp32",
+    "Tf32Mma": "tf32 mma",
+    "4bf16": "bf16 mma",
+    "4fp16": "fp16 mma",
+}
 
 
 def find_nvcc() -> Path | None:
@@ -26,7 +31,9 @@ def find_nvcc() -> Path | None:
     if named := os.environ.get("CUDACXX"):
         return Path(named)
     for variable in ("CUDAToolkit_ROOT", "CUDA_HOME", "CUDA_PATH"):
-        if (folder := os.environ.get(variable)) and (Path(folder) / "bin" / "nvcc").exists():
+        if (folder := os.environ.get(variable)) and (
+            Path(folder) / "bin" / "nvcc"
+        ).exists():
             return Path(folder) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
         said = subprocess.run(
@@ -34,7 +41,9 @@ def find_nvcc() -> Path | None:
         ).stderr
         top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
         return Path(top[1]).resolve() / "bin" / "nvcc" if top else Path(found)
-    return next((p for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None)
+    return next(
+        (p for p in sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None
+    )
 
 
 def find_cuobjdump(nvcc: Path) -> Path:
@@ -91,7 +100,8 @@ def rows(targets: list[str]) -> list[dict[str, Any]]:
                     text=True,
                 ).stdout
                 for symbol, registers, stack, shared, local in re.findall(
-                    r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text
+                    r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+                    text,
                 ):
                     kernel, config = describe(symbol, unit)
                     result.append(

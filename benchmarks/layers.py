@@ -46,7 +46,9 @@ class LayerStep:
 
     def __init__(self, method: Method, linear: nn.Linear, r: int) -> None:
         """linear: a template, of which every method trains a copy."""
-        layer = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
+        layer = nn.Sequential(
+            nn.Linear(linear.in_features, linear.out_features, bias=False)
+        )
         layer.to(linear.weight.device, linear.weight.dtype)
         layer.load_state_dict({"0.weight": linear.weight})
         self.prepared = prepare(method, layer, ["0"], r=r, lr=1e-3, wrap=False)
@@ -84,7 +86,9 @@ def agreement(
         for _ in range(2):
             ours.step(x, dy)
         found = ours.layer.state_dict()["0.weight"]
-        assert torch.equal(found[:, r:], linear.weight[:, r:]), f"{method} wrote outside its slice"
+        assert torch.equal(found[:, r:], linear.weight[:, r:]), (
+            f"{method} wrote outside its slice"
+        )
         difference = (found.float() - truth)[:, :r].abs()
         worst = max(worst, difference.max().item())
         # Adam's first steps are +-lr whatever the gradient's size: entries with a gradient near 0
@@ -162,11 +166,21 @@ def rows_for(
     rows = []
     for method in methods:
         if method in absent:
-            place = {"in": shape[0], "out": shape[1], "tokens": tokens, "dtype": dtype, "r": r}
-            rows.append({**place, "method": method, "device": device, "absent": absent[method]})
+            place = {
+                "in": shape[0],
+                "out": shape[1],
+                "tokens": tokens,
+                "dtype": dtype,
+                "r": r,
+            }
+            rows.append(
+                {**place, "method": method, "device": device, "absent": absent[method]}
+            )
             continue
         p20, p50, p80 = quantiles(times[method])
-        ratios = quantiles([t / f for t, f in zip(times[method], times["floor"], strict=True)])
+        ratios = quantiles(
+            [t / f for t, f in zip(times[method], times["floor"], strict=True)]
+        )
         rows.append(
             {
                 "in": shape[0],
@@ -224,7 +238,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
     )
     parser.add_argument("--tokens", type=int, help="default: 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 16])
@@ -247,7 +263,8 @@ def main() -> int:
                 print(table(rows[-len(methods) :]), flush=True)
                 if options.json:
                     options.json.write_text(
-                        json.dumps({"where": where(options.device), "rows": rows}, indent=1) + "\n"
+                        json.dumps({"where": where(options.device), "rows": rows}, indent=1)
+                        + "\n"
                     )
     return 0
 

@@ -86,7 +86,9 @@ def _row(made: Workload, method: Method, batch: int, length: int) -> dict[str, A
         torch._dynamo.reset()
         lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
         # torch.compile says there what it met
-        context = [line for line in lines if line.startswith("Developer debug context: raised")]
+        context = [
+            line for line in lines if line.startswith("Developer debug context: raised")
+        ]
         reason = ", ".join(lines[:1] + context)
         refused = Estimate(
             made.name, method.name, method.targets, method.r, batch, length, 0, 0, made.mode
@@ -103,9 +105,7 @@ def line(row: dict[str, Any]) -> str:
         f"{kind} {row[kind] / 2**30:.2f}" for kind in KINDS if row[kind] >= 2**30 / 100
     )
     trained, peak = row["trainable"] / 1e6, row["peak_bytes"] / 2**30
-    return (
-        f"{name}{trained:>9.1f} M{peak:>8.2f} GiB {row['ratio_to_floor']:.3f} of the floor: {parts}"
-    )
+    return f"{name}{trained:>9.1f} M{peak:>8.2f} GiB {row['ratio_to_floor']:.3f} of the floor: {parts}"
 
 
 def main() -> int:

@@ -175,12 +175,16 @@ def _peft(
         raise MissingPeerError(f"peft is missing: {error}") from None
     if not hasattr(peft, PEFT[method.kind]):
         raise MissingPeerError(f"peft {peft.__version__} has no {PEFT[method.kind]}")
-    config = getattr(peft, PEFT[method.kind])(**peft_options(method.kind, targets, r, saved))
+    config = getattr(peft, PEFT[method.kind])(
+        **peft_options(method.kind, targets, r, saved)
+    )
     if method.kind == "shira":
         config.mask_fn = random_mask
     adapted: Any
     if wrap:
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=method.fp32_adapters)
+        adapted = peft.get_peft_model(
+            model, config, autocast_adapter_dtype=method.fp32_adapters
+        )
     else:
         adapted = peft.inject_adapter_in_model(config, model)
     if method.kind == "lorafa":

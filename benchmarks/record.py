@@ -49,9 +49,7 @@ def device_name(device: str) -> str:
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
-                return (
-                    f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-                )
+                return f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
     return platform.processor() or platform.machine()
 
 

@@ -56,7 +56,10 @@ class Entry:
 def classes() -> list[tuple[str, int, int]]:
     """(wide side, padded thin width, bytes per element), the common ones first."""
     return [
-        (side, thin, size) for size in (2, 4) for thin in (16, 32, 64) for side in ("rows", "cols")
+        (side, thin, size)
+        for size in (2, 4)
+        for thin in (16, 32, 64)
+        for side in ("rows", "cols")
     ]
 
 
@@ -138,9 +141,13 @@ def search(
     return best, least, first
 
 
-def merged(old: dict[Key, Entry], new: dict[Key, Entry], measured: set[Key]) -> dict[Key, Entry]:
+def merged(
+    old: dict[Key, Entry], new: dict[Key, Entry], measured: set[Key]
+) -> dict[Key, Entry]:
     """What was measured anew replaces what was there, also where the default won; the rest stays."""
-    return dict(sorted({**{k: e for k, e in old.items() if k not in measured}, **new}.items()))
+    return dict(
+        sorted({**{k: e for k, e in old.items() if k not in measured}, **new}.items())
+    )
 
 
 def rendered(entries: dict[Key, Entry], names: tuple[str, ...]) -> str:
@@ -205,7 +212,9 @@ class Bench:
 
         self.device, self.small = device, device == "cpu"
         self.key: Key = (
-            architecture(torch.device(device, 0) if device == "cuda" else torch.device(device)),
+            architecture(
+                torch.device(device, 0) if device == "cuda" else torch.device(device)
+            ),
             side,
             thin,
             element_size,
@@ -213,13 +222,17 @@ class Bench:
         dtype = torch.bfloat16 if element_size == 2 else torch.float32
         self.operands = []
         for n, R, K in shapes(side, thin, self.small):
-            copies = 1 if self.small else max(2, -(-(2**29) // (element_size * n * (R + K))))
+            copies = (
+                1 if self.small else max(2, -(-(2**29) // (element_size * n * (R + K))))
+            )
             new = lambda width, n=n: torch.randn(n, width, device=device).to(dtype)
             sets = [(new(R), new(K)) for _ in range(copies)]
             dy, x = sets[0]
             exact = reference.slice_grad(dy.double(), x.double())
             plain = (dy.t().float() @ x.float()).double()
-            slack = 2.0**-22 * reference.slice_grad(dy.double().abs(), x.double().abs()).amax()
+            slack = (
+                2.0**-22 * reference.slice_grad(dy.double().abs(), x.double().abs()).amax()
+            )
             bound = float(2 * (plain - exact).abs().amax() + slack)
             self.operands.append((sets, exact, bound))
 
@@ -249,7 +262,10 @@ class Bench:
                         ops.slice_grad(*sets[i % len(sets)]) for i in range(calls)
                     ][-1]
                     total += milliseconds(
-                        captured(every, self.device), self.device, calls, 1 if self.small else 15
+                        captured(every, self.device),
+                        self.device,
+                        calls,
+                        1 if self.small else 15,
                     )
         except Exception as error:
             if self.device == "cuda":
@@ -344,13 +360,18 @@ def main() -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "no GPU here: the tuner needs one (torch.cuda.is_available() is False)", file=sys.stderr
+            "no GPU here: the tuner needs one (torch.cuda.is_available() is False)",
+            file=sys.stderr,
         )
         return 2
     torch.manual_seed(0)
     wanted = classes()[:1] if options.device == "cpu" else classes()
     entries, measured = tune(options.device, options.minutes, wanted)
-    old = parsed(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    old = (
+        parsed(options.output.read_text(encoding="utf-8"))
+        if options.output.exists()
+        else {}
+    )
     text = rendered(
         merged(old, entries, measured), tuple(field.name for field in fields(GradConfig))
     )

@@ -68,15 +68,22 @@ def seconds(function: Any, cuda: bool) -> float:
 
 
 def compare(
-    layers: int, features: int, dtype: str, slice_type: str, r: int, device: str, rounds: int
+    layers: int,
+    features: int,
+    dtype: str,
+    slice_type: str,
+    r: int,
+    device: str,
+    rounds: int,
 ) -> dict[str, Any]:
     """One row. Raises AssertionError if the two optimizers' weights differ after three steps."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(features, features, bias=False) for _ in range(layers))).to(
-        device, DTYPES[dtype]
-    )
+    model = nn.Sequential(
+        *(nn.Linear(features, features, bias=False) for _ in range(layers))
+    ).to(device, DTYPES[dtype])
     get_slice_model(
-        model, SliceConfig(r=r, slice_type=slice_type, switch_interval=None, exclude_modules=None)
+        model,
+        SliceConfig(r=r, slice_type=slice_type, switch_interval=None, exclude_modules=None),
     )
     slices = [layer for _, layer in named_slice_layers(model)]
     ours = SliceAdamW(model.parameters(), lr=1e-3)
@@ -152,7 +159,9 @@ def main() -> int:
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
     )
     options = parser.parse_args()
     if options.device == "cpu":
@@ -183,7 +192,8 @@ def main() -> int:
                 )
                 if options.json:
                     options.json.write_text(
-                        json.dumps({"where": where(options.device), "rows": rows}, indent=1) + "\n"
+                        json.dumps({"where": where(options.device), "rows": rows}, indent=1)
+                        + "\n"
                     )
     return 0
 

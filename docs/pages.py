@@ -29,7 +29,9 @@ def meanings(docstring: str, names: list[str]) -> dict[str, str]:
     """
     text = re.sub(r"\s+", " ", re.split(r"\bRaises\b", docstring)[0])
     one = "|".join(names)
-    starts = list(re.finditer(rf"(?:^|(?<=[.:] )|(?<=\) ))((?:{one})(?:, (?:{one}))*): ", text))
+    starts = list(
+        re.finditer(rf"(?:^|(?<=[.:] )|(?<=\) ))((?:{one})(?:, (?:{one}))*): ", text)
+    )
     found = {}
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         end = following.start() if following else len(text)

@@ -11,4 +11,6 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)]*)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return _OUTSIDE.sub(lambda found: f"{found[1]} (`{found[2].removeprefix('../')}`)", markdown)
+    return _OUTSIDE.sub(
+        lambda found: f"{found[1]} (`{found[2].removeprefix('../')}`)", markdown
+    )

@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model.print_trainable_parameters()
     print(model.planned_coverage(args.steps))
     optimizer = SliceAdamW(model.parameters(), lr=args.lr)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0, total_iters=args.steps
+    )
 
     first = 0
     if args.resume:
@@ -55,7 +57,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     model.train()
     losses = []
-    autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+    )
     for step in range(first, args.steps):
         optimizer.zero_grad()
         total = 0.0
@@ -63,11 +67,16 @@ def main(arguments: list[str] | None = None) -> list[float]:
             start = (step * args.accumulate + micro) * args.batch_size
             chosen = [data[(start + i) % len(data)] for i in range(args.batch_size)]
             batch = tokenizer(
-                [row["text"] for row in chosen], padding=True, truncation=True, return_tensors="pt"
+                [row["text"] for row in chosen],
+                padding=True,
+                truncation=True,
+                return_tensors="pt",
             )
             with autocast:
                 loss = (
-                    model(**batch, labels=torch.tensor([row["label"] for row in chosen])).loss
+                    model(
+                        **batch, labels=torch.tensor([row["label"] for row in chosen])
+                    ).loss
                     / args.accumulate
                 )
             loss.backward()
@@ -96,17 +105,25 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id; default: a small model from a package")
-    parser.add_argument("--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)")
+    parser.add_argument(
+        "--model", help="folder or hub id; default: a small model from a package"
+    )
+    parser.add_argument(
+        "--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)"
+    )
     parser.add_argument("--output", type=Path, default=Path("out"))
-    parser.add_argument("--layers", type=int, help="keep only the first layers, for a quick look")
+    parser.add_argument(
+        "--layers", type=int, help="keep only the first layers, for a quick look"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--switch-interval", type=int, default=20)
-    parser.add_argument("--resume", help="checkpoint of an earlier run with the same options")
+    parser.add_argument(
+        "--resume", help="checkpoint of an earlier run with the same options"
+    )
     return parser
 
 
@@ -117,8 +134,15 @@ def rows(file: str | None) -> list[dict[str, Any]]:
         return [{**row, "label": int(row["label"])} for row in found]
     films = [("A moving, funny film", 1), ("A dull, empty film", 0)]
     films += [("The best acting of the year", 1), ("The worst script of the year", 0)]
-    when = ["from start to finish.", "said everyone.", "on a rainy evening.", "again and again."]
-    return [{"text": f"{film} {end}", "label": label} for end in when for film, label in films]
+    when = [
+        "from start to finish.",
+        "said everyone.",
+        "on a rainy evening.",
+        "again and again.",
+    ]
+    return [
+        {"text": f"{film} {end}", "label": label} for end in when for film, label in films
+    ]
 
 
 if __name__ == "__main__":

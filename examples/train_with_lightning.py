@@ -36,7 +36,9 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = SliceAdamW(self.parameters(), lr=self.lr)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
+        scheduler = torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1.0, 0.0, total_iters=self.steps
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -89,7 +91,10 @@ def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightnin
     trainer = lightning.Trainer(**values)
     model.train()  # from_pretrained returns it in evaluation mode, and Lightning leaves that alone
     trainer.fit(
-        Classifier(model, args.lr, args.steps), loader, ckpt_path=args.resume, weights_only=True
+        Classifier(model, args.lr, args.steps),
+        loader,
+        ckpt_path=args.resume,
+        weights_only=True,
     )
     trainer.save_checkpoint(args.output / "last.ckpt")
     model.save_pretrained(args.output / "delta")
@@ -98,17 +103,25 @@ def main(arguments: list[str] | None = None, **trainer_options: Any) -> lightnin
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id; default: a small model from a package")
-    parser.add_argument("--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)")
+    parser.add_argument(
+        "--model", help="folder or hub id; default: a small model from a package"
+    )
+    parser.add_argument(
+        "--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)"
+    )
     parser.add_argument("--output", type=Path, default=Path("out"))
-    parser.add_argument("--layers", type=int, help="keep only the first layers, for a quick look")
+    parser.add_argument(
+        "--layers", type=int, help="keep only the first layers, for a quick look"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--switch-interval", type=int, default=20)
-    parser.add_argument("--resume", help="checkpoint of an earlier run with the same options")
+    parser.add_argument(
+        "--resume", help="checkpoint of an earlier run with the same options"
+    )
     return parser
 
 
@@ -119,8 +132,15 @@ def rows(file: str | None) -> list[dict[str, Any]]:
         return [{**row, "label": int(row["label"])} for row in found]
     films = [("A moving, funny film", 1), ("A dull, empty film", 0)]
     films += [("The best acting of the year", 1), ("The worst script of the year", 0)]
-    when = ["from start to finish.", "said everyone.", "on a rainy evening.", "again and again."]
-    return [{"text": f"{film} {end}", "label": label} for end in when for film, label in films]
+    when = [
+        "from start to finish.",
+        "said everyone.",
+        "on a rainy evening.",
+        "again and again.",
+    ]
+    return [
+        {"text": f"{film} {end}", "label": label} for end in when for film, label in films
+    ]
 
 
 if __name__ == "__main__":

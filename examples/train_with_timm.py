@@ -41,8 +41,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model: Any = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=2, img_size=args.size, depth=2
     )
-    config = SliceConfig(r=args.r, switch_interval=args.switch_interval, modules_to_save=["head"])
-    get_slice_model(model, config)  # fused qkv, projections and MLPs; the head is fully trained
+    config = SliceConfig(
+        r=args.r, switch_interval=args.switch_interval, modules_to_save=["head"]
+    )
+    get_slice_model(
+        model, config
+    )  # fused qkv, projections and MLPs; the head is fully trained
     model.print_trainable_parameters()
     optimizer = SliceAdamW(model.parameters(), lr=1e-3)
     losses = []

@@ -87,17 +87,25 @@ def main(arguments: list[str] | None = None, **training: Any) -> Trainer:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id; default: a small model from a package")
-    parser.add_argument("--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)")
+    parser.add_argument(
+        "--model", help="folder or hub id; default: a small model from a package"
+    )
+    parser.add_argument(
+        "--data", help=".csv or .jsonl with the columns text and label (0, 1, ...)"
+    )
     parser.add_argument("--output", type=Path, default=Path("out"))
-    parser.add_argument("--layers", type=int, help="keep only the first layers, for a quick look")
+    parser.add_argument(
+        "--layers", type=int, help="keep only the first layers, for a quick look"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--switch-interval", type=int, default=20)
-    parser.add_argument("--resume", help="checkpoint of an earlier run with the same options")
+    parser.add_argument(
+        "--resume", help="checkpoint of an earlier run with the same options"
+    )
     return parser
 
 
@@ -108,8 +116,15 @@ def rows(file: str | None) -> list[dict[str, Any]]:
         return [{**row, "label": int(row["label"])} for row in found]
     films = [("A moving, funny film", 1), ("A dull, empty film", 0)]
     films += [("The best acting of the year", 1), ("The worst script of the year", 0)]
-    when = ["from start to finish.", "said everyone.", "on a rainy evening.", "again and again."]
-    return [{"text": f"{film} {end}", "label": label} for end in when for film, label in films]
+    when = [
+        "from start to finish.",
+        "said everyone.",
+        "on a rainy evening.",
+        "again and again.",
+    ]
+    return [
+        {"text": f"{film} {end}", "label": label} for end in when for film, label in films
+    ]
 
 
 if __name__ == "__main__":

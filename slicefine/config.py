@@ -157,7 +157,9 @@ class SliceConfig:
         if isinstance(layers, (tuple, range, set, frozenset)):
             layers = self.layers_to_transform = sorted(layers)
         indexes = [layers] if isinstance(layers, int) else layers
-        if indexes is not None and not (isinstance(indexes, list) and all(map(_number, indexes))):
+        if indexes is not None and not (
+            isinstance(indexes, list) and all(map(_number, indexes))
+        ):
             raise TypeError(
                 f"layers_to_transform is {layers!r}; expected a layer number or a list of them"
             )
@@ -185,7 +187,9 @@ class SliceConfig:
         if isinstance(value, str) and name in _NAMES_OR_REGEX:
             _regex(name, value)
             return
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        if not isinstance(value, list) or not all(
+            isinstance(entry, str) for entry in value
+        ):
             what = "parameter" if name == "target_parameters" else "module"
             raise TypeError(f"{name} is {value!r}; expected a list of {what} names")
         for entry in value if name == "modules_to_save" else ():
@@ -217,7 +221,9 @@ class SliceConfig:
                 continue
             near = difflib.get_close_matches(key, names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            warnings.warn(f"SliceConfig has no key {key!r}{hint}; it is ignored", stacklevel=2)
+            warnings.warn(
+                f"SliceConfig has no key {key!r}{hint}; it is ignored", stacklevel=2
+            )
         return cls(**known)
 
     @classmethod
@@ -229,7 +235,9 @@ class SliceConfig:
         """
         values = json.loads(text)
         if not isinstance(values, dict):
-            raise TypeError(f"a SliceConfig in JSON is an object, not {type(values).__name__}")
+            raise TypeError(
+                f"a SliceConfig in JSON is an object, not {type(values).__name__}"
+            )
         return cls.from_dict(values)
 
     @classmethod

@@ -34,7 +34,9 @@ class SliceLinearFunction(torch.autograd.Function):
             cast_weight = weight
         needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
         ctx.scoring = (
-            layer is not None and layer.scores is not None and layer.schedule.needs_gradient_scores
+            layer is not None
+            and layer.scores is not None
+            and layer.schedule.needs_gradient_scores
         )
         kept = None
         if input.shape[-1] != weight.shape[1]:
@@ -64,7 +66,9 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
     if updater is not None:
         # torch.autograd.grad towards something else asks for no update
-        needs_slice = torch._C._will_engine_execute_node(ctx.next_functions[ctx.slice_edge][0])
+        needs_slice = torch._C._will_engine_execute_node(
+            ctx.next_functions[ctx.slice_edge][0]
+        )
         if needs_slice:
             updater.before_backward(ctx.layer)
     weight, kept, rows, cols = ctx.saved_tensors
@@ -73,13 +77,19 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     # copy
     flat = grad_output.reshape(-1, grad_output.shape[-1])
     if needs_input:
-        grad_input = flat.mm(weight if weight.dtype == flat.dtype else weight.to(flat.dtype))
+        grad_input = flat.mm(
+            weight if weight.dtype == flat.dtype else weight.to(flat.dtype)
+        )
         grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
     if needs_bias:
         grad_bias = flat.sum(0)
     if needs_slice:
         grad_slice = _slice_gradient(
-            ctx, flat, kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]), rows, cols
+            ctx,
+            flat,
+            kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]),
+            rows,
+            cols,
         )
     return grad_input, None, grad_bias, grad_slice, None, None, None
 

@@ -46,7 +46,9 @@ _GUARDS: weakref.WeakKeyDictionary[Optimizer, _Guard] = weakref.WeakKeyDictionar
 
 
 def check_step(
-    optimizer: Optimizer, slices: Mapping[Tensor, list[SliceLayer]], updated: Collection[Tensor]
+    optimizer: Optimizer,
+    slices: Mapping[Tensor, list[SliceLayer]],
+    updated: Collection[Tensor],
 ) -> None:
     """Note which slices a step has updated, and judge the others when it is time.
 
@@ -60,8 +62,12 @@ def check_step(
     """
     guard = _GUARDS.get(optimizer)
     if guard is None:
-        waiting = {p for group in optimizer.param_groups for p in group["params"] if name_of(p)}
-        guard = _GUARDS[optimizer] = _Guard(waiting | set(slices), len(waiting | set(slices)))
+        waiting = {
+            p for group in optimizer.param_groups for p in group["params"] if name_of(p)
+        }
+        guard = _GUARDS[optimizer] = _Guard(
+            waiting | set(slices), len(waiting | set(slices))
+        )
         for layers in slices.values():
             for layer in layers:
                 # what has read the weight before training says nothing

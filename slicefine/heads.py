@@ -93,7 +93,9 @@ def _task_heads(model: nn.Module) -> dict[str, nn.Module]:
             given = get()
             found = list(given) if isinstance(given, (tuple, list)) else [given]
     elif "torchvision" in kinds:
-        first = next((m for n in _OF_TORCHVISION if (m := _child(model, n)) is not None), None)
+        first = next(
+            (m for n in _OF_TORCHVISION if (m := _child(model, n)) is not None), None
+        )
         found = [] if first is None else [_last_linear(first) or first]
     else:
         names = _OF_TRANSFORMERS if "transformers" in kinds else NAMES
@@ -127,6 +129,8 @@ def _wrapped(model: nn.Module) -> str | None:
     if model._parameters:
         return None
     names = [
-        name for name, child in model.named_children() if any(True for _ in child.parameters())
+        name
+        for name, child in model.named_children()
+        if any(True for _ in child.parameters())
     ]
     return names[0] if len(names) == 1 else None

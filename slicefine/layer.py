@@ -34,7 +34,9 @@ class Updater(Protocol):
 
     def before_backward(self, layer: SliceLayer) -> None: ...
 
-    def update_in_backward(self, layer: SliceLayer, grad_output: Tensor, input: Tensor) -> None: ...
+    def update_in_backward(
+        self, layer: SliceLayer, grad_output: Tensor, input: Tensor
+    ) -> None: ...
 
 
 class State(enum.Enum):
@@ -44,7 +46,9 @@ class State(enum.Enum):
     OFF = "the slices are disabled: the weight has its original values, the master the trained"
     STAND_IN = "another tensor is in the place of one of them, for reading only"
     APART = "one of them is on its way to another device"
-    UNCHECKED = "slice state was loaded, and whether the weight belongs to it is not known yet"
+    UNCHECKED = (
+        "slice state was loaded, and whether the weight belongs to it is not known yet"
+    )
     WEIGHT_WRITTEN = "the weight has been written to, perhaps the master too"
     MASTER_WRITTEN = "the master has been written to"
 
@@ -192,7 +196,9 @@ class SliceLayer(nn.Module):
             index = torch.zeros(size, dtype=torch.int64, device=weight.device)
             self.register_buffer(buffer, index, persistent=False)
         shape, precise = self.spec.parameter_shape, _master_dtype(weight.dtype)
-        self.slice_weight = nn.Parameter(torch.zeros(shape, dtype=precise, device=weight.device))
+        self.slice_weight = nn.Parameter(
+            torch.zeros(shape, dtype=precise, device=weight.device)
+        )
         self.scores = GradientScores() if config.switch_mode == "gradient" else None
         self.updater_reference = None
         # fake tensors, with which memory is planned, have no values to keep
@@ -434,7 +440,10 @@ class SliceLayer(nn.Module):
             # they were lost for want of the state that is loaded now
             self.originals = Originals(self.spec)
         if "originals" not in state:
-            self.originals, self.originals_lost = None, "the loaded state of slices has none"
+            self.originals, self.originals_lost = (
+                None,
+                "the loaded state of slices has none",
+            )
         elif self.originals is not None:
             values = [sharding.local(value) for value in state["originals"]["values"]]
             self.originals.load_state_dict({**state["originals"], "values": values})
@@ -452,18 +461,33 @@ class SliceLayer(nn.Module):
         destination.pop(prefix + "slice_weight", None)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
     ) -> None:
         self.require_enabled("loading weights")
         # before the first step, loaded weights define the originals, unless the slice resumed from
         # a delta: then they have others already
         originals = self.originals
-        untouched = originals is not None and self.schedule.steps == 0 and not self.weight.is_meta
+        untouched = (
+            originals is not None and self.schedule.steps == 0 and not self.weight.is_meta
+        )
         untouched = untouched and originals.holds(self.weight_matrix)  # type: ignore[union-attr]
         started = originals is not None and not untouched and not self.weight.is_meta
         outside = originals.outside(self.weight_matrix) if started else None
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
         )
         if prefix + "slice_weight" in missing_keys:
             missing_keys.remove(prefix + "slice_weight")
@@ -645,7 +669,9 @@ def _check_weight(weight: Tensor, name: str) -> None:
             " or leave this layer out (exclude_modules)."
         )
     if weight.dtype not in _WEIGHT_DTYPES:
-        raise TypeError(f"layer {name!r} has a {weight.dtype} weight; expected one of {dtypes}")
+        raise TypeError(
+            f"layer {name!r} has a {weight.dtype} weight; expected one of {dtypes}"
+        )
     if weight.is_inference():
         raise ValueError(
             f"layer {name!r} was made under torch.inference_mode(), whose tensors cannot train; make"

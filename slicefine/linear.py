@@ -70,7 +70,9 @@ class SliceLinear(SliceLayer, nn.Linear):
         layer.plain_class = type(linear)
         assert isinstance(linear.weight, Tensor)
         shape = tuple(linear.weight.shape)
-        layer.out_features, layer.in_features = shape[::-1] if layer.fan_in_fan_out else shape
+        layer.out_features, layer.in_features = (
+            shape[::-1] if layer.fan_in_fan_out else shape
+        )
         layer.make_slice(config, name, r)
         return layer
 

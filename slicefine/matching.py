@@ -29,7 +29,9 @@ class Rules:
         self._exclude = config.exclude_modules or []
         self._ranks = config.rank_pattern
         self._r = config.r
-        self.saved_by_entry = {entry: self._inside(entry) for entry in config.modules_to_save or ()}
+        self.saved_by_entry = {
+            entry: self._inside(entry) for entry in config.modules_to_save or ()
+        }
         layers = config.layers_to_transform
         self._layers = [layers] if isinstance(layers, int) else layers
         patterns = config.layers_pattern
@@ -164,7 +166,9 @@ def check_entries(
         near = difflib.get_close_matches(entry, suffixes, n=3, cutoff=0.5)
         hint = f"; nearest names: {', '.join(near)}" if near else ""
         lines.append(f"  {entry!r}: nothing matches{hint}")
-    raise ValueError(f"{field} names {what} that the model does not have:\n" + "\n".join(lines))
+    raise ValueError(
+        f"{field} names {what} that the model does not have:\n" + "\n".join(lines)
+    )
 
 
 def some(names: Iterable[str], most: int = 8) -> str:

@@ -65,14 +65,20 @@ def get_slice_model(
             " takes a dict)"
         )
     if config_of(model) is not None:
-        raise ValueError("the model has slices already; call model.merge_and_unload() first")
+        raise ValueError(
+            "the model has slices already; call model.merge_and_unload() first"
+        )
     adapters.check_name(model, adapter_name)
     found = resolve(model, config)
     before = state_of(model)
     # a model with loaded deltas is frozen, and gives back what trained before those
     trained_before = _trainable(model) if before is None else before.trained_before
     layers = _layers_of(model, found.layers, config)
-    for note in [*found.unused, *found.notes, *_notes_on(model, found.layers, layers, config)]:
+    for note in [
+        *found.unused,
+        *found.notes,
+        *_notes_on(model, found.layers, layers, config),
+    ]:
         warnings.warn(note, stacklevel=2)
 
     for layer in layers.values():
@@ -92,7 +98,9 @@ def get_slice_model(
     sliced = _mix_in(model)
     state = sliced._slicefine
     state.config, state.trained_before = config, trained_before
-    live.register_slices(model, adapter_name, _trained_whole(model, found), config.keep_originals)
+    live.register_slices(
+        model, adapter_name, _trained_whole(model, found), config.keep_originals
+    )
     _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
     checkpointing.let_inputs_carry_gradients(model)
     return sliced
@@ -114,13 +122,17 @@ def _layers_of(
         raise ValueError("\n".join(problems))
     if not layers:
         raise ValueError(
-            "every target is skipped:\n" + "\n".join(f"  {t.name}: {t.skipped}" for t in targets)
+            "every target is skipped:\n"
+            + "\n".join(f"  {t.name}: {t.skipped}" for t in targets)
         )
     return layers
 
 
 def _notes_on(
-    model: nn.Module, targets: list[Target], layers: dict[str, SliceLayer], config: SliceConfig
+    model: nn.Module,
+    targets: list[Target],
+    layers: dict[str, SliceLayer],
+    config: SliceConfig,
 ) -> list[str]:
     """What to warn of once it is known which layers become slices."""
     notes = []
@@ -156,7 +168,9 @@ def _skipped(targets: list[Target]) -> str:
     ]
     if len(lines) > _LINES:
         rest = len(lines) - _LINES
-        lines[_LINES:] = [f"and {rest} more (list_targets(model, config) gives each its reason)"]
+        lines[_LINES:] = [
+            f"and {rest} more (list_targets(model, config) gives each its reason)"
+        ]
     return "\n".join(lines)
 
 
@@ -205,7 +219,9 @@ def _match(target: Target, config: SliceConfig) -> Match:
     out_features, in_features = target.shape
     if target.skipped is None:
         try:
-            spec = SliceSpec(out_features, in_features, config.slice_type, target.r, target.r_out)
+            spec = SliceSpec(
+                out_features, in_features, config.slice_type, target.r, target.r_out
+            )
             SliceSchedule(spec, start_position=config.start_position)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from error
@@ -312,7 +328,10 @@ class SliceModel(AdapterModel, _Module):
         """
         if adapter_names is not None:
             self.set_adapter(adapter_names)
-        if config_of(self) is not None and self._adapters.trainable not in self.active_adapters:
+        if (
+            config_of(self) is not None
+            and self._adapters.trainable not in self.active_adapters
+        ):
             raise RuntimeError(
                 "the slices in training are switched off; leave disable_adapter() or set_adapter"
                 " them first"
@@ -363,7 +382,9 @@ class SliceModel(AdapterModel, _Module):
         return self.merge_and_unload()
 
     @classmethod
-    def from_pretrained(cls, model: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, model: Any, path: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """``SliceModel.from_pretrained(base, folder, ...)``: a base model with a delta on it.
 
         Args:
@@ -384,7 +405,9 @@ class SliceModel(AdapterModel, _Module):
         """
         if cls is not SliceModel:  # a model's own class method, asked of its mixed class
             own: Any = cls._slices_mixed_into  # type: ignore[attr-defined]
-            return own.from_pretrained(model, *([] if path is None else [path]), *args, **kwargs)
+            return own.from_pretrained(
+                model, *([] if path is None else [path]), *args, **kwargs
+            )
         return _with_delta(model, path, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -461,7 +484,9 @@ def _with_delta(
         config = SliceConfig.from_dict(delta.config)
         if config.modules_to_save is None:
             # the heads that trained then, whatever would train by default now
-            saved = {key.rpartition(".")[0] for key, w in delta.whole.items() if not w.replaces}
+            saved = {
+                key.rpartition(".")[0] for key, w in delta.whole.items() if not w.replaces
+            }
             config.modules_to_save = sorted(saved)
         get_slice_model(model, config, adapter_name)
         live.resume_from(model, delta)
@@ -481,7 +506,9 @@ def _trained_whole(model: nn.Module, found: Targets) -> dict[str, bool]:
     (False: modules_to_save).
     """
     slices = {id(layer.slice_weight) for layer in slice_layers(model)}
-    parameters = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices}
+    parameters = {
+        id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices
+    }
     # running statistics change in training mode, whether asked to or not
     running = {
         id(b)
@@ -508,7 +535,9 @@ def slice_layers(model: Any) -> Iterator[SliceLayer]:
 
 def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, SliceLayer)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SliceLayer)
     )
 
 

@@ -196,7 +196,9 @@ def _check_resumed(step: _Running, slices: dict[Tensor, list[SliceLayer]]) -> No
             # torch.distributed.checkpoint takes a step without an effect before it loads
             if steps <= 1:
                 counted = float(optimizer.state.get(first, {}).get("step", 1)) - 1
-                resumed = max(resumed, group.get(STEPS_KEY, 0) - steps, int(counted) - steps)
+                resumed = max(
+                    resumed, group.get(STEPS_KEY, 0) - steps, int(counted) - steps
+                )
             groups.append((group, steps + 1))
     # afterwards: an optimizer may share its groups with the one that it wraps
     for group, steps in groups:

@@ -143,7 +143,9 @@ def _flat(o: AdamWOptions) -> tuple[Any, ...]:
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """A backward inside autocast still accumulates in float32."""
-    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
+    )
 
 
 # Many small slices again and again
@@ -161,7 +163,9 @@ class _Prepared:
         """changed: the fields that the op writes to."""
         self.slices = list(slices)
         self._op = op
-        fields = [[t for t in s._replace(**self._without) if t is not None] for s in self.slices]
+        fields = [
+            [t for t in s._replace(**self._without) if t is not None] for s in self.slices
+        ]
         self._tensors = [t for tensors in fields for t in tensors]
         self._addresses: list[int] = []
         self._numbers = array("q")
@@ -295,13 +299,18 @@ class PreparedAdamW(_Prepared):
     def _fit(self, grads: Sequence[Tensor]) -> bool:
         """Whether the kernel can read the gradients as they are."""
         return all(
-            type(g) is Tensor and g.dtype is dtype and g.numel() >= count and g.is_contiguous()
+            type(g) is Tensor
+            and g.dtype is dtype
+            and g.numel() >= count
+            and g.is_contiguous()
             for g, (dtype, count) in zip(grads, self._sizes, strict=True)
         )
 
     def _through_the_op(self, grads: Sequence[Tensor], options: AdamWOptions) -> None:
         parts = [
-            g if g.shape == s.master.shape else g.reshape(-1)[: s.master.numel()].view_as(s.master)
+            g
+            if g.shape == s.master.shape
+            else g.reshape(-1)[: s.master.numel()].view_as(s.master)
             for g, s in zip(grads, self.slices, strict=True)
         ]
         slices: Any = [s._replace(grad=g) for s, g in zip(self.slices, parts, strict=True)]
@@ -349,7 +358,9 @@ def _slice_adamw(*flat: Any) -> None:
     module = backend_for(weights[0].device.type, {w.dtype for w in weights})
     module.slice_adamw(slices, options)
     # autograd cannot see a kernel's writes; a graph that still needs an old weight must notice them
-    increment_version([t for s in slices for t in (s.master, s.exp_avg, s.exp_avg_sq, s.weight)])
+    increment_version(
+        [t for s in slices for t in (s.master, s.exp_avg, s.exp_avg_sq, s.weight)]
+    )
 
 
 def _write_slices(*flat: Any) -> None:
@@ -393,7 +404,9 @@ def _slice_adamw_8bit(*flat: Any) -> None:
     increment_version(written)
 
 
-def _slice_grad_adamw(grad_output: Tensor, input: Tensor, master: Tensor, *flat: Any) -> None:
+def _slice_grad_adamw(
+    grad_output: Tensor, input: Tensor, master: Tensor, *flat: Any
+) -> None:
     """flat: the fields of AdamWSlice behind the gradient, then the options."""
     op, width = "slice_grad_adamw", len(AdamWSlice._fields) - 2
     active, options = AdamWSlice(master, None, *flat[:width]), AdamWOptions(*flat[width:])
@@ -414,7 +427,9 @@ def _slice_grad_adamw(grad_output: Tensor, input: Tensor, master: Tensor, *flat:
     increment_version((master, active.exp_avg, active.exp_avg_sq, weight))
 
 
-def _fake_slice_grad(grad_output: Tensor, input: Tensor, rows: Tensor | None = None) -> Tensor:
+def _fake_slice_grad(
+    grad_output: Tensor, input: Tensor, rows: Tensor | None = None
+) -> Tensor:
     dtype = reference.accumulation_dtype(grad_output.dtype)
     height = grad_output.shape[1] if rows is None else rows.shape[0]
     return grad_output.new_empty((height, input.shape[1]), dtype=dtype)

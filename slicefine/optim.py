@@ -59,11 +59,17 @@ class SliceAdamW(Optimizer):
         if not float(lr) >= 0.0:
             raise ValueError(f"lr is {lr}; expected 0 or more")
         if not all(0.0 < beta < 1.0 for beta in betas):
-            raise ValueError(f"betas are {betas}; expected two numbers between 0 and 1, exclusive")
+            raise ValueError(
+                f"betas are {betas}; expected two numbers between 0 and 1, exclusive"
+            )
         if not eps >= 0.0 or not weight_decay >= 0.0:
-            raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; expected 0 or more")
+            raise ValueError(
+                f"eps is {eps} and weight_decay {weight_decay}; expected 0 or more"
+            )
         if optim_bits not in (8, 32):
-            raise ValueError(f"optim_bits is {optim_bits}; expected 32 (float32 moments) or 8")
+            raise ValueError(
+                f"optim_bits is {optim_bits}; expected 32 (float32 moments) or 8"
+            )
         if optim_bits == 8 and optimizer_in_bwd:
             raise ValueError(
                 "optim_bits=8 with optimizer_in_bwd=True: moments in 8 bits need"
@@ -141,7 +147,9 @@ class SliceAdamW(Optimizer):
                 if parameter.grad is None or isinstance(parameter.grad, _AppliedGradient):
                     continue
                 (slices if parameter in layers else others).append(parameter)
-            self._update_slices(group, {p: layers[p] for p in slices}, [p.grad for p in slices])
+            self._update_slices(
+                group, {p: layers[p] for p in slices}, [p.grad for p in slices]
+            )
             self._update_others(group, others)
         finish_step(self, self._trained_slices)
         self._trained_slices.clear()
@@ -150,7 +158,10 @@ class SliceAdamW(Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        device, dtype = parameter.device, parameter.dtype if self.optim_bits == 32 else torch.uint8
+        device, dtype = (
+            parameter.device,
+            parameter.dtype if self.optim_bits == 32 else torch.uint8,
+        )
         if self.optim_bits == 8 and parameter.dtype == torch.float64:
             raise TypeError(
                 "a float64 weight has float64 moments; optim_bits=8 takes float32, bfloat16 and"
@@ -200,7 +211,10 @@ class SliceAdamW(Optimizer):
         )
 
     def _update_slices(
-        self, group: dict[str, Any], slices: dict[Tensor, list[SliceLayer]], grads: list[Any]
+        self,
+        group: dict[str, Any],
+        slices: dict[Tensor, list[SliceLayer]],
+        grads: list[Any],
     ) -> None:
         """One call per device for all slices of a group; slices: each parameter with the layers
         that use it.
@@ -213,7 +227,10 @@ class SliceAdamW(Optimizer):
             moments = [active(state["exp_avg"]), active(state["exp_avg_sq"])]
             if self.optim_bits == 8:
                 blocks = -(-master.numel() // BLOCK_8BIT)
-                moments += [state["exp_avg_scale"][:blocks], state["exp_avg_sq_scale"][:blocks]]
+                moments += [
+                    state["exp_avg_scale"][:blocks],
+                    state["exp_avg_sq_scale"][:blocks],
+                ]
             place = (
                 master,
                 active(grad),
@@ -265,7 +282,9 @@ class SliceAdamW(Optimizer):
                 # follow whoever else has written to the parameter; by element, so that no device
                 # waits for an answer
                 master = state["master"]
-                master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+                master.copy_(
+                    torch.where(master.to(p.dtype) == p, master, p.to(master.dtype))
+                )
             masters.append(state["master"] if half else p)
             grads.append(p.grad.to(masters[-1].dtype))
             states.append(state)
@@ -334,7 +353,9 @@ class SliceAdamW(Optimizer):
             )
 
     @torch.no_grad()
-    def update_in_backward(self, layer: SliceLayer, grad_output: Tensor, input: Tensor) -> None:
+    def update_in_backward(
+        self, layer: SliceLayer, grad_output: Tensor, input: Tensor
+    ) -> None:
         """Called in backward, after the input gradient of this use has been computed from the
         weight.
         """
@@ -390,7 +411,9 @@ class SliceAdamW(Optimizer):
                 flat.append(
                     grad
                     if grad.shape == p.shape
-                    else torch.nn.functional.pad(grad.flatten(), (0, p.numel() - grad.numel()))
+                    else torch.nn.functional.pad(
+                        grad.flatten(), (0, p.numel() - grad.numel())
+                    )
                 )
             self._update_slices(group, {p: layers_of(p) for p in waiting}, flat)
 
@@ -416,7 +439,9 @@ class SliceAdamW(Optimizer):
             for index, state in packed["state"].items()
             if "slice" in state
         }
-        packed["state"] = {index: state for index, state in packed["state"].items() if state}
+        packed["state"] = {
+            index: state for index, state in packed["state"].items() if state
+        }
         super().load_state_dict(packed)
         for index, parameter in self._indexed(state_dict):
             layers = layers_of(parameter)
@@ -436,7 +461,9 @@ class SliceAdamW(Optimizer):
                     # torch would cast float32 moments and masters to the parameter's dtype, and
                     # leave `step` where it was
                     where = (
-                        "cpu" if key == "step" and not layers_of(parameter) else parameter.device
+                        "cpu"
+                        if key == "step" and not layers_of(parameter)
+                        else parameter.device
                     )
                     self.state[parameter][key] = value.detach().to(where, copy=True)
 
@@ -449,7 +476,12 @@ class SliceAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained_slices, self._uses, self._deferred, self._codebooks = set(), {}, {}, {}
+        self._trained_slices, self._uses, self._deferred, self._codebooks = (
+            set(),
+            {},
+            {},
+            {},
+        )
         self._group_index = {
             p: i for i, group in enumerate(self.param_groups) for p in group["params"]
         }
@@ -497,14 +529,21 @@ class _AppliedGradient(Tensor):
 def slice_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """Schedules and masters of all slices of a model, by module name: what to save beside the state
     of an optimizer other than SliceAdamW. Tensors and numbers only."""
-    return {name: m.slice_state() for name, m in model.named_modules() if isinstance(m, SliceLayer)}
+    return {
+        name: m.slice_state()
+        for name, m in model.named_modules()
+        if isinstance(m, SliceLayer)
+    }
 
 
 def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Counterpart of `slice_state_dict`. Raises ValueError if the layers are not the same."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SliceLayer)}
     if layers.keys() != state.keys():
-        missing, extra = sorted(layers.keys() - state.keys()), sorted(state.keys() - layers.keys())
+        missing, extra = (
+            sorted(layers.keys() - state.keys()),
+            sorted(state.keys() - layers.keys()),
+        )
         raise ValueError(
             f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model:"
             f" {extra[:5]}"

@@ -55,7 +55,9 @@ class Originals:
     @property
     def nbytes(self) -> int:
         """Host memory of the values, in bytes."""
-        return sum(saved.values.numel() * saved.values.element_size() for saved in self.slices)
+        return sum(
+            saved.values.numel() * saved.values.element_size() for saved in self.slices
+        )
 
     @torch.no_grad()
     def record(self, values: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
@@ -91,9 +93,9 @@ class Originals:
         """Mark a block as recorded; returns which of its entries were before."""
         seen = self._recorded(rows, cols)
         key = tuple(rows.tolist())
-        self._blocks.setdefault(key, torch.zeros(len(self._cols), dtype=torch.bool, device=HOST))[
-            cols
-        ] = True
+        self._blocks.setdefault(
+            key, torch.zeros(len(self._cols), dtype=torch.bool, device=HOST)
+        )[cols] = True
         return seen
 
     def _recorded(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -113,16 +115,18 @@ class Originals:
         return seen
 
     def _overlay(self, saved: SavedSlice, earlier: SavedSlice) -> None:
-        same_kind = (saved.rows is None) == (earlier.rows is None) and (saved.cols is None) == (
-            earlier.cols is None
-        )
+        same_kind = (saved.rows is None) == (earlier.rows is None) and (
+            saved.cols is None
+        ) == (earlier.cols is None)
         if same_kind and (saved.rows is None or saved.cols is None):
             return  # features are recorded once
         mine_r, theirs_r = _common(saved.rows, earlier.rows, len(self._rows))
         if not len(mine_r):
             return
         mine_c, theirs_c = _common(saved.cols, earlier.cols, len(self._cols))
-        saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[theirs_r.unsqueeze(1), theirs_c]
+        saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[
+            theirs_r.unsqueeze(1), theirs_c
+        ]
 
     def join(self) -> None:
         """One tensor for all columns, one for all rows, one for all blocks of the same rows: fewer
@@ -221,7 +225,9 @@ class Originals:
         if len({len(state[key]) for key in ("rows", "cols", "values")}) > 1:
             raise ValueError("the loaded slice state has lost originals. " + _LOST)
         self.clear()
-        for rows, cols, values in zip(state["rows"], state["cols"], state["values"], strict=True):
+        for rows, cols, values in zip(
+            state["rows"], state["cols"], state["values"], strict=True
+        ):
             rows, cols = _to_host(rows), _to_host(cols)
             self.slices.append(SavedSlice(rows, cols, values.to("cpu")))
             if rows is not None and cols is not None:
@@ -293,12 +299,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _common(mine: Tensor | None, theirs: Tensor | None, features: int) -> tuple[Tensor, Tensor]:
+def _common(
+    mine: Tensor | None, theirs: Tensor | None, features: int
+) -> tuple[Tensor, Tensor]:
     """Where two sorted sets of features meet: positions in one and in the other; None stands for
     all features.
     """
     everything = torch.arange(features, device=HOST)
-    mine, theirs = everything if mine is None else mine, everything if theirs is None else theirs
+    mine, theirs = (
+        everything if mine is None else mine,
+        everything if theirs is None else theirs,
+    )
     inside = torch.isin(mine, theirs)
     return inside.nonzero().flatten(), torch.searchsorted(theirs, mine[inside])
 

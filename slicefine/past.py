@@ -140,7 +140,9 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
     if changes or names != {"self"} or not all(isinstance(node, _PURE) for node in nodes):
         return None
     try:
-        value = eval(compile(ast.Expression(test), "<condition>", "eval"), {}, {"self": module})
+        value = eval(
+            compile(ast.Expression(test), "<condition>", "eval"), {}, {"self": module}
+        )
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
     if isinstance(value, bool):
@@ -157,7 +159,9 @@ def _is_child(node: ast.AST, child: str) -> bool:
 
 def _is_weight(node: ast.AST, child: str) -> bool:
     return (
-        isinstance(node, ast.Attribute) and node.attr == "weight" and _is_child(node.value, child)
+        isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and _is_child(node.value, child)
     )
 
 
@@ -165,7 +169,11 @@ def _uses_weight(node: ast.AST, child: str) -> bool:
     """Whether a node takes the values of ``self.child.weight``."""
     if isinstance(node, ast.Attribute) and node.attr in _ABOUT:
         return False
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CHECKS:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in _CHECKS
+    ):
         return False
     if isinstance(node, ast.Compare) and any(
         isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops
@@ -185,7 +193,9 @@ def linear_forward(module: nn.Linear) -> bool:
     if own or module._buffers or module._modules:
         return False
     generator = torch.Generator("cpu").manual_seed(0)
-    random = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    random = functools.partial(
+        torch.randn, generator=generator, dtype=torch.float64, device="cpu"
+    )
     weight, bias = random(5, 7), None if module.bias is None else random(5)
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__, in_features=7, out_features=5)
@@ -217,6 +227,8 @@ def linear_forward(module: nn.Linear) -> bool:
                     return False
                 if got.shape != expected.shape:
                     return False
-                if not torch.allclose(got, expected, rtol=1e-12, atol=1e-12 * float(x.abs().max())):
+                if not torch.allclose(
+                    got, expected, rtol=1e-12, atol=1e-12 * float(x.abs().max())
+                ):
                     return False
     return True

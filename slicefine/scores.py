@@ -64,13 +64,21 @@ def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:
     """
     count = spec.positions(axis)
     if axis == "block":
-        slices = (read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count))
-        return torch.stack([torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices])
+        slices = (
+            read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count)
+        )
+        return torch.stack(
+            [torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices]
+        )
     strips = (
-        weight.index_select(1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device))
+        weight.index_select(
+            1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device)
+        )
         for p in range(count)
     )
-    return torch.stack([torch.linalg.vector_norm(strip, dtype=torch.float64) for strip in strips])
+    return torch.stack(
+        [torch.linalg.vector_norm(strip, dtype=torch.float64) for strip in strips]
+    )
 
 
 def _index(spec: SliceSpec, axis: str, position: int) -> Tensor:
@@ -80,11 +88,15 @@ def _index(spec: SliceSpec, axis: str, position: int) -> Tensor:
     return index
 
 
-def _on(like: Tensor, features: tuple[Tensor | None, Tensor | None]) -> Iterator[Tensor | None]:
+def _on(
+    like: Tensor, features: tuple[Tensor | None, Tensor | None]
+) -> Iterator[Tensor | None]:
     return (None if index is None else index.to(like.device) for index in features)
 
 
-def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: str) -> Tensor:
+def gradient_scores(
+    grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: str
+) -> Tensor:
     """Squared Frobenius norm of the gradient of every slice on an axis: (positions,), float64.
 
     grad_output: (n, out), input: (n, in). One strip of columns (or rows) at a time: memory of a
@@ -93,7 +105,9 @@ def gradient_scores(grad_output: Tensor, input: Tensor, spec: SliceSpec, axis: s
     scores = torch.zeros(spec.positions(axis), dtype=torch.float64)
     if axis == "row":
         for p in range(len(scores)):
-            grad = ops.slice_grad(grad_output, input, _index(spec, "row", p).to(input.device))
+            grad = ops.slice_grad(
+                grad_output, input, _index(spec, "row", p).to(input.device)
+            )
             scores[p] = grad.double().square().sum().item()
         return scores
     strips = -(-spec.in_features // spec.r)

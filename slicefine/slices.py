@@ -193,7 +193,9 @@ class SliceSchedule:
     steps: int = 0
     moves: int = 0
     position: dict[str, int] = field(default_factory=dict)
-    visited: dict[str, Tensor] = field(default_factory=dict)  # bool per position: has trained there
+    visited: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # bool per position: has trained there
     swept: dict[str, Tensor] = field(
         default_factory=dict
     )  # bool per position: seen in the current sweep
@@ -261,7 +263,9 @@ class SliceSchedule:
         axis = self.next_axis
         self.moves += 1
         count = self.spec.positions(axis)
-        turn = self.moves // len(self.spec.axes)  # how often this axis has had its turn before
+        turn = self.moves // len(
+            self.spec.axes
+        )  # how often this axis has had its turn before
         if turn == 0:  # the first turn of the second axis of row_column
             self.swept[axis][self.position[axis]] = True
             return
@@ -347,7 +351,9 @@ def covered_share(spec: SliceSpec, positions: Mapping[str, Iterable[int]]) -> fl
         seen = torch.zeros(count, dtype=torch.bool, device=HOST)
         indices = torch.tensor(list(listed), dtype=torch.int64, device=HOST)
         if bool(((indices < 0) | (indices >= count)).any()):
-            raise ValueError(f"positions of a {axis} slice of this weight are 0 to {count - 1}")
+            raise ValueError(
+                f"positions of a {axis} slice of this weight are 0 to {count - 1}"
+            )
         seen[indices] = True
         visited[axis] = seen
     return _share(spec, visited)
@@ -436,7 +442,9 @@ def read_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tens
     return weight.clone()
 
 
-def write_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None, values: Tensor) -> None:
+def write_slice(
+    weight: Tensor, rows: Tensor | None, cols: Tensor | None, values: Tensor
+) -> None:
     """``weight[rows][:, cols] = values`` in place; values (R, K) in the weight's dtype."""
     if rows is not None and cols is not None:
         weight[rows.unsqueeze(1), cols] = values

@@ -149,7 +149,9 @@ class _Search:
         self._check_something_left(targets)
         names = [target.name for target in targets if target.skipped is None]
         sliceable = (is_linear, quantised, is_attention, is_experts)
-        candidates = [n for n, m in self.modules.items() if any(is_it(m) for is_it in sliceable)]
+        candidates = [
+            n for n, m in self.modules.items() if any(is_it(m) for is_it in sliceable)
+        ]
         unused = self.rules.without_effect(names, [*candidates, *names])
         self._note_experts()
         if new_heads:
@@ -186,7 +188,9 @@ class _Search:
         module, everything = self.modules[name], self.rules.everything
         if name in self.attentions and (everything or self.rules.listed(name)):
             keys = projections(module)
-            return [self._parameter(f"{name}.{key}", module, key, everything) for key in keys]
+            return [
+                self._parameter(f"{name}.{key}", module, key, everything) for key in keys
+            ]
         parent = name.removesuffix(".out_proj")
         of_attention = name != parent and parent in self.attentions
         if of_attention and not everything and self.rules.listed(parent):
@@ -220,7 +224,12 @@ class _Search:
         return self._target(name, module, None, reason, everything)
 
     def _target(
-        self, name: str, module: nn.Module, key: str | None, skipped: str | None, everything: bool
+        self,
+        name: str,
+        module: nn.Module,
+        key: str | None,
+        skipped: str | None,
+        everything: bool,
     ) -> Target:
         r, of_its_own = self.rules.rank(name)
         r_out = self.config.r_out or r
@@ -255,7 +264,9 @@ class _Search:
             if name not in known and not self.rules.excluded(name)
         ]
 
-    def _parameter(self, name: str, module: nn.Module, key: str, everything: bool) -> Target:
+    def _parameter(
+        self, name: str, module: nn.Module, key: str, everything: bool
+    ) -> Target:
         reason = self._why_not_parameter(name, module, key)
         if reason is not None and not everything:
             raise ValueError(f"{name} cannot become a slice: {reason}.")
@@ -296,7 +307,9 @@ class _Search:
                 "the forward of its module has been replaced on the instance; make slices before"
                 " dispatching the model"
             )
-        if self.config.tied_weights == "share" and (others := self._tied(name, module, key)):
+        if self.config.tied_weights == "share" and (
+            others := self._tied(name, module, key)
+        ):
             return (
                 f"it is tied to {', '.join(others)}, and only linear layers share a slice; use"
                 " tied_weights='skip'"

@@ -26,7 +26,10 @@ DECODER = {k: v for k, v in TEXT.items() if k != "num_labels"} | {
     "pad_token_id": 0,
     "max_position_embeddings": 32,
 }
-IMAGE = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+IMAGE = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {
+    "image_size": 16,
+    "patch_size": 8,
+}
 MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
@@ -60,7 +63,9 @@ class Family:
 
 
 FAMILIES = [
-    Family("BERT", "encoder", "BertForSequenceClassification", "BertConfig", TEXT, "tokens", 13),
+    Family(
+        "BERT", "encoder", "BertForSequenceClassification", "BertConfig", TEXT, "tokens", 13
+    ),
     Family(
         "RoBERTa",
         "encoder",
@@ -144,7 +149,9 @@ FAMILIES = [
     Family("Llama", "decoder", "LlamaForCausalLM", "LlamaConfig", DECODER, "tokens", 14),
     Family("Qwen2", "decoder", "Qwen2ForCausalLM", "Qwen2Config", DECODER, "tokens", 14),
     Family("Qwen3", "decoder", "Qwen3ForCausalLM", "Qwen3Config", DECODER, "tokens", 14),
-    Family("Mistral", "decoder", "MistralForCausalLM", "MistralConfig", DECODER, "tokens", 14),
+    Family(
+        "Mistral", "decoder", "MistralForCausalLM", "MistralConfig", DECODER, "tokens", 14
+    ),
     Family(
         "Gemma 2",
         "decoder",
@@ -298,7 +305,10 @@ FAMILIES = [
 
 
 SUPPORT = Path(__file__).parent.parent / "docs" / "support.md"
-BEGIN, END = "<!-- families: written by python tests/families.py -->", "<!-- end of families -->"
+BEGIN, END = (
+    "<!-- families: written by python tests/families.py -->",
+    "<!-- end of families -->",
+)
 
 
 def table() -> str:
@@ -310,7 +320,9 @@ def table() -> str:
     for f in FAMILIES:
         model = f"transformers `{f.model}`" if f.config else f"timm `{f.model}`"
         slices = "column" if f.parameters else "column, row"
-        lines.append(f"| {f.name} | {f.kind} | {model} | {slices} | {f.layers} | {f.note} |")
+        lines.append(
+            f"| {f.name} | {f.kind} | {model} | {slices} | {f.layers} | {f.note} |"
+        )
     return "\n".join(lines)
 
 

@@ -95,7 +95,10 @@ class DenseOracle:
 
     def _move(self) -> None:
         for name, weight in self.weights.items():
-            before, after = self.features(name, self.moves), self.features(name, self.moves + 1)
+            before, after = (
+                self.features(name, self.moves),
+                self.features(name, self.moves + 1),
+            )
             if str(before) == str(after):
                 continue  # a slice that stays keeps everything
             if self.policy == "keep":
@@ -104,7 +107,11 @@ class DenseOracle:
                     dense.zero_()
                     _put(dense, after, carried)
             else:
-                for kind, dense in (("m", self.m[name]), ("v", self.v[name]), ("t", self.t[name])):
+                for kind, dense in (
+                    ("m", self.m[name]),
+                    ("v", self.v[name]),
+                    ("t", self.t[name]),
+                ):
                     if self.policy == "remember":
                         self.put_away[name, kind, str(before)] = _take(dense, before)
                     dense.zero_()

@@ -69,7 +69,9 @@ def overdue(folder: Path, end: float, grace: float) -> bool:
     return time.time() > grace + min(end, float(text) if text else end)
 
 
-def record_loss(waiting: list[Part], folder: Path, report: Report, what: str, said: str) -> None:
+def record_loss(
+    waiting: list[Part], folder: Path, report: Report, what: str, said: str
+) -> None:
     """The part that was running when its process ended: its rows so far, and what is known of the
     end.
     """
@@ -129,7 +131,11 @@ def supervise(
             log, left = folder / "log", len(waiting)
             with log.open("w", encoding="utf-8") as output:
                 process = subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+                    command,
+                    env=environment,
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
                 )
                 (folder / "deadline").unlink(missing_ok=True)
                 while process.poll() is None and not overdue(folder, end, grace):
@@ -189,7 +195,11 @@ def main() -> int:
     )
     print(markdown(report.found, rows=False))
     print(f"written: {report.path} and {report.path.with_suffix('.md').name}")
-    return 1 if any(part["status"] == "failed" for part in report.found["parts"].values()) else 0
+    return (
+        1
+        if any(part["status"] == "failed" for part in report.found["parts"].values())
+        else 0
+    )
 
 
 if __name__ == "__main__":

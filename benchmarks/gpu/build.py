@@ -33,13 +33,18 @@ def find_tool(name: str) -> str | None:
         if module == name and importlib.util.find_spec(module):
             packaged.append(Path(getattr(importlib.import_module(module), attribute)))
     packaged.append(Path(sys.executable).parent)
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+    for home in (
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+    ):
         if home:
             toolkit += [Path(home) / "bin", Path(home) / "compute-sanitizer"]
     on_path = [Path(folder) for folder in os.get_exec_path()]
     candidates = [folder / name for folder in (*packaged, *on_path, *toolkit)]
     return next(
-        (str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)), None
+        (str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)),
+        None,
     )
 
 
@@ -114,7 +119,10 @@ def build(job: Job) -> None:
     if lacking:
         job.missing = f"{', '.join(lacking)}; nothing built"
         return
-    environment = {"SLICEFINE_CUDA_ARCHS": architecture(job.device), "SLICEFINE_CUDA": "auto"}
+    environment = {
+        "SLICEFINE_CUDA_ARCHS": architecture(job.device),
+        "SLICEFINE_CUDA": "auto",
+    }
     with tempfile.TemporaryDirectory() as name:
         usable = {tool: path for tool, path in tools.items() if path}
         steps = {
@@ -125,7 +133,9 @@ def build(job: Job) -> None:
         for step, command in steps.items():
             start = time.perf_counter()
             status, output = run(command, job.left() - 2, environment)
-            job.row(what=step, seconds=round(time.perf_counter() - start, 1), ok=status == 0)
+            job.row(
+                what=step, seconds=round(time.perf_counter() - start, 1), ok=status == 0
+            )
             if step == "configure":
                 job.notes += re.findall(r"-- (slicefine: [^\n]*)", output)
             if status != 0:

@@ -309,7 +309,10 @@ def update_row(
     n, out, width = shape
     rows, cols = positions(kind, out, width, scattered, device)
     R, K = out if rows is None else len(rows), width if cols is None else len(cols)
-    dy, x = torch.randn(n, out, device=device).to(dtype), torch.randn(n, K, device=device).to(dtype)
+    dy, x = (
+        torch.randn(n, out, device=device).to(dtype),
+        torch.randn(n, K, device=device).to(dtype),
+    )
     start = [
         torch.randn(R, K, device=device),
         0.1 * torch.randn(R, K, device=device),
@@ -320,12 +323,16 @@ def update_row(
     before, nearest = weight._base.clone(), AdamWOptions(**HYPERPARAMETERS)
     exact = [t.double() for t in start]
     gradient = reference.slice_grad(dy.double(), x.double(), rows)
-    active = lambda state, grad, w: AdamWSlice(state[0], grad, *state[1:], w, rows, cols, step)
+    active = lambda state, grad, w: AdamWSlice(
+        state[0], grad, *state[1:], w, rows, cols, step
+    )
     scratch = torch.zeros_like(weight, dtype=torch.float64)
     reference.slice_adamw([active(exact, gradient, scratch)], nearest)
     plain = [t.clone() for t in start]
     plain_gradient = plain_product(dy, x, rows) if fused else gradient.float()
-    reference.slice_adamw([active(plain, plain_gradient, torch.zeros_like(weight))], nearest)
+    reference.slice_adamw(
+        [active(plain, plain_gradient, torch.zeros_like(weight))], nearest
+    )
     found = [t.clone() for t in start]
     options = AdamWOptions(**HYPERPARAMETERS, seed=seed)
     with poisoned(device):
@@ -333,10 +340,13 @@ def update_row(
             ops.slice_grad_adamw(dy, x, active(found, None, weight), options)
         else:
             ops.slice_adamw([active(found, gradient.float(), weight)], options)
-    errors = [float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)]
+    errors = [
+        float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)
+    ]
     # what `gradient_row` allows the gradient, through m's and v's share of it
     unsure = (
-        2.0**-22 * float(reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax())
+        2.0**-22
+        * float(reference.slice_grad(dy.double().abs(), x.double().abs(), rows).amax())
         if fused
         else 0.0
     )
@@ -345,7 +355,9 @@ def update_row(
         float(2 * (a.double() - b).abs().max() + 2e-6 * (1 + b.abs().max())) + more
         for a, b, more in zip(plain, exact, through, strict=True)
     ]
-    rounded = reference.round_to(found[0], dtype, seed if dtype == torch.bfloat16 else None, 0)
+    rounded = reference.round_to(
+        found[0], dtype, seed if dtype == torch.bfloat16 else None, 0
+    )
     written = torch.equal(read_slice(weight, rows, cols), rounded)
     write_slice(before[1:-1, 2:-1], rows, cols, rounded)
     outside = torch.equal(bits(before), bits(weight._base))
@@ -389,7 +401,9 @@ def updates(job: Job, name: str = "triton") -> None:
         with job.attempt(**label), ops.use_backend(name):
             job.row(
                 **label,
-                **update_row(shape, DTYPES[dtype], kind, scattered, seed, fused, job.device),
+                **update_row(
+                    shape, DTYPES[dtype], kind, scattered, seed, fused, job.device
+                ),
             )
 
 
@@ -405,12 +419,16 @@ def losses(
 ) -> list[float]:
     """A small net, moving slices, one seed."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)).to(
-        device
-    )
+    net = nn.Sequential(
+        nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+    ).to(device)
     model = get_slice_model(net, SliceConfig(r=8, slice_type=kind, switch_interval=5))
     optimizer = SliceAdamW(model.parameters(), lr=1e-3, optimizer_in_bwd=in_bwd)
-    x, y, found = torch.randn(64, width, device=device), torch.randn(64, width, device=device), []
+    x, y, found = (
+        torch.randn(64, width, device=device),
+        torch.randn(64, width, device=device),
+        [],
+    )
     with ops.use_backend(backend):
         for _ in range(steps):
             optimizer.zero_grad()

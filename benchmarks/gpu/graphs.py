@@ -105,7 +105,9 @@ def replay_differs(
         replay()
         expected = run(new)
         wrong += [
-            f"{name}, replay {seed}" for name in static if not torch.equal(static[name], new[name])
+            f"{name}, replay {seed}"
+            for name in static
+            if not torch.equal(static[name], new[name])
         ]
         if expected is not None and not torch.equal(result["out"], expected):
             wrong.append(f"result, replay {seed}")
@@ -120,7 +122,9 @@ def compiled_variants() -> int:
     for op in RUNS:
         module = importlib.import_module(f"slicefine_kernels.{op}")
         for value in vars(module).values():
-            count += sum(len(caches[0]) for caches in getattr(value, "device_caches", {}).values())
+            count += sum(
+                len(caches[0]) for caches in getattr(value, "device_caches", {}).values()
+            )
     return count
 
 
@@ -160,7 +164,9 @@ def streams_differ(shape: tuple[int, int, int], device: str) -> bool:
     data = [fresh(seed, *shape, device) for seed in (0, 1)]
     alone = [run_slice_grad(b) for b in data]
     if device != "cuda":
-        return not all(torch.equal(run_slice_grad(b), a) for b, a in zip(data, alone, strict=True))
+        return not all(
+            torch.equal(run_slice_grad(b), a) for b, a in zip(data, alone, strict=True)
+        )
     torch.cuda.synchronize()
     streams, found = [torch.cuda.Stream() for _ in data], ([], [])
     for _ in range(20):
@@ -213,7 +219,9 @@ def graphs(job: Job, name: str = "triton") -> None:
                     ok=not wrong,
                 )
             with job.attempt(backend=name, op=op, what="move"):
-                job.row(backend=name, op=op, what="move", **move_row(run, shape, job.device))
+                job.row(
+                    backend=name, op=op, what="move", **move_row(run, shape, job.device)
+                )
         with job.attempt(backend=name, op="slice_grad", what="two streams"):
             job.row(
                 backend=name,
@@ -225,7 +233,10 @@ def graphs(job: Job, name: str = "triton") -> None:
             what = f"a whole training step waits, {'with' if moves else 'without'} a move"
             with job.attempt(backend=name, op="SliceAdamW", what=what):
                 job.row(
-                    backend=name, op="SliceAdamW", what=what, answer=step_waits(moves, job.device)
+                    backend=name,
+                    op="SliceAdamW",
+                    what=what,
+                    answer=step_waits(moves, job.device),
                 )
 
 

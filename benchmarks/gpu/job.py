@@ -57,7 +57,9 @@ def seconds_for(part: Part, after: Sequence[Part], left: float, minutes: float) 
     scale = minutes / 8
     if left < part.least * min(1.0, scale):
         return 0.0
-    return min(left, max(part.seconds * scale, left - scale * sum(p.seconds for p in after)))
+    return min(
+        left, max(part.seconds * scale, left - scale * sum(p.seconds for p in after))
+    )
 
 
 def bar(name: str, value: float, limit: float, *, most: bool) -> dict[str, Any]:
@@ -112,7 +114,9 @@ class Job:
         cases = list(cases)
         for i, case in enumerate(cases):
             if i and self.left() < each:
-                self.notes.append(f"no time left for {len(cases) - i} of {len(cases)} cases")
+                self.notes.append(
+                    f"no time left for {len(cases) - i} of {len(cases)} cases"
+                )
                 self.incomplete = True
                 return
             yield case
@@ -136,7 +140,9 @@ class Job:
                 self.row(**label, absent=f"{type(error).__name__}: {str(error)[:300]}")
             else:
                 self.row(
-                    **label, ok=False, error="".join(traceback.format_exception(error))[-3000:]
+                    **label,
+                    ok=False,
+                    error="".join(traceback.format_exception(error))[-3000:],
                 )
             if self.device == "cuda":
                 torch.cuda.synchronize()
@@ -145,6 +151,13 @@ class Job:
         """What the report keeps of the part."""
         failed = error is not None or any(row.get("ok") is False for row in self.rows)
         done = "ok, as far as it came" if self.incomplete else "ok"
-        status = "failed" if failed else f"missing: {self.missing}" if self.missing else done
-        found = {"status": status, "rows": self.rows, "notes": self.notes, "bars": self.bars}
+        status = (
+            "failed" if failed else f"missing: {self.missing}" if self.missing else done
+        )
+        found = {
+            "status": status,
+            "rows": self.rows,
+            "notes": self.notes,
+            "bars": self.bars,
+        }
         return found if error is None else {**found, "error": error}

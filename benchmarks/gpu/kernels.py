@@ -29,13 +29,18 @@ L2 = 256 * 2**20
 SHARE = 0.85
 
 
-def milliseconds(function: Callable[[], Any], device: str, calls: int, rounds: int) -> float:
+def milliseconds(
+    function: Callable[[], Any], device: str, calls: int, rounds: int
+) -> float:
     """Median time of one of the calls that a function makes."""
     function()
     times = []
     for _ in range(rounds):
         if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
             torch.cuda.synchronize()
             begin.record()
             function()
@@ -59,7 +64,9 @@ def kernel_milliseconds(function: Callable[[int], Any], calls: int) -> float:
         for i in range(calls):
             function(i)
         torch.cuda.synchronize()
-    on_device = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    on_device = [
+        event for event in profiler.events() if event.device_type == DeviceType.CUDA
+    ]
     if len(on_device) < calls:
         raise RuntimeError(f"the profiler saw {len(on_device)} kernels in {calls} calls")
     return sum(event.time_range.elapsed_us() for event in on_device) / calls / 1e3
@@ -91,14 +98,23 @@ def gradient_operands(
 
 
 def gradient_times(
-    n: int, R: int, K: int, rows: bool, offset: bool, dtype: torch.dtype, names: list[str], job: Job
+    n: int,
+    R: int,
+    K: int,
+    rows: bool,
+    offset: bool,
+    dtype: torch.dtype,
+    names: list[str],
+    job: Job,
 ) -> dict[str, dict[str, float]]:
     """ "graph" and "kernel" milliseconds of each backend's slice_grad; "graph" of torch's product
     with the same float32 result.
     """
     moved = op_bytes("slice_grad", n, R, K, dtype.itemsize)
     copies = 1 if job.small else max(2, min(16, -(-2 * L2 // moved)))
-    sets = [gradient_operands(n, R, K, rows, offset, dtype, job.device) for _ in range(copies)]
+    sets = [
+        gradient_operands(n, R, K, rows, offset, dtype, job.device) for _ in range(copies)
+    ]
     calls, rounds = (1, 1) if job.small else (max(8, copies), 20)
     found = {}
 
@@ -156,7 +172,14 @@ def kernels(job: Job) -> None:
     n = 32 if job.small else 8192
     for wide, r, rows, offset, dtype in job.within_time(gradient_cases(job.small), 4.0):
         R, K = (r, wide) if rows else (wide, r)
-        label = {"op": "slice_grad", "dtype": dtype, "n": n, "R": R, "K": K, "offset": offset}
+        label = {
+            "op": "slice_grad",
+            "dtype": dtype,
+            "n": n,
+            "R": R,
+            "K": K,
+            "offset": offset,
+        }
         with job.attempt(**label):
             times = gradient_times(n, R, K, rows, offset, DTYPES[dtype], names, job)
             moved = op_bytes("slice_grad", n, R, K, DTYPES[dtype].itemsize)
@@ -171,7 +194,13 @@ def kernels(job: Job) -> None:
                         gb_per_s=speed,
                         share_of_copy=speed / bandwidth,
                     )
-                if name != "torch" and dtype == "bf16" and wide <= 4096 and r <= 16 and not offset:
+                if (
+                    name != "torch"
+                    and dtype == "bf16"
+                    and wide <= 4096
+                    and r <= 16
+                    and not offset
+                ):
                     what = (
                         f"slice_grad {R} x {K}, {n} tokens, {dtype}, {name}, {how}: share of copy"
                         " bandwidth"
@@ -188,7 +217,9 @@ def adamw_rows(job: Job, names: list[str], bandwidth: float) -> None:
     weights = [torch.randn(out, width, device=device).bfloat16() for _ in range(layers)]
     cols = [torch.arange(r, 2 * r, device=device) for _ in range(layers)]
     state = [[torch.randn(out, r, device=device) for _ in range(layers)] for _ in range(2)]
-    moments = [[torch.zeros(out, r, device=device) for _ in range(layers)] for _ in range(2)]
+    moments = [
+        [torch.zeros(out, r, device=device) for _ in range(layers)] for _ in range(2)
+    ]
     steps = [torch.ones((), device=device) for _ in range(layers)]
     columns = (*state, *moments, weights, [None] * layers, cols, steps)
     slices = [AdamWSlice(*tensors) for tensors in zip(*columns, strict=True)]

@@ -36,7 +36,12 @@ def bars_of(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         for peer, least in (("masked", 1.6), ("lora", 1.2)):
             if peer in ratios:
                 found.append(
-                    bar(f"{what}: {peer} / {ours}", ratios[peer] / ratios[ours], least, most=False)
+                    bar(
+                        f"{what}: {peer} / {ours}",
+                        ratios[peer] / ratios[ours],
+                        least,
+                        most=False,
+                    )
                 )
     return found
 
@@ -65,11 +70,11 @@ def layers(job: Job) -> None:
         methods = tuple(layer_benchmark.METHODS) if name == names[0] else ("floor", *OURS)
         label = {"backend": name}
         with job.attempt(**label, shape=shape, dtype=dtype, r=r), ops.use_backend(name):
-            rows = layer_benchmark.rows_for(shape, tokens, dtype, r, job.device, methods, rounds)
+            rows = layer_benchmark.rows_for(
+                shape, tokens, dtype, r, job.device, methods, rounds
+            )
             for row in rows:
                 job.row(**label, **{key: row[key] for key in SHOWN if key in row})
             if job.small or (shape == (4096, 4096) and dtype == "bf16" and r <= 16):
-                what = (
-                    f"layer step {shape[0]} x {shape[1]}, {tokens} tokens, {dtype}, r={r}, {name}"
-                )
+                what = f"layer step {shape[0]} x {shape[1]}, {tokens} tokens, {dtype}, r={r}, {name}"
                 job.bars += bars_of(rows, what)

@@ -200,7 +200,9 @@ def method_row(
     ours, peaks = memory(run, ids, shape)
     beside = trainer(FLOOR, ids, shape)
     times = in_turns({"floor": beside.step, "method": ours.step}, ids.device.type, rounds)
-    ratios = quantiles([m / f for m, f in zip(times["method"], times["floor"], strict=True)])
+    ratios = quantiles(
+        [m / f for m, f in zip(times["method"], times["floor"], strict=True)]
+    )
     p20, p50, p80 = quantiles(times["method"])
     row = {
         "ms": p50,
@@ -254,7 +256,12 @@ def model(job: Job) -> None:
             if method.kind == "slice" and method.slice_type == "column":
                 what = f"model step, {method.name}, {run.layers}"
                 job.bars.append(
-                    bar(f"{what}: time / frozen floor", row["ratio_to_floor"], 1.05, most=True)
+                    bar(
+                        f"{what}: time / frozen floor",
+                        row["ratio_to_floor"],
+                        1.05,
+                        most=True,
+                    )
                 )
                 for peak in ("allocated", "reserved"):
                     if f"{peak}_to_floor" in row:

@@ -101,7 +101,9 @@ def markdown(report: dict[str, Any], rows: bool = True) -> str:
 def summary(name: str, part: dict[str, Any]) -> str:
     """A line, and what failed."""
     wrong = [row for row in part["rows"] if row.get("ok") is False]
-    lines = [f"{name:<15} {part['status']:<8} {len(part['rows']):>4} rows {part['seconds']:7.1f} s"]
+    lines = [
+        f"{name:<15} {part['status']:<8} {len(part['rows']):>4} rows {part['seconds']:7.1f} s"
+    ]
     lines += [f"    {note}" for note in part["notes"]]
     lines += [f"    {row}" for row in wrong[:5]]
     if "error" in part:

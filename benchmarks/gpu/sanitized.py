@@ -15,7 +15,14 @@ import torch
 from benchmarks.gpu.worker import use_modules
 
 SHAPES = ((1, 1, 1), (63, 129, 1), (70, 33, 16), (300, 130, 64), (0, 16, 4))
-OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "seed": 5}
+OPTIONS = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "seed": 5,
+}
 
 
 def differences(device: str, backend: str) -> float:
@@ -50,17 +57,22 @@ def differences(device: str, backend: str) -> float:
                 with ops.use_backend(backend):
                     grad = ops.slice_grad(there(dy), there(x), there(rows))
                     place = (there(rows), there(cols), there(step))
-                    ops.slice_grad_adamw(there(dy), there(x), active(mine[0], None, place), options)
+                    ops.slice_grad_adamw(
+                        there(dy), there(x), active(mine[0], None, place), options
+                    )
                     ops.slice_adamw([active(mine[1], grad, place)], options)
                 expected = active(theirs, None, (rows, cols, step))
                 reference.slice_grad_adamw(dy, x, expected, options)
                 pairs = [(grad, reference.slice_grad(dy, x, rows))]
                 pairs += [
-                    (a, b) for found in mine for a, b in zip(found[:3], theirs[:3], strict=True)
+                    (a, b)
+                    for found in mine
+                    for a, b in zip(found[:3], theirs[:3], strict=True)
                 ]
                 for a, b in pairs:
                     worst = max(
-                        worst, float((a.cpu() - b).abs().max() / b.abs().max().clamp_min(1.0))
+                        worst,
+                        float((a.cpu() - b).abs().max() / b.abs().max().clamp_min(1.0)),
                     )
     return worst
 

@@ -81,7 +81,9 @@ def run_part(part: Part, job: Job) -> dict:
     return {**job.result(error), "seconds": round(time.perf_counter() - start, 2)}
 
 
-def work(parts: Sequence[Part], device: str, folder: Path, end: float, minutes: float) -> int:
+def work(
+    parts: Sequence[Part], device: str, folder: Path, end: float, minutes: float
+) -> int:
     """end: time.time() by which all of it should be over. Exit status 0, or DEVICE_LOST."""
     use_modules(folder / "modules")
     for i, part in enumerate(parts):

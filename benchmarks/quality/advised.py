@@ -45,7 +45,14 @@ def advised(
         writer.writeheader()
         writer.writerows(rows)
     subject = load_subject(
-        encoder(), str(path), None, Columns("text", "label", "image"), 96, max_length, 0, "cpu"
+        encoder(),
+        str(path),
+        None,
+        Columns("text", "label", "image"),
+        96,
+        max_length,
+        0,
+        "cpu",
     )
     return advice_for(
         subject,
@@ -107,7 +114,10 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
         task["advice_settings"] = {"trial_steps": given.trial_steps, "held": given.held}
         task.update(advice=advice, advice_seconds=time.perf_counter() - start)
         return True
-    arms, done = arms_of(task["advice"]), {(run["seed"], run["arm"]) for run in task["runs"]}
+    arms, done = (
+        arms_of(task["advice"]),
+        {(run["seed"], run["arm"]) for run in task["runs"]},
+    )
     # says where a difference comes from; last, for a run that is cut short
     middle = "default, advised lr"
     order = [(seed, arm) for seed in range(given.seeds) for arm in arms if arm != middle]
@@ -132,7 +142,9 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--tasks", nargs="+", default=list(NAMES))
     parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--test", type=int, default=500)
@@ -141,7 +153,9 @@ def main() -> None:
     parser.add_argument("--trial-steps", type=int, default=40, help="of the advice")
     parser.add_argument("--held", type=int, default=256, help="of the advice")
     parser.add_argument("--folder", type=Path, default=Path("demo"))
-    parser.add_argument("--out", type=Path, required=True, help="goes on where this file ends")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="goes on where this file ends"
+    )
     parser.add_argument(
         "--once",
         action="store_true",

@@ -60,7 +60,9 @@ def load(folder: Path) -> Split:
     next 6,000 for training.
     """
     with tarfile.open(download(folder)) as sdist:
-        inner = next(m for m in sdist.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = next(
+            m for m in sdist.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz")
+        )
         archive = sdist.extractfile(inner)
         assert archive is not None
         with tarfile.open(fileobj=io.BytesIO(archive.read())) as tar:

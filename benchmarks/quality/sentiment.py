@@ -93,7 +93,9 @@ class SentimentTask:
         for _ in range(EPOCHS):
             order, batches = rng.permutation(len(self.train)), []
             for start in range(0, len(order), 25 * BATCH):
-                window = sorted(order[start : start + 25 * BATCH], key=lambda i: len(self.train[i]))
+                window = sorted(
+                    order[start : start + 25 * BATCH], key=lambda i: len(self.train[i])
+                )
                 batches += [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
             for i in rng.permutation(len(batches)):
                 yield (
@@ -101,7 +103,9 @@ class SentimentTask:
                     self.train_labels[torch.tensor(batches[i])],
                 )
 
-    def ordered(self, ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def ordered(
+        self, ids: list[list[int]]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), 2 * BATCH):
             chosen = order[start : start + 2 * BATCH]
@@ -179,7 +183,11 @@ class Trainee:
         self.model.train()
 
     def step(
-        self, batch: dict[str, Tensor], labels: Tensor, seed: int, measure_memory: bool = False
+        self,
+        batch: dict[str, Tensor],
+        labels: Tensor,
+        seed: int,
+        measure_memory: bool = False,
     ) -> float:
         """One step; the seed fixes dropout. A step whose memory is measured is not timed."""
         torch.manual_seed(seed)

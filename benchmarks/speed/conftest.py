@@ -48,10 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("slicefine benchmarks")
     group.addoption("--quick", action="store_true", help="one small case of each kind")
     group.addoption(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
     )
     group.addoption(
-        "--part", action="append", help="models, layers, moves or ops; may be given several times"
+        "--part",
+        action="append",
+        help="models, layers, moves or ops; may be given several times",
     )
 
 
@@ -132,7 +136,9 @@ def rows_of(machine: Any) -> Any:
     return run
 
 
-def run_case(case: Case, device: str, place: dict[str, Any], roofs: dict[str, float]) -> Any:
+def run_case(
+    case: Case, device: str, place: dict[str, Any], roofs: dict[str, float]
+) -> Any:
     """(rows, times) of a case by method. The check comes first: if it is red nothing is timed."""
     part = importlib.import_module(f"benchmarks.speed.{case.part}")
     contestants = part.contestants(case, device)

@@ -33,5 +33,9 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
     """The slice trains as the masked baseline does. Raises AssertionError."""
     layers.agreement(
-        (case.in_features, case.out_features), case.tokens, DTYPES[case.dtype], case.r, device
+        (case.in_features, case.out_features),
+        case.tokens,
+        DTYPES[case.dtype],
+        case.r,
+        device,
     )

@@ -62,7 +62,9 @@ def new_model(case: Case, device: str) -> SentenceClassifier:
         else RandomEncoder(case.width, case.depth)
     )
     del model.encoder.encoder.layer[case.depth :]
-    model.encoder.embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    model.encoder.embeddings.register_forward_hook(
+        lambda module, args, out: out.requires_grad_()
+    )
     return model.to(device, DTYPES[case.dtype]).train().requires_grad_(False)
 
 
@@ -75,7 +77,9 @@ class Trainer:
         ids = torch.randint(1000, 20_000, (batch, case.length), generator=generator)
         self.batch = {
             "input_ids": ids.to(device),
-            "attention_mask": torch.ones(batch, case.length, dtype=torch.int64, device=device),
+            "attention_mask": torch.ones(
+                batch, case.length, dtype=torch.int64, device=device
+            ),
         }
         self.labels = torch.randint(0, 2, (batch,), generator=generator).to(device)
         self.steps = 0

@@ -24,7 +24,9 @@ class Stepper:
 
     def __init__(self, case: Case, method: Method, device: str) -> None:
         torch.manual_seed(0)
-        linears = (nn.Linear(i, o, bias=False) for _ in range(case.depth) for i, o in SHAPES)
+        linears = (
+            nn.Linear(i, o, bias=False) for _ in range(case.depth) for i, o in SHAPES
+        )
         self.interval = None if method.kind == "static" else int(method.name.split()[-1])
         config = SliceConfig(r=case.r, switch_interval=self.interval, target_modules=r"\d+")
         self.model: Any = get_slice_model(

@@ -39,12 +39,17 @@ class Slice:
         self.cols = torch.arange(case.r, device=device)
         self.master = self.weight[:, : case.r].float().contiguous()
         self.grad = normal(case.out_features, case.r)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.exp_avg, self.exp_avg_sq = (
+            torch.zeros_like(self.master),
+            torch.zeros_like(self.master),
+        )
         self.step = torch.zeros((), device=device)
 
     def active(self) -> AdamWSlice:
         moments = self.exp_avg, self.exp_avg_sq
-        return AdamWSlice(self.master, self.grad, *moments, self.weight, None, self.cols, self.step)
+        return AdamWSlice(
+            self.master, self.grad, *moments, self.weight, None, self.cols, self.step
+        )
 
     def state(self) -> tuple[Tensor, ...]:
         return self.master, self.exp_avg, self.exp_avg_sq
@@ -68,7 +73,9 @@ def in_torch(case: Case, slices: list[Slice]) -> Any:
     if op == "slice_grad":
         return gradient
     torchs = CopyBack(
-        [s.weight for s in slices], [(None, s.cols) for s in slices], [s.master for s in slices]
+        [s.weight for s in slices],
+        [(None, s.cols) for s in slices],
+        [s.master for s in slices],
     )
     for master, s in zip(torchs.masters, slices, strict=True):
         master.grad = s.grad
@@ -113,8 +120,20 @@ def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
     A product over many tokens is summed in another order than PyTorch's. Raises AssertionError.
     """
     op = op_of(case)
-    found, plain, exact = Slice(case, device, 0), Slice(case, device, 0), Slice(case, device, 0)
-    for name in ("grad_output", "input", "weight", "master", "exp_avg", "exp_avg_sq", "grad"):
+    found, plain, exact = (
+        Slice(case, device, 0),
+        Slice(case, device, 0),
+        Slice(case, device, 0),
+    )
+    for name in (
+        "grad_output",
+        "input",
+        "weight",
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+        "grad",
+    ):
         setattr(exact, name, getattr(exact, name).double())
     sums = reference.slice_grad(exact.grad_output.abs(), exact.input.abs()).max().item()
     order = 0.0 if op == "slice_adamw" else 2 * torch.finfo(torch.float32).eps * sums
@@ -141,7 +160,9 @@ def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
         run[op](plain, reference)
         run[op](exact, reference)
     for a, b, c in zip(found.state(), plain.state(), exact.state(), strict=True):
-        bound = 2 * (b.double() - c).abs().max().item() + 1e-6 * c.abs().max().item() + order
+        bound = (
+            2 * (b.double() - c).abs().max().item() + 1e-6 * c.abs().max().item() + order
+        )
         assert (a.double() - c).abs().max().item() <= bound, (
             f"{case.name}: further from float64 than {bound:.1e}"
         )
@@ -149,4 +170,6 @@ def check(case: Case, device: str, _: dict[str, Contestant]) -> None:
     assert torch.equal(found.weight[:, :r], found.master.to(found.weight.dtype)), (
         f"{case.name}: weight is not master"
     )
-    assert torch.equal(found.weight[:, r:], before[:, r:]), f"{case.name} wrote outside its slice"
+    assert torch.equal(found.weight[:, r:], before[:, r:]), (
+        f"{case.name} wrote outside its slice"
+    )

@@ -84,7 +84,10 @@ BASICS = (FLOOR, COLUMN, MASKED, LORA)
 GROWTH_METHODS = (FLOOR, COLUMN, ROW, MASKED, LORA)
 
 OPS = ("slice_grad", "slice_adamw", "slice_grad_adamw")
-OP_METHODS = (Method("torch", "torch", equal="plain PyTorch"), Method("slicefine", "slicefine"))
+OP_METHODS = (
+    Method("torch", "torch", equal="plain PyTorch"),
+    Method("slicefine", "slicefine"),
+)
 LAYER_METHODS = (FLOOR, COLUMN, COLUMN_BWD, ROW, BLOCK, MASKED, DENSE, LORA)
 INTERVALS = (10, 50, 100, 500)
 MOVES_STEPS = 500
@@ -129,7 +132,10 @@ def _layers() -> list[Case]:
 
 
 def _moves() -> list[Case]:
-    methods = (Method("static", "static"), *(Method(f"interval {n}", "moving") for n in INTERVALS))
+    methods = (
+        Method("static", "static"),
+        *(Method(f"interval {n}", "moving") for n in INTERVALS),
+    )
     what = (
         f"SliceAdamW.step() for the encoder's 36 column slices, mean of {MOVES_STEPS} steps with"
         " their moves"
@@ -227,7 +233,9 @@ def quick_cases() -> tuple[Case, ...]:
         seconds=2.0,
     )
     growth = [
-        shrink(chosen[n], name=f"{n}-quick", depth=1, tokens=128, methods=BASICS, seconds=0.5)
+        shrink(
+            chosen[n], name=f"{n}-quick", depth=1, tokens=128, methods=BASICS, seconds=0.5
+        )
         for n in ("growth-r4", "growth-r16", "growth-width192", "growth-width384")
     ]
     growth += [
@@ -247,6 +255,11 @@ def quick_cases() -> tuple[Case, ...]:
         encoder,
         *growth,
         layer,
-        shrink(chosen["moves"], depth=1, seconds=0.5, measures="the same for one layer's 6 slices"),
+        shrink(
+            chosen["moves"],
+            depth=1,
+            seconds=0.5,
+            measures="the same for one layer's 6 slices",
+        ),
         *ops,
     )

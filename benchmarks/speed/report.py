@@ -67,7 +67,9 @@ def time_of(row: Row) -> str:
 def table(heads: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
     heads = list(heads)
     out = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    return "\n".join(out + ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines])
+    return "\n".join(
+        out + ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    )
 
 
 def cases(rows: list[Row], **wanted: Any) -> dict[str, dict[str, Row]]:
@@ -115,7 +117,9 @@ def adapters(lora: Row) -> str:
     """Which LoRA it is: peft keeps adapters in float32 unless told not to."""
     if lora["dtype"] == "fp32" or lora["method"] != LORAS[0]:
         return "float32 adapters, peft's default"
-    return {"bf16": "bfloat16", "fp16": "float16"}[lora["dtype"]] + " adapters, the faster choice"
+    return {"bf16": "bfloat16", "fp16": "float16"}[
+        lora["dtype"]
+    ] + " adapters, the faster choice"
 
 
 def both(row: Row, key: str) -> list[str]:
@@ -131,7 +135,9 @@ def met(row: Row, key: str, passes: Any) -> str:
     }
     if len(set(answers.values())) == 1:
         return "yes" if next(iter(answers.values())) else "**no**"
-    return ", ".join(f"{name}: {'yes' if good else '**no**'}" for name, good in answers.items())
+    return ", ".join(
+        f"{name}: {'yes' if good else '**no**'}" for name, good in answers.items()
+    )
 
 
 def shortfalls(rows: list[Row]) -> list[str]:
@@ -142,7 +148,10 @@ def shortfalls(rows: list[Row]) -> list[str]:
         if column is None or floor is None:
             continue
         clock = "cpu_" if column.get("cpu_p50_ms") is not None else ""
-        if max(column["ratio_to_floor"], column.get("cpu_ratio_to_floor") or 0.0) > FLOOR_BAR:
+        if (
+            max(column["ratio_to_floor"], column.get("cpu_ratio_to_floor") or 0.0)
+            > FLOOR_BAR
+        ):
             extra = column[f"{clock}p50_ms"] - floor[f"{clock}p50_ms"]
             lines.append(
                 f"{name}: the column slice takes {extra:.1f} ms more than the floor's"
@@ -210,7 +219,9 @@ def step_table(methods: dict[str, Row]) -> str:
     floor = methods[FLOOR]
     lines = []
     for row in methods.values():
-        over = "-" if not row["peak_bytes"] else mib(row["peak_bytes"] - floor["peak_bytes"])
+        over = (
+            "-" if not row["peak_bytes"] else mib(row["peak_bytes"] - floor["peak_bytes"])
+        )
         lines.append(
             [
                 row["method"],
@@ -271,7 +282,8 @@ def growth_table(rows: list[Row], axis: str) -> str:
             for _, row, floor in points
         ]
         ratio = [
-            "-" if name == FLOOR else f"{row['ratio_to_floor']:.2f}" for _, row, floor in points
+            "-" if name == FLOOR else f"{row['ratio_to_floor']:.2f}"
+            for _, row, floor in points
         ]
         lines.append(
             [
@@ -309,7 +321,9 @@ def small_tables(rows: list[Row]) -> list[str]:
                 *(
                     spread(
                         methods[n],
-                        "cpu_ratio_to_floor" if methods[n].get("cpu_p50_ms") else "ratio_to_floor",
+                        "cpu_ratio_to_floor"
+                        if methods[n].get("cpu_p50_ms")
+                        else "ratio_to_floor",
                     )
                     for n in names
                 ),
@@ -339,7 +353,9 @@ def small_tables(rows: list[Row]) -> list[str]:
         for case, methods in ops.items():
             ours, torchs = methods["slicefine"], methods["torch"]
             share = (
-                "-" if ours["roofline_share"] is None else f"{100 * ours['roofline_share']:.0f} %"
+                "-"
+                if ours["roofline_share"] is None
+                else f"{100 * ours['roofline_share']:.0f} %"
             )
             speed = spread(torchs, "ratio_to_base"), spread(ours, "ratio_to_base")
             lines.append(
@@ -403,7 +419,9 @@ def draw_growth(rows: list[Row], path: Path) -> None:
             )
             low, high = ([p[1][f"{clock}{q}_ms"] for p in points] for q in ("p20", "p80"))
             axes[0, i].fill_between(x, low, high, alpha=0.15, color=line.get_color())
-            axes[1, i].plot(x, [p[1]["peak_bytes"] / 2**20 for p in points], label=name, **style)
+            axes[1, i].plot(
+                x, [p[1]["peak_bytes"] / 2**20 for p in points], label=name, **style
+            )
         for ax, unit in ((axes[0, i], "ms per step"), (axes[1, i], "peak MiB")):
             ax.set(xlabel=label, ylabel=unit, ylim=(0, None))
             ax.grid(alpha=0.3)
@@ -420,7 +438,9 @@ def draw_steps(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     found = steps(rows)
-    figure, axes = plt.subplots(len(found), 2, figsize=(11, 0.8 + 3.4 * len(found)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(found), 2, figsize=(11, 0.8 + 3.4 * len(found)), squeeze=False
+    )
     for i, (case, methods) in enumerate(found.items()):
         names = list(methods)[::-1]
         colors = [
@@ -489,7 +509,10 @@ def write(report: dict[str, Any], stem: str, folder: Path, pictures: Path) -> Pa
     ]
     for case, methods in steps(rows).items():
         first = next(iter(methods.values()))
-        parts += [f"## {case}: {first['measures']}, {first['rounds']} rounds", step_table(methods)]
+        parts += [
+            f"## {case}: {first['measures']}, {first['rounds']} rounds",
+            step_table(methods),
+        ]
     parts += [plots["steps"], "## How cost grows", plots["growth"]]
     for axis in AXES:
         found = cases(rows, part="models", axis=axis)
@@ -513,7 +536,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the page; default: beside the JSON")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the page; default: beside the JSON"
+    )
     parser.add_argument("--pictures", type=Path, default=Path("docs/img"))
     options = parser.parse_args()
     report = json.loads(options.json.read_text(encoding="utf-8"))

@@ -35,7 +35,9 @@ def run_suite(tree: Path, arguments: list[str], output: Path) -> tuple[int, str]
         f"--benchmark-json={output}",
         *arguments,
     ]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -45,4 +47,6 @@ def entries_in(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists() or not path.stat().st_size:
         return []
-    return [b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
+    return [
+        b["extra_info"] for b in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    ]

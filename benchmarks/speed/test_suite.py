@@ -15,6 +15,8 @@ def test_speed(method, measured, machine, benchmark):
     rows, times = measured
     REPLAY.load([ms / 1e3 for ms in times[0][method.name]])
     benchmark.extra_info.update(
-        row=rows[method.name], roofs=machine[2], package=str(Path(slicefine.__file__).parent)
+        row=rows[method.name],
+        roofs=machine[2],
+        package=str(Path(slicefine.__file__).parent),
     )
     benchmark.pedantic(REPLAY.play, rounds=len(REPLAY.pending))

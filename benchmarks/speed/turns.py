@@ -131,7 +131,10 @@ def measure(
 def milliseconds(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
     """By the wall clock (a GPU's own events) and by the process's."""
     if cuda:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (
+            torch.cuda.Event(enable_timing=True),
+            torch.cuda.Event(enable_timing=True),
+        )
         begin.record()
         step()
         end.record()
@@ -147,7 +150,10 @@ def peak_memory(contestant: Contestant, device: str) -> int:
     """Most bytes that one step holds at a time, weights and optimizer state included and other
     contestants left out.
     """
-    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contestant.held()}
+    own = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in contestant.held()
+    }
     with track_memory(contestant.held(), device) as report:
         contestant.step()
     others = report.bytes_before - sum(own.values()) if device == "cuda" else 0
@@ -210,14 +216,20 @@ def row_of(
         mine = found[method.name]
         row |= dict(
             zip(
-                (f"{clock}p20_ms", f"{clock}p50_ms", f"{clock}p80_ms"), quantiles(mine), strict=True
+                (f"{clock}p20_ms", f"{clock}p50_ms", f"{clock}p80_ms"),
+                quantiles(mine),
+                strict=True,
             )
         )
         for name, base in (*RATIOS.items(), ("base", case.base)):
             if base in found:
                 key = f"{clock}ratio_to_{name}"
                 row |= dict(
-                    zip((f"{key}_p20", key, f"{key}_p80"), ratios(mine, found[base]), strict=True)
+                    zip(
+                        (f"{key}_p20", key, f"{key}_p80"),
+                        ratios(mine, found[base]),
+                        strict=True,
+                    )
                 )
     if contestant.nbytes is not None and contestant.flops is not None:
         needed = max(
@@ -232,7 +244,11 @@ def rank(case: Case, method: Method) -> int | None:
     """A case's r is that of every method that has one, where the case varies r; else the method has
     its own.
     """
-    return case.r if method.r is not None and (case.axis or case.part != "models") else method.r
+    return (
+        case.r
+        if method.r is not None and (case.axis or case.part != "models")
+        else method.r
+    )
 
 
 def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
@@ -242,7 +258,9 @@ def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
     cuda = device == "cuda"
     source = torch.zeros(bytes_to_copy, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = lambda step, repeats: min(milliseconds(step, cuda)[0] for _ in range(repeats)) / 1e3
+    best = lambda step, repeats: (
+        min(milliseconds(step, cuda)[0] for _ in range(repeats)) / 1e3
+    )
     found = {"bytes_per_s": 2 * bytes_to_copy / best(lambda: target.copy_(source), 6)}
     size = 8192 if cuda else 768
     for name, dtype in DTYPES.items():
@@ -250,5 +268,7 @@ def roofs(device: str, bytes_to_copy: int = 2**28) -> dict[str, float]:
         found[f"flops_per_s_{name}"] = 2 * size**3 / best(lambda a=a: a @ a, 6)
     # torch's float16 product is far slower than a conversion to float32, so it is no roof
     if not cuda:
-        found["flops_per_s_fp16"] = max(found["flops_per_s_fp16"], found["flops_per_s_fp32"])
+        found["flops_per_s_fp16"] = max(
+            found["flops_per_s_fp16"], found["flops_per_s_fp32"]
+        )
     return found

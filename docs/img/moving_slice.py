@@ -28,7 +28,13 @@ def draw(theme: str) -> str:
         f' width="{width}" height="{height}" role="img"'
         ' font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
         "<title>A slice of a weight trains for a while, then the next one does</title>",
-        label(LEFT, 26, 16, text, "One weight W (out x in) of the model, while it is fine-tuned"),
+        label(
+            LEFT,
+            26,
+            16,
+            text,
+            "One weight W (out x in) of the model, while it is fine-tuned",
+        ),
     ]
     for frame, steps in enumerate(FRAMES):
         x = LEFT + frame * (side + GAP)
@@ -51,7 +57,9 @@ def draw(theme: str) -> str:
     ]
     x = LEFT
     for color, meaning in legend:
-        parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{color}"/>')
+        parts.append(
+            f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{color}"/>'
+        )
         parts.append(label(x + 18, y, 13, text, meaning))
         x += 40 + 6.6 * len(meaning)
     return "\n".join([*parts, "</svg>", ""])

@@ -60,12 +60,16 @@ def new_model(seed: int) -> SentenceClassifier:
     return SentenceClassifier()
 
 
-def slicefine_trainee(seed: int, steps: int, bf16: bool, config: SliceConfig = CONFIG) -> Trainee:
+def slicefine_trainee(
+    seed: int, steps: int, bf16: bool, config: SliceConfig = CONFIG
+) -> Trainee:
     model = get_slice_model(new_model(seed), config)
     return Trainee(model, SliceAdamW(groups(model, LR)), steps, bf16)
 
 
-def masked_trainee(seed: int, steps: int, bf16: bool, config: SliceConfig = CONFIG) -> Trainee:
+def masked_trainee(
+    seed: int, steps: int, bf16: bool, config: SliceConfig = CONFIG
+) -> Trainee:
     """Full dW, mask, dense Adam: the same start, the same slices."""
     twin = get_slice_model(new_model(seed), config)
     specs = {name: layer.spec for name, layer in named_slice_layers(twin)}
@@ -77,11 +81,16 @@ def masked_trainee(seed: int, steps: int, bf16: bool, config: SliceConfig = CONF
         model, list(specs), features, config.switch_interval, also=("classifier",)
     )
     optimizer = torch.optim.AdamW(groups(model, LR), weight_decay=0.0)
-    return Trainee(model, optimizer, steps, bf16, masked.mask, lambda: masked.after_step(optimizer))
+    return Trainee(
+        model, optimizer, steps, bf16, masked.mask, lambda: masked.after_step(optimizer)
+    )
 
 
 def paired_run(
-    task: SentimentTask, seed: int, config: SliceConfig = PAIRED_CONFIG, steps: int = PAIRED_STEPS
+    task: SentimentTask,
+    seed: int,
+    config: SliceConfig = PAIRED_CONFIG,
+    steps: int = PAIRED_STEPS,
 ) -> dict[str, Any]:
     """slicefine and the masked baseline in turns, step by step, in float32: losses, time and memory
     under one condition.
@@ -128,14 +137,20 @@ def lora_trainee(seed: int, steps: int) -> Trainee:
     model = new_model(seed)
     targets = ["query", "key", "value", "dense"]
     model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), model.encoder)
+    inject_adapter_in_model(
+        LoraConfig(r=8, lora_alpha=16, target_modules=targets), model.encoder
+    )
     model.classifier.requires_grad_(True)
-    return Trainee(model, torch.optim.AdamW(groups(model, 1e-3), weight_decay=0.0), steps, True)
+    return Trainee(
+        model, torch.optim.AdamW(groups(model, 1e-3), weight_decay=0.0), steps, True
+    )
 
 
 def full_trainee(seed: int, steps: int) -> Trainee:
     model = new_model(seed)
-    return Trainee(model, torch.optim.AdamW(groups(model, 8e-5), weight_decay=0.0), steps, True)
+    return Trainee(
+        model, torch.optim.AdamW(groups(model, 8e-5), weight_decay=0.0), steps, True
+    )
 
 
 def coverage_map(model: torch.nn.Module) -> dict[str, list[bool]]:
@@ -157,17 +172,23 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1, 1, 1.2))
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 3.6), width_ratios=(1, 1, 1.2)
+    )
     left.plot(pair["losses"][1], lw=3, color="0.7", label="masked gradient")
     left.plot(pair["losses"][0], lw=1, color="C0", label="slicefine")
     left.set(
-        title=f"{len(pair['losses'][0])} steps in turns, float32", xlabel="step", ylabel="loss"
+        title=f"{len(pair['losses'][0])} steps in turns, float32",
+        xlabel="step",
+        ylabel="loss",
     )
     left.legend(frameon=False)
     smooth = np.convolve(losses, np.ones(20) / 20, mode="valid")
     middle.plot(np.arange(len(smooth)) + 20, smooth, color="C0")
     for move in range(
-        CONFIG.switch_interval or len(losses), len(losses), CONFIG.switch_interval or len(losses)
+        CONFIG.switch_interval or len(losses),
+        len(losses),
+        CONFIG.switch_interval or len(losses),
     ):
         middle.axvline(move, color="0.85", lw=0.8, zorder=0)
     middle.set(
@@ -179,7 +200,9 @@ def draw(
     image = np.array(
         [
             np.interp(
-                np.linspace(0, len(row) - 1, width), np.arange(len(row)), np.array(row, float)
+                np.linspace(0, len(row) - 1, width),
+                np.arange(len(row)),
+                np.array(row, float),
             )
             for row in covered.values()
         ]
@@ -194,7 +217,9 @@ def draw(
         extent=(0, 100, len(image), 0),
     )
     right.set(
-        title="input features that have trained", xlabel="% of the layer's input", ylabel="layer"
+        title="input features that have trained",
+        xlabel="% of the layer's input",
+        ylabel="layer",
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -285,7 +310,9 @@ def main() -> None:
         "config": CONFIG.to_dict(),
         "torch": torch.__version__,
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=2) + "\n", encoding="utf-8"
+    )
     draw(folder / "report.png", pair, ours.losses, coverage_map(ours.model))
     low, middle, high = pair["time_ratio"]
     print(f"\n{table([frozen_row, whole_run, *others, pair['ours'], pair['masked']])}\n")

@@ -8,4 +8,10 @@ from slicefine_kernels.slice_grad import slice_grad
 from slicefine_kernels.slice_grad_adamw import slice_grad_adamw
 from slicefine_kernels.write_slices import write_slices
 
-__all__ = ["slice_adamw", "slice_adamw_8bit", "slice_grad", "slice_grad_adamw", "write_slices"]
+__all__ = [
+    "slice_adamw",
+    "slice_adamw_8bit",
+    "slice_grad",
+    "slice_grad_adamw",
+    "write_slices",
+]

@@ -77,10 +77,14 @@ def default_config(R: int, K: int, element_size: int) -> GradConfig:
         wide, warps, block_t, registers = 128, 4, 64, None
     else:
         # AdamW needs the registers: four warps hold 64 x 32 tiles of p, m, v and g, eight 64 x 64
-        wide, warps, block_t, registers = (64, 4, 64, None) if thin == 32 else (64, 8, 32, None)
+        wide, warps, block_t, registers = (
+            (64, 4, 64, None) if thin == 32 else (64, 8, 32, None)
+        )
     wide = _padded(max(R, K), wide)
     blocks = (wide, thin) if side == "rows" else (thin, wide)
-    return GradConfig(*blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3, maxnreg=registers)
+    return GradConfig(
+        *blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3, maxnreg=registers
+    )
 
 
 def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tuple[int, int]:

@@ -82,14 +82,19 @@ def hand_in(
     tile has done so.
     """
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs, acc)
+    tl.store(
+        partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs,
+        acc,
+    )
     tl.debug_barrier()  # all warps have stored before one of them releases
     # acquire and release: the last arriver sees the sums of all others
     return tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == splits - 1
 
 
 @triton.jit
-def add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+def add_up(
+    partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """The last arriver's part: the sum of all splits, always in the same order, and the ticket
     counter back at zero.
     """
@@ -99,7 +104,9 @@ def add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R: tl.constexpr, BLOCK
     for split in range(0, splits):
         # past the first-level cache, which knows nothing of other processors' stores
         acc += tl.load(
-            partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs,
+            partials_ptr
+            + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K)
+            + offs,
             cache_modifier=".cg",
         )
     # ready for the next launch on this stream: no launch has to clear the workspace

@@ -15,7 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from slicefine_kernels.configs import grad_config, token_splits, workspace_floats, workspace_tickets
+from slicefine_kernels.configs import (
+    grad_config,
+    token_splits,
+    workspace_floats,
+    workspace_tickets,
+)
 
 
 class AdamWOptions(Protocol):
@@ -52,7 +57,9 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's where several GPUs are
     visible.
     """
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    return (
+        torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    )
 
 
 @functools.cache
@@ -143,7 +150,9 @@ def gradient_launch(input: Tensor, T: int, R: int, K: int) -> GradientLaunch:
     options = {**asdict(config), **dot_options(input.dtype), "SPLIT": splits > 1}
     if torch.version.hip:
         del options["maxnreg"]
-    return GradientLaunch((tiles, splits), splits, tokens_per_split, partials, tickets, options)
+    return GradientLaunch(
+        (tiles, splits), splits, tokens_per_split, partials, tickets, options
+    )
 
 
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()  # most recently used last

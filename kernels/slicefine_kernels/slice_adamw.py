@@ -105,7 +105,11 @@ def _slice_adamw_kernel(
     tl.store(w_ptr + row * stride_wr + col * stride_wc, value, mask=mask)
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def slice_adamw(slices: Sequence[Any], options: AdamWOptions) -> None:

@@ -32,7 +32,11 @@ _FIELDS = tl.constexpr(15)
 _QUANTUM = tl.constexpr(256)  # elements that share a scale
 _BLOCKS = 4  # of them per program
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @triton.jit
@@ -53,7 +57,9 @@ def _quantize(values, codes, scales, mask, scale_mask, book_ptr):
     """values [BLOCKS, 256] -> their codes and scales [BLOCKS], stored."""
     scale = tl.max(tl.abs(values), axis=1)
     # a NaN stays, as in the reference
-    scale = tl.where(tl.max((values != values).to(tl.int32), axis=1) > 0, float("nan"), scale)
+    scale = tl.where(
+        tl.max((values != values).to(tl.int32), axis=1) > 0, float("nan"), scale
+    )
     inverse = 1.0 / tl.where(scale > 0, scale, 1.0)  # a block of zeros keeps its zeros
     code = _nearest_code(values * inverse[:, None], book_ptr)
     # a positive second moment never rounds to zero (csrc/numeric.h, nonzero_code)
@@ -97,7 +103,9 @@ def _slice_adamw_8bit_kernel(
 
     # AdamW
     g = (
-        tl.load(tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + offs, mask=mask, other=0.0)
+        tl.load(
+            tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + offs, mask=mask, other=0.0
+        )
         * sign
     )
     p = tl.load(p_ptr, mask=mask, other=0.0)
@@ -132,7 +140,9 @@ def _slice_adamw_8bit_kernel(
     else:
         value = p.to(WEIGHT_DTYPE)
     w_ptr = tl.load(entry + 6).to(tl.pointer_type(WEIGHT_DTYPE))
-    tl.store(w_ptr + row * tl.load(entry + 12) + col * tl.load(entry + 13), value, mask=mask)
+    tl.store(
+        w_ptr + row * tl.load(entry + 12) + col * tl.load(entry + 13), value, mask=mask
+    )
 
 
 def slice_adamw_8bit(

@@ -72,7 +72,9 @@ def _slice_grad_kernel(
     )
     last = True
     if SPLIT:
-        last = hand_in(acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K)
+        last = hand_in(
+            acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K
+        )
     if last:
         if SPLIT:
             acc = add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R, BLOCK_K)

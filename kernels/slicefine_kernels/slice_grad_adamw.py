@@ -143,7 +143,9 @@ def _slice_grad_adamw_kernel(
             value = round_bf16(p)
         else:
             value = p.to(w_ptr.dtype.element_ty)
-        tl.store(w_ptr + row[:, None] * stride_wr + col[None, :] * stride_wc, value, mask=mask)
+        tl.store(
+            w_ptr + row[:, None] * stride_wr + col[None, :] * stride_wc, value, mask=mask
+        )
 
 
 def slice_grad_adamw(

@@ -52,7 +52,11 @@ def _write_slices_kernel(
     tl.store(w_ptr + row * stride_wr + col * stride_wc, value, mask=mask)
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def write_slices(slices: Sequence[Any]) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from slicefine.backends.operands import BLOCK_8BIT, AdamWSlice, AdamWSlice8bit, SliceWrite
 
 
-def check_operands(op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None) -> None:
+def check_operands(
+    op: str, grad_output: Tensor, input: Tensor, rows: Tensor | None
+) -> None:
     shape, other = grad_output.shape, input.shape
     if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
         raise ValueError(
@@ -47,7 +49,9 @@ def check_slice(
     """states: gradient and moments that have the master's dtype."""
     weight, rows, cols = s.weight, s.rows, s.cols
     if weight.dim() != 2:
-        raise ValueError(f"{op}: the weight has shape {tuple(weight.shape)}; expected (out, in)")
+        raise ValueError(
+            f"{op}: the weight has shape {tuple(weight.shape)}; expected (out, in)"
+        )
     shape = (
         weight.shape[0] if rows is None else rows.numel(),
         weight.shape[1] if cols is None else cols.numel(),

@@ -48,7 +48,9 @@ def slice_grad(
     row, _keep = gradient_row(grad_output, input, rows, _tf32())
     launch = _launch(input)
     partials, counters = _workspace(launch)
-    _CUDA.slice_grad(row, out.data_ptr(), (*launch, partials.data_ptr(), counters.data_ptr()))
+    _CUDA.slice_grad(
+        row, out.data_ptr(), (*launch, partials.data_ptr(), counters.data_ptr())
+    )
     return out
 
 
@@ -86,7 +88,9 @@ def slice_adamw_8bit(
     if not rows:
         return
     if codebook.shape != (2, 256):
-        raise ValueError(f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)")
+        raise ValueError(
+            f"{op}: the codebook has shape {tuple(codebook.shape)}; expected (2, 256)"
+        )
     _check_state(op, slices[0].weight, codebook=codebook)
     launch = _launch(slices[0].weight)
     _CUDA.slice_adamw_8bit(table(rows), codebook.data_ptr(), options, (*launch, 0, 0))
@@ -106,7 +110,9 @@ def slice_grad_adamw(
     _check_slice(op, active, None)
     _check_state(op, weight, exp_avg=active.exp_avg, exp_avg_sq=active.exp_avg_sq)
     if weight.device != input.device:
-        raise ValueError(f"{op}: the input is on {input.device}, the weight on {weight.device}")
+        raise ValueError(
+            f"{op}: the input is on {input.device}, the weight on {weight.device}"
+        )
     gradient, _keep = gradient_row(grad_output, input, active.rows, _tf32())
     launch = _launch(input)
     partials, counters = _workspace(launch)
@@ -157,7 +163,9 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-def _check_one_device(op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]) -> None:
+def _check_one_device(
+    op: str, slices: Sequence[AdamWSlice] | Sequence[AdamWSlice8bit]
+) -> None:
     for i, s in enumerate(slices):
         first = slices[0].weight.device
         if s.weight.device != first:
@@ -179,7 +187,11 @@ def _check_state(
 ) -> None:
     """Tensors of this type, contiguous, on the weight's device."""
     for name, tensor in tensors.items():
-        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != weight.device:
+        if (
+            tensor.dtype != dtype
+            or not tensor.is_contiguous()
+            or tensor.device != weight.device
+        ):
             raise ValueError(
                 f"{op}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
                 f" for shape {tuple(tensor.shape)}; expected contiguous"
@@ -219,7 +231,11 @@ def _processors(device: torch.device) -> int:
 def _launch(tensor: Tensor) -> tuple[int, int, int]:
     """Device, stream and processors of a launch."""
     processors = _processors(tensor.device)
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, processors
+    return (
+        tensor.device.index,
+        torch.cuda.current_stream(tensor.device).cuda_stream,
+        processors,
+    )
 
 
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -242,7 +258,9 @@ def _workspace(launch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _new_workspace(device: str, processors: int) -> tuple[Tensor, Tensor]:
-    values = torch.empty(_CUDA.workspace_values(processors), dtype=torch.float32, device=device)
+    values = torch.empty(
+        _CUDA.workspace_values(processors), dtype=torch.float32, device=device
+    )
     return values, torch.zeros(
         _CUDA.workspace_counters(processors), dtype=torch.int32, device=device
     )

@@ -76,7 +76,9 @@ def _adamw(s: AdamWSlice, options: AdamWOptions) -> None:
     s.master.addcdiv_(s.exp_avg, denominator, value=-options.lr / (1 - beta1**t))
 
 
-def _written(s: AdamWSlice | AdamWSlice8bit, options: AdamWOptions, slice_id: int) -> Tensor:
+def _written(
+    s: AdamWSlice | AdamWSlice8bit, options: AdamWOptions, slice_id: int
+) -> Tensor:
     return round_to(s.master, s.weight.dtype, options.seed, slice_id)
 
 
@@ -93,7 +95,9 @@ def slice_adamw_8bit(
     for i, s in enumerate(slices):
         m = dequantize_blockwise(s.exp_avg, s.exp_avg_scale, codebook[0])
         v = dequantize_blockwise(s.exp_avg_sq, s.exp_avg_sq_scale, codebook[1])
-        _adamw(AdamWSlice(s.master, s.grad, m, v, s.weight, s.rows, s.cols, s.step), options)
+        _adamw(
+            AdamWSlice(s.master, s.grad, m, v, s.weight, s.rows, s.cols, s.step), options
+        )
         write_slice(s.weight, s.rows, s.cols, _written(s, options, i))
         for values, codes, scales, book in (
             (m, s.exp_avg, s.exp_avg_scale, codebook[0]),
@@ -145,7 +149,9 @@ def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest
     magnitude of the block; a positive value of an unsigned book is never zero."""
     flat = values.float().flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(
+        -1, BLOCK_8BIT
+    )
     scales = blocks.abs().amax(1)
     ratios = blocks * torch.where(scales > 0, 1.0 / scales, 0.0).unsqueeze(1)
     codes = torch.bucketize(ratios, (book[:-1] + book[1:]) / 2)

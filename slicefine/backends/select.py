@@ -45,7 +45,9 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], tuple[ModuleType | None, str | None]]
 
-    def refusal(self, device: str, dtypes: set[torch.dtype], op: str | None = None) -> str | None:
+    def refusal(
+        self, device: str, dtypes: set[torch.dtype], op: str | None = None
+    ) -> str | None:
         """Why this backend cannot run there, or None if it can."""
         module, reason = self.load()
         if module is None:
@@ -162,7 +164,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _known(name: str, where: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{where}: no backend {name!r}; expected one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"{where}: no backend {name!r}; expected one of {', '.join(BACKENDS)}"
+        )
     return name
 
 
@@ -184,7 +188,10 @@ def _environments_name() -> str | None:
 def _tell_once(device: str, name: str, skipped: tuple[tuple[str, str], ...]) -> None:
     why = "; ".join(f"{other}: {reason}" for other, reason in skipped)
     _log.info(
-        "slicefine runs on backend %r for device %r%s", name, device, f" ({why})" if why else ""
+        "slicefine runs on backend %r for device %r%s",
+        name,
+        device,
+        f" ({why})" if why else "",
     )
 
 
@@ -243,7 +250,9 @@ def _choose(
         f"  {other}: {backend.refusal(device, dtypes, op) or 'available'}"
         for other, backend in BACKENDS.items()
     )
-    raise RuntimeError(f"backend {name!r} was asked for and cannot run here. What exists:\n{table}")
+    raise RuntimeError(
+        f"backend {name!r} was asked for and cannot run here. What exists:\n{table}"
+    )
 
 
 _modes = torch._C._len_torch_dispatch_stack

@@ -129,7 +129,9 @@ def slice_row(
     )
 
 
-def adamw_row(s: AdamWSlice | AdamWSlice8bit, grad: Tensor | None, step: Tensor) -> tuple[int, ...]:
+def adamw_row(
+    s: AdamWSlice | AdamWSlice8bit, grad: Tensor | None, step: Tensor
+) -> tuple[int, ...]:
     """The row of an update. grad: contiguous, of the master's dtype. step: float32."""
     master, m, v = s.master, s.exp_avg, s.exp_avg_sq
     if not (master.is_contiguous() and m.is_contiguous() and v.is_contiguous()):

@@ -33,7 +33,9 @@ class Bounds:
     note: str
 
 
-def ftc_bounds(N: int, K: int, layers: int = 2, outputs: int = 1, features: int = 1) -> Bounds:
+def ftc_bounds(
+    N: int, K: int, layers: int = 2, outputs: int = 1, features: int = 1
+) -> Bounds:
     """Neurons, parameters and bytes that correct N of K answers.
 
     layers: 2 (theorem 4.1), 3 (theorem 5.1) or more (proposition 6.1). outputs: classes. features:
@@ -48,7 +50,9 @@ def ftc_bounds(N: int, K: int, layers: int = 2, outputs: int = 1, features: int 
         ("features", features, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; expected a whole number, {least} or more")
+            raise ValueError(
+                f"{name} is {value!r}; expected a whole number, {least} or more"
+            )
     if N > K:
         raise ValueError(f"N is {N} and K is {K}; expected N of K answers, so N <= K")
     low, high = {2: _two, 3: _three}.get(layers, _deep)(N, K, layers, outputs)
@@ -78,7 +82,9 @@ def _two(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
 def _three(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
     low = math.sqrt(2 * max(0, min(3 * N, K - 2)) + 0.25) - 0.5
     if outputs == 1:
-        high = min(2 * math.sqrt(K) + min(2 * math.sqrt(K), 3 * N), 6 * math.sqrt(3 * N + 2))
+        high = min(
+            2 * math.sqrt(K) + min(2 * math.sqrt(K), 3 * N), 6 * math.sqrt(3 * N + 2)
+        )
     else:
         # p groups of q: 2p + 4qC with pq = 3N + 2 is least at p = sqrt(2C(3N + 2))
         high = 4 * math.sqrt(2 * outputs * min(3 * N + 2, K))
@@ -106,7 +112,13 @@ def _parameters(neurons: int, layers: int, outputs: int, features: int, N: int) 
             + outputs
         )
     width = max(1, neurons // (layers - 1))
-    return features + 2 * width + (layers - 2) * width * (width + 1) + width * outputs + outputs
+    return (
+        features
+        + 2 * width
+        + (layers - 2) * width * (width + 1)
+        + width * outputs
+        + outputs
+    )
 
 
 def three_layers_pay(outputs: int) -> int:

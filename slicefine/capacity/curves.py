@@ -81,7 +81,16 @@ def ftc_curve(
                 for size in grid:
                     points.append(
                         _measure(
-                            make_model(), method, size, changed, N, config, layers, steps, lr, seed
+                            make_model(),
+                            method,
+                            size,
+                            changed,
+                            N,
+                            config,
+                            layers,
+                            steps,
+                            lr,
+                            seed,
                         )
                     )
                     if points[-1].solved:
@@ -111,7 +120,15 @@ def _measure(
         seed=seed,
     )
     return Point(
-        method, size, trial.trainable, N, len(samples), seed, fit.solved, fit.wrong, fit.steps
+        method,
+        size,
+        trial.trainable,
+        N,
+        len(samples),
+        seed,
+        fit.solved,
+        fit.wrong,
+        fit.steps,
     )
 
 
@@ -121,7 +138,9 @@ def relabelled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
         raise ValueError(f"N is {N}; there are {len(samples)} samples")
     chosen = _order(len(samples), seed)[:N]
     labels = samples.labels.clone()
-    other = torch.randint(1, classes, (N,), generator=torch.Generator().manual_seed(seed + 1))
+    other = torch.randint(
+        1, classes, (N,), generator=torch.Generator().manual_seed(seed + 1)
+    )
     labels[chosen] = (labels[chosen] + other) % classes
     return Samples(samples.inputs, labels)
 
@@ -140,11 +159,16 @@ def smallest(points: Sequence[Point]) -> dict[tuple[str, int], dict[str, Any]]:
         mine = [p for p in points if (p.method, p.N) == key]
         best = {
             s: min(
-                (p for p in mine if p.seed == s and p.solved), key=lambda p: p.size, default=None
+                (p for p in mine if p.seed == s and p.solved),
+                key=lambda p: p.size,
+                default=None,
             )
             for s in {p.seed for p in mine}
         }
         solved = [p for p in best.values() if p is not None]
         worst = max(solved, key=lambda p: p.size) if len(solved) == len(best) else None
-        result[key] = {"size": worst and worst.size, "parameters": worst and worst.parameters}
+        result[key] = {
+            "size": worst and worst.size,
+            "parameters": worst and worst.parameters,
+        }
     return result

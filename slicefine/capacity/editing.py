@@ -76,7 +76,9 @@ class Attempt:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def _add_lora(self, layers: int, feature: Any) -> None:
-        self._trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self._trained = {
+            name for name, p in self.model.named_parameters() if p.requires_grad
+        }
         self.model = lora_model(self.model, self.size, self.config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
@@ -141,7 +143,9 @@ class Attempt:
             chosen = torch.randperm(len(edits), generator=generator)[:batch_size]
             parts = [edits[chosen]]
             if keep is not None:
-                parts.append(keep[torch.randperm(len(keep), generator=generator)[:batch_size]])
+                parts.append(
+                    keep[torch.randperm(len(keep), generator=generator)[:batch_size]]
+                )
             batch = joined(parts)
             optimizer.zero_grad()
             lead = _lead(logits_of(self.model, batch.inputs), batch.labels)
@@ -152,14 +156,23 @@ class Attempt:
             if quiet >= 5 or step == steps:
                 quiet = 0
                 wrong = int(
-                    (predict(self.model, everything.inputs).argmax(1) != everything.labels).sum()
+                    (
+                        predict(self.model, everything.inputs).argmax(1)
+                        != everything.labels
+                    ).sum()
                 )
                 if wrong == 0:
                     return Fit(step, True, 0)
         return Fit(steps, False, wrong)
 
     def _fit_side(
-        self, edits: Samples, keep: Samples | None, steps: int, lr: float, margin: float, seed: int
+        self,
+        edits: Samples,
+        keep: Samples | None,
+        steps: int,
+        lr: float,
+        margin: float,
+        seed: int,
     ) -> Fit:
         everything = joined([edits, keep]) if keep is not None else edits
         # the model does not change, so its features are computed once
@@ -168,11 +181,17 @@ class Attempt:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             side = AdditiveSide(
-                features.shape[1], base.shape[1], self.layers, self.size, feature=self.feature
+                features.shape[1],
+                base.shape[1],
+                self.layers,
+                self.size,
+                feature=self.feature,
             )
         self.parameters = list(side.parameters())
         optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
-        fit = _descend(lambda: base + side(features), everything.labels, optimizer, steps, margin)
+        fit = _descend(
+            lambda: base + side(features), everything.labels, optimizer, steps, margin
+        )
         # after training: the hooks would compute what is computed here already
         self.side = side.attach(self.model)
         return fit
@@ -209,7 +228,8 @@ def _lead(logits: Tensor, labels: Tensor) -> Tensor:
     """(n,) the wanted class's logit minus the best other one."""
     labels = labels.to(logits.device)[:, None]
     return (
-        logits.gather(1, labels).squeeze(1) - logits.scatter(1, labels, float("-inf")).max(1).values
+        logits.gather(1, labels).squeeze(1)
+        - logits.scatter(1, labels, float("-inf")).max(1).values
     )
 
 
@@ -251,7 +271,9 @@ def lora_model(model: nn.Module, r: int, config: SliceConfig) -> Any:
         if t.skipped is None and t.module is not output_head(model)
     ]
     linear = {
-        n: m for n, m in model.named_modules() if n in names and not isinstance(m, SliceLayer)
+        n: m
+        for n, m in model.named_modules()
+        if n in names and not isinstance(m, SliceLayer)
     }
     return peft.get_peft_model(
         model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(linear))

@@ -39,7 +39,9 @@ class Bumps(nn.Module):
     slopes: Tensor
     layers = 2
 
-    def __init__(self, direction: Tensor, knots: Tensor, at: Tensor, slopes: Tensor) -> None:
+    def __init__(
+        self, direction: Tensor, knots: Tensor, at: Tensor, slopes: Tensor
+    ) -> None:
         super().__init__()
         for name, value in (
             ("direction", direction),
@@ -59,7 +61,9 @@ class Bumps(nn.Module):
         the leftmost values.
         """
         return (
-            self.direction.numel() + self.knots.numel() * (1 + self.at.shape[1]) + self.at.shape[1]
+            self.direction.numel()
+            + self.knots.numel() * (1 + self.at.shape[1])
+            + self.at.shape[1]
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -104,7 +108,9 @@ class Zigzags(nn.Module):
     readout: Tensor
     layers = 3
 
-    def __init__(self, direction: Tensor, edges: Tensor, heights: Tensor, readout: Tensor) -> None:
+    def __init__(
+        self, direction: Tensor, edges: Tensor, heights: Tensor, readout: Tensor
+    ) -> None:
         super().__init__()
         for name, value in (
             ("direction", direction),
@@ -122,7 +128,10 @@ class Zigzags(nn.Module):
     def stored(self) -> int:
         """Numbers that the network needs; each unit adds to one output."""
         return (
-            self.direction.numel() + self.edges.numel() + self.heights.numel() + len(self.heights)
+            self.direction.numel()
+            + self.edges.numel()
+            + self.heights.numel()
+            + len(self.heights)
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -156,11 +165,13 @@ class Zigzags(nn.Module):
         bend = torch.tensor([2.0, 1.0, -1.0, -2.0], dtype=self.edges.dtype)
         weight = torch.cat([rise, -rise], 1)
         second = _linear(
-            weight.repeat_interleave(4, 0), ((middle - rise.sum(1))[:, None] + bend).flatten()
+            weight.repeat_interleave(4, 0),
+            ((middle - rise.sum(1))[:, None] + bend).flatten(),
         )
         hat = torch.tensor([-1.0, 2.0, -2.0, 1.0], dtype=self.edges.dtype)
         last = _linear(
-            (self.readout[:, :, None] * hat).flatten(1), torch.zeros_like(self.readout[:, 0])
+            (self.readout[:, :, None] * hat).flatten(1),
+            torch.zeros_like(self.readout[:, 0]),
         )
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
@@ -283,7 +294,10 @@ def three_layers(direction: Tensor, line: Line, slack: float) -> Zigzags:
     # of the size of an average gap between edits
     margin = spread / math.sqrt(len(targets))
     # halfway between neighboring groups
-    inner = [(position[targets[a[-1]]] + position[targets[b[0]]]) / 2 for a, b in pairwise(groups)]
+    inner = [
+        (position[targets[a[-1]]] + position[targets[b[0]]]) / 2
+        for a, b in pairwise(groups)
+    ]
     edges = torch.stack([first - margin, *inner, last + margin])
     heights, readout = [], []
     for c, mine in enumerate(wanted):
@@ -306,7 +320,9 @@ def _best_grouping(count: int, wanted: list[Tensor]) -> list[Tensor]:
     best: tuple[int, list[Tensor]] | None = None
     for p in range(1, count + 1):
         groups = list(torch.arange(count).tensor_split(p))
-        neurons = 2 * p + 4 * sum(max(int(mine[g].sum()) for g in groups) for mine in wanted)
+        neurons = 2 * p + 4 * sum(
+            max(int(mine[g].sum()) for g in groups) for mine in wanted
+        )
         if best is None or neurons < best[0]:
             best = neurons, groups
         # more groups alone would cost more than the best so far
@@ -317,7 +333,12 @@ def _best_grouping(count: int, wanted: list[Tensor]) -> list[Tensor]:
 
 
 def _zigzags(
-    position: Tensor, value: Tensor, edges: Tensor, owned: list[Tensor], units: int, slack: float
+    position: Tensor,
+    value: Tensor,
+    edges: Tensor,
+    owned: list[Tensor],
+    units: int,
+    slack: float,
 ) -> list[Tensor]:
     """Heights at the edges of the units of one output; each owns at most one edit per group."""
     # of the homogeneous zigzag at the left edge of a group
@@ -361,7 +382,9 @@ def _widest_gaps(position: Tensor, left: Tensor, right: Tensor, count: int) -> T
     """(count,) midpoints of the widest gaps between samples inside [left, right], halved again
     where there are too few.
     """
-    ends = torch.cat([left[None], position[(position > left) & (position < right)], right[None]])
+    ends = torch.cat(
+        [left[None], position[(position > left) & (position < right)], right[None]]
+    )
     while len(ends) - 1 < count:
         ends = torch.cat([ends, (ends[1:] + ends[:-1]) / 2]).sort().values
     gaps = ends.diff()

@@ -39,7 +39,11 @@ class Prediction:
 
 def verdict(rho: float) -> str:
     return (
-        "comfortable" if rho <= COMFORTABLE else "borderline" if rho <= BORDERLINE else "too small"
+        "comfortable"
+        if rho <= COMFORTABLE
+        else "borderline"
+        if rho <= BORDERLINE
+        else "too small"
     )
 
 
@@ -67,7 +71,9 @@ def predict_sizes(
     if not len(edits) or not sizes:
         raise ValueError("there are no edits or no sizes; nothing to predict")
     # by the largest size, so that all sizes are predicted for the same layers
-    targets = [t for t in find_targets(model, replace(config, r=max(sizes))) if t.skipped is None]
+    targets = [
+        t for t in find_targets(model, replace(config, r=max(sizes))) if t.skipped is None
+    ]
     layers = {t.name: t.module for t in targets}
     grams = {r: torch.zeros(len(edits), len(edits), dtype=torch.float64) for r in sizes}
     needed = []
@@ -104,7 +110,9 @@ def predict_sizes(
             if lost
             else float((along[kept].square() / values[kept]).sum().sqrt()) / norm
         )
-        parameters = sum(r * (m.weight.numel() // _width(config, m)) for m in layers.values())  # pyright: ignore[reportCallIssue]
+        parameters = sum(
+            r * (m.weight.numel() // _width(config, m)) for m in layers.values()
+        )  # pyright: ignore[reportCallIssue]
         result.append(Prediction(r, parameters, rho, int(kept.sum()), verdict(rho)))
     return result
 

@@ -83,7 +83,9 @@ def edit_report(
     """
     variants = _variants(edits, perturb, draws, seed) if variants is None else variants
     asked, asked_before = (
-        float(torch.stack([f(v).argmax(1) == edits.labels for v in variants]).double().mean())
+        float(
+            torch.stack([f(v).argmax(1) == edits.labels for v in variants]).double().mean()
+        )
         for f in (after, before)
     )
     kept = _compared(before, after, keep)
@@ -102,7 +104,9 @@ def edit_report(
     )
 
 
-def _variants(edits: Samples, perturb: Perturb | None, draws: int, seed: int) -> list[Inputs]:
+def _variants(
+    edits: Samples, perturb: Perturb | None, draws: int, seed: int
+) -> list[Inputs]:
     generator = torch.Generator().manual_seed(seed)
     return [(perturb or perturbed)(edits.inputs, generator) for _ in range(draws)]
 
@@ -126,20 +130,28 @@ def perturbed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     if isinstance(inputs, dict):
         return _without_a_token(inputs, generator)
     if not inputs.dtype.is_floating_point:
-        raise ValueError(f"inputs are {inputs.dtype}; say how to perturb them with perturb=")
+        raise ValueError(
+            f"inputs are {inputs.dtype}; say how to perturb them with perturb="
+        )
     # a deviation needs two samples; with one, that of all its features stands in
     spread = (
-        inputs.std(0, correction=0) if len(inputs) > 1 else inputs.std().expand(inputs.shape[1:])
+        inputs.std(0, correction=0)
+        if len(inputs) > 1
+        else inputs.std().expand(inputs.shape[1:])
     )
     return inputs + 0.01 * spread * torch.randn(
         inputs.shape, generator=generator, dtype=inputs.dtype
     )
 
 
-def _without_a_token(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def _without_a_token(
+    inputs: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
     mask = inputs.get("attention_mask")
     if mask is None:
-        raise ValueError("encodings without attention_mask: say how to perturb them with perturb=")
+        raise ValueError(
+            "encodings without attention_mask: say how to perturb them with perturb="
+        )
     result = {key: value.clone() for key, value in inputs.items()}
     for row, length in enumerate(mask.sum(1).tolist()):
         if length < 4:
@@ -367,7 +379,9 @@ def patch(
     # all answers of the unpatched model, by the identity of the inputs: the patch changes it in
     # place
     before = {
-        id(x): predict(model, x) for x in (edits.inputs, keep, held_out, *variants) if x is not None
+        id(x): predict(model, x)
+        for x in (edits.inputs, keep, held_out, *variants)
+        if x is not None
     }
     classes = before[id(edits.inputs)].shape[1]
     if int(edits.labels.min()) < 0 or int(edits.labels.max()) >= classes:

@@ -45,7 +45,9 @@ def patch_page(patch: Patch, title: str, subtitle: str) -> Page:
     ax.barh([r["number"] for r in shown], [r["share"] for r in shown], color="C0")
     ax.set(xlim=(0, 1), xlabel="share")
     ax.invert_yaxis()
-    page.figure(figure, f"mode {patch.mode}, method {patch.method}, {patch.parameters:,d} numbers")
+    page.figure(
+        figure, f"mode {patch.mode}, method {patch.method}, {patch.parameters:,d} numbers"
+    )
     page.heading("What to know")
     for line in patch.warnings:
         page.text(line[0].upper() + line[1:] + ".", note=True)

@@ -27,7 +27,9 @@ class Samples:
     def __post_init__(self) -> None:
         sizes = {
             len(t)
-            for t in (self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs])
+            for t in (
+                self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]
+            )
         }
         if sizes != {len(self.labels)}:
             raise ValueError(
@@ -56,7 +58,9 @@ class Samples:
             # sorted by length within 25 batches: little padding, and still random batches
             windows = [w[length[w].argsort(stable=True)] for w in order.split(25 * size)]
             chunks = [c for w in windows for c in w.split(size)]
-            return [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
+            return [
+                chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()
+            ]
         return list(order.split(size))
 
 
@@ -70,7 +74,9 @@ def joined(parts: list[Samples]) -> Samples:
     for key in first:
         tensors = [p.inputs[key] for p in parts]  # pyright: ignore[reportArgumentType, reportCallIssue]
         width = max(t.shape[1] for t in tensors)
-        inputs[key] = torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+        inputs[key] = torch.cat(
+            [nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
+        )
     return Samples(inputs, labels)
 
 
@@ -127,7 +133,9 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Tensor:
     if isinstance(inputs, dict) and "attention_mask" in inputs:
         order = inputs["attention_mask"].sum(1).argsort(stable=True)
     with evaluating(model):
-        parts = [logits_of(model, take(inputs, chunk)).cpu() for chunk in order.split(batch_size)]
+        parts = [
+            logits_of(model, take(inputs, chunk)).cpu() for chunk in order.split(batch_size)
+        ]
     if not parts:
         raise ValueError("there are no samples to predict")
     logits = torch.cat(parts)
@@ -139,5 +147,7 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Tensor:
 def accuracy(model: nn.Module, samples: Samples, batch_size: int = 64) -> float:
     """Share of the samples whose largest logit is their label, in [0, 1]."""
     return float(
-        (predict(model, samples.inputs, batch_size).argmax(1) == samples.labels).double().mean()
+        (predict(model, samples.inputs, batch_size).argmax(1) == samples.labels)
+        .double()
+        .mean()
     )

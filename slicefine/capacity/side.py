@@ -15,7 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slicefine.capacity.exact import Bumps, Zigzags, choose_direction, three_layers, two_layers
+from slicefine.capacity.exact import (
+    Bumps,
+    Zigzags,
+    choose_direction,
+    three_layers,
+    two_layers,
+)
 from slicefine.capacity.samples import Inputs, count, evaluating, logits_of, take
 from slicefine.targets import output_head
 
@@ -55,7 +61,9 @@ class AdditiveSide(nn.Module):
         self._place(feature, output)
 
     @classmethod
-    def of(cls, network: nn.Module, feature: Features, output: str | None = None) -> AdditiveSide:
+    def of(
+        cls, network: nn.Module, feature: Features, output: str | None = None
+    ) -> AdditiveSide:
         """A side with a network that exists already."""
         side = cls.__new__(cls)
         nn.Module.__init__(side)
@@ -65,7 +73,9 @@ class AdditiveSide(nn.Module):
 
     def _place(self, feature: Features, output: str | None) -> None:
         self.feature = feature
-        self.output = output if output is not None else feature if isinstance(feature, str) else ""
+        self.output = (
+            output if output is not None else feature if isinstance(feature, str) else ""
+        )
         self._handles: list[Any] = []
         self._seen: Tensor | None = None
         self._on = True
@@ -77,7 +87,11 @@ class AdditiveSide(nn.Module):
     @property
     def layers(self) -> int:
         network = self.network
-        return network.layers if isinstance(network, (Bumps, Zigzags)) else len(_linears(network))
+        return (
+            network.layers
+            if isinstance(network, (Bumps, Zigzags))
+            else len(_linears(network))
+        )
 
     @property
     def neurons(self) -> int:
@@ -121,7 +135,9 @@ class AdditiveSide(nn.Module):
                 source.register_forward_pre_hook(self._see_input, with_kwargs=True)
             )
         else:
-            self._handles.append(model.register_forward_pre_hook(self._see_call, with_kwargs=True))
+            self._handles.append(
+                model.register_forward_pre_hook(self._see_call, with_kwargs=True)
+            )
         self._handles.append(target.register_forward_hook(self._add))
         return self
 
@@ -142,7 +158,9 @@ class AdditiveSide(nn.Module):
 
     def _see_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         found = (
-            args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+            args[0]
+            if args
+            else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         )
         if not isinstance(found, Tensor):
             raise ValueError(
@@ -255,7 +273,9 @@ def exact_side(
     if not edits:
         raise ValueError("there are no edits; nothing to construct")
     if outside := [i for i in edits if not 0 <= i < len(features)]:
-        raise ValueError(f"edits name row {outside[0]}; there are rows 0 to {len(features) - 1}")
+        raise ValueError(
+            f"edits name row {outside[0]}; there are rows 0 to {len(features) - 1}"
+        )
     if layers not in (2, 3) or not 0 <= slack < 1 or margin <= 0:
         raise ValueError(
             f"layers is {layers}, slack {slack}, margin {margin}; expected 2 or 3, 0 <= slack < 1"
@@ -272,7 +292,9 @@ def exact_side(
     x = features.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(x).all() and torch.isfinite(value).all()):
         raise ValueError("features or edits hold NaN or infinity")
-    direction, line = choose_direction(x, index, value, projection, tries, prefer, layers, seed)
+    direction, line = choose_direction(
+        x, index, value, projection, tries, prefer, layers, seed
+    )
     network = (two_layers if layers == 2 else three_layers)(direction, line, slack)
     return AdditiveSide.of(network, feature, output)
 

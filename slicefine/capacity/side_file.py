@@ -28,7 +28,10 @@ def base_sha256(model: nn.Module) -> str:
 
 
 def save_side(
-    side: AdditiveSide, folder: str | os.PathLike[str], base: dict[str, Any], info: dict[str, Any]
+    side: AdditiveSide,
+    folder: str | os.PathLike[str],
+    base: dict[str, Any],
+    info: dict[str, Any],
 ) -> str:
     """Write a side network, atomically; base: ``{"model": name, "sha256": base_sha256(model)}``.
     Returns the file's identity.
@@ -46,7 +49,12 @@ def save_side(
         for name, tensor in side.network.state_dict().items()
     }
     kind = type(side.network).__name__ if side.exact else "ReLU"
-    network = {"kind": kind, "layers": side.layers, "neurons": side.neurons, "stored": side.stored}
+    network = {
+        "kind": kind,
+        "layers": side.layers,
+        "neurons": side.neurons,
+        "stored": side.stored,
+    }
     manifest = {
         "base": base,
         "info": info,
@@ -79,7 +87,9 @@ def load_side(folder: str | os.PathLike[str]) -> tuple[AdditiveSide, dict[str, A
         return AdditiveSide.of(network, manifest["feature"], manifest["output"]), manifest
     weights = [t for n, t in tensors.items() if n.endswith("weight")]
     weights.sort(
-        key=lambda t: next(int(n.split(".")[0]) for n, other in tensors.items() if other is t)
+        key=lambda t: next(
+            int(n.split(".")[0]) for n, other in tensors.items() if other is t
+        )
     )
     width = sum(w.shape[0] for w in weights[:-1])
     side = AdditiveSide(

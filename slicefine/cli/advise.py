@@ -44,7 +44,8 @@ def advise(
     as_json: Annotated[
         Path | None,
         typer.Option(
-            "--json", help="write advice and evidence to this file; the SliceConfig is under config"
+            "--json",
+            help="write advice and evidence to this file; the SliceConfig is under config",
         ),
     ] = None,
     config_out: Annotated[
@@ -54,12 +55,16 @@ def advise(
             help="write the SliceConfig alone to this file, for slicefine train --config",
         ),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write an HTML report to this file")
+    ] = None,
     r: Annotated[int, typer.Option(min=1, help="width whose memory is the budget")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="of the training to come")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="of the training to come")] = 32,
     max_length: Annotated[int, typer.Option(min=1, help="tokens")] = 64,
-    examples: Annotated[int, typer.Option(min=16, help="rows looked at before the trials")] = 96,
+    examples: Annotated[
+        int, typer.Option(min=16, help="rows looked at before the trials")
+    ] = 96,
     trial_steps: Annotated[
         int, typer.Option(min=10, help="optimizer steps of each short training")
     ] = 40,
@@ -80,7 +85,9 @@ def advise(
     try:
         check_report(report)
         columns = Columns(text_column, label_column, image_column)
-        subject = load_subject(model, data, task, columns, examples, max_length, seed, device)
+        subject = load_subject(
+            model, data, task, columns, examples, max_length, seed, device
+        )
         found = advice_for(
             subject,
             model,
@@ -148,7 +155,9 @@ def advice_for(
     )
     train, kept = _trial_batches(subject, batch_size, trial_steps, held, seed)
     context = (
-        (lambda: torch.autocast(subject.device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
+        (lambda: torch.autocast(subject.device.type, dtype=torch.bfloat16))
+        if bf16
+        else nullcontext
     )
     with progress() as track:
         try:
@@ -187,7 +196,9 @@ def planner(subject: Subject, name: str, batch_size: int, max_length: int) -> An
     from slicefine.plan import estimate as plan
     from slicefine.plan.workloads import workload_of
 
-    workload = workload_of(subject.model.config, name, torch.float32, _AUTO[subject.task_name])
+    workload = workload_of(
+        subject.model.config, name, torch.float32, _AUTO[subject.task_name]
+    )
     return lambda config: (
         plan.estimate(workload, method_of(config), batch_size, max_length).peak_bytes
     )
@@ -209,7 +220,9 @@ def _trial_batches(
     make = lambda chosen: {
         key: value.to(subject.device) for key, value in subject.task.batch(chosen).items()
     }
-    full = [rest[i : i + size] for i in range(0, len(rest) - size + 1, size)][: max(steps, 60)]
+    full = [rest[i : i + size] for i in range(0, len(rest) - size + 1, size)][
+        : max(steps, 60)
+    ]
     ordered = sorted(kept, key=subject.task.length)
     return [make(chunk) for chunk in full], [
         make(ordered[i : i + size]) for i in range(0, held, size)
@@ -225,7 +238,11 @@ def _show(found: dict[str, Any]) -> None:
     console = Console()
     console.print("Recommendation, by measured effect; then what is a rule\n")
     for number, line in enumerate(found["lines"], 1):
-        value = f"{line['value']:.2g}" if isinstance(line["value"], float) else str(line["value"])
+        value = (
+            f"{line['value']:.2g}"
+            if isinstance(line["value"], float)
+            else str(line["value"])
+        )
         effect = line["effect"]
         gain = "" if effect is None else f"   held-out loss {-effect:+.4f}"
         console.print(Text(f"{number}. {line['setting']}: {value}{gain}", style="bold"))

@@ -23,15 +23,23 @@ def capacity(
             )
         ),
     ],
-    keep: Annotated[int, typer.Option(min=0, help="how many other answers must stay")] = 1000,
-    outputs: Annotated[int, typer.Option(min=1, help="classes; with --model, the model's")] = 1,
+    keep: Annotated[
+        int, typer.Option(min=0, help="how many other answers must stay")
+    ] = 1000,
+    outputs: Annotated[
+        int, typer.Option(min=1, help="classes; with --model, the model's")
+    ] = 1,
     features: Annotated[
         int,
-        typer.Option(min=1, help="width of what a side network reads; with --model, the head's"),
+        typer.Option(
+            min=1, help="width of what a side network reads; with --model, the head's"
+        ),
     ] = 1,
     model: Annotated[
         str | None,
-        typer.Option(help="a trained Hugging Face classifier: also predict which slices suffice"),
+        typer.Option(
+            help="a trained Hugging Face classifier: also predict which slices suffice"
+        ),
     ] = None,
     sizes: Annotated[
         str, typer.Option(help="widths of slices to predict for")
@@ -80,7 +88,9 @@ def whole_numbers(text: str, what: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise UserError(f"{what} {text}: expected whole numbers, 1 or more, such as 4,16,64")
+        raise UserError(
+            f"{what} {text}: expected whole numbers, 1 or more, such as 4,16,64"
+        )
     return numbers
 
 
@@ -122,7 +132,10 @@ def _run(
     for column in ("layers", "neurons", "parameters", "bytes (float64)"):
         table.add_column(column, justify="right")
     for b in bounds:
-        spans = [f"{low or 0:,d} to {high:,d}" for low, high in (b.neurons, b.parameters, b.bytes)]
+        spans = [
+            f"{low or 0:,d} to {high:,d}"
+            for low, high in (b.neurons, b.parameters, b.bytes)
+        ]
         table.add_row(str(b.layers), *spans)
     console = Console()
     console.print(table)
@@ -140,7 +153,10 @@ def _run(
             "The verdict was right to within a factor of 2 in r where it was measured; it says"
             " nothing of answers to keep."
         )
-    return {"bounds": [asdict(b) for b in bounds], "predictions": [asdict(p) for p in predictions]}
+    return {
+        "bounds": [asdict(b) for b in bounds],
+        "predictions": [asdict(p) for p in predictions],
+    }
 
 
 def _predict(
@@ -159,7 +175,9 @@ def _predict(
     from slicefine.training.tasks import Columns
 
     grid = whole_numbers(sizes, "--sizes")
-    task = studying.new_task(task_name, Columns("text", "label", "image"), max_length, edits)
+    task = studying.new_task(
+        task_name, Columns("text", "label", "image"), max_length, edits
+    )
     rows = studying.read(edits, task, "--edits")
     model = studying.trained_classifier(task, model_name)
     names = target_modules or "all-linear"

@@ -24,7 +24,9 @@ Tasks = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="folder or hub id of a Hugging Face model; each task gets a new head"),
+    typer.Option(
+        help="folder or hub id of a Hugging Face model; each task gets a new head"
+    ),
 ]
 Sizes = Annotated[
     str,
@@ -34,7 +36,9 @@ Sizes = Annotated[
 ]
 Modes = Annotated[
     str,
-    typer.Option(help="same,disjoint,attach: what the slices of later tasks do to earlier ones"),
+    typer.Option(
+        help="same,disjoint,attach: what the slices of later tasks do to earlier ones"
+    ),
 ]
 EvalTasks = Annotated[str | None, typer.Option(help="test files, in the order of --tasks")]
 EvalShare = Annotated[
@@ -50,26 +54,37 @@ LearningRate = Annotated[
 ]
 SwitchInterval = Annotated[
     int,
-    typer.Option(min=0, help="steps between moves in modes same and attach; 0: the slice stays"),
+    typer.Option(
+        min=0, help="steps between moves in modes same and attach; 0: the slice stays"
+    ),
 ]
 Replay = Annotated[
     int, typer.Option(min=0, help="samples of every earlier task to repeat; not for attach")
 ]
 Functional = Annotated[
-    float, typer.Option(min=0, help="weight of the change of earlier heads' logits; not for attach")
+    float,
+    typer.Option(
+        min=0, help="weight of the change of earlier heads' logits; not for attach"
+    ),
 ]
 Joint = Annotated[
-    bool, typer.Option("--joint/--no-joint", help="also train on all tasks at once, the reference")
+    bool,
+    typer.Option(
+        "--joint/--no-joint", help="also train on all tasks at once, the reference"
+    ),
 ]
 Alone = Annotated[
     bool, typer.Option("--alone", help="also train each task by itself from the base")
 ]
-Threshold = Annotated[float, typer.Option(help="of AA per doubling, for the suggested knee")]
+Threshold = Annotated[
+    float, typer.Option(help="of AA per doubling, for the suggested knee")
+]
 Output = Annotated[
     Path | None, typer.Option(help="folder for the deltas of mode attach, by size and task")
 ]
 AsJson = Annotated[
-    Path | None, typer.Option("--json", help="write matrix, AA, AF, LA, BWT by mode and size")
+    Path | None,
+    typer.Option("--json", help="write matrix, AA, AF, LA, BWT by mode and size"),
 ]
 
 
@@ -319,7 +334,9 @@ def _from_files(files: _Files) -> tuple[Any, Any]:
     if files.model is None:
         raise UserError(f"--model is missing; only {' and '.join(BUILT_IN)} need none")
     paths = files.tasks.split(",")
-    tests: list[Any] = files.eval_tasks.split(",") if files.eval_tasks else [None] * len(paths)
+    tests: list[Any] = (
+        files.eval_tasks.split(",") if files.eval_tasks else [None] * len(paths)
+    )
     if len(tests) != len(paths):
         raise UserError(
             f"--eval-tasks names {len(tests)} files and --tasks {len(paths)}; expected as many"
@@ -350,7 +367,9 @@ def _from_files(files: _Files) -> tuple[Any, Any]:
             if hasattr(widest, name):
                 setattr(kind, name, getattr(widest, name))
         tasks.append(
-            TaskSamples(Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held))
+            TaskSamples(
+                Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held)
+            )
         )
     return lambda: copy.deepcopy(base), tasks
 
@@ -376,7 +395,9 @@ def _print(result: Any) -> None:
     for mode in result.modes:
         for size in result.sizes(mode):
             mean = result.mean(mode, size)
-            table.add_row(mode, str(size), *_cells(result, mode, size), f"{mean['parameters']:,d}")
+            table.add_row(
+                mode, str(size), *_cells(result, mode, size), f"{mean['parameters']:,d}"
+            )
     say = lambda text: console.print(text, highlight=False, markup=False)
     say(f"{len(result.tasks)} tasks: {', '.join(result.tasks)}")
     console.print(table)
@@ -399,7 +420,10 @@ def _cells(result: Any, mode: str, size: int) -> list[str]:
     """
     mean = result.mean(mode, size)
     left_out = () if result.forgets(mode, size) else ("AF", "BWT")
-    return ["–" if key in left_out or mean[key] is None else f"{mean[key]:.3f}" for key in MEASURES]
+    return [
+        "–" if key in left_out or mean[key] is None else f"{mean[key]:.3f}"
+        for key in MEASURES
+    ]
 
 
 def _fit(trends: dict[str, Any], over: str) -> str:

@@ -37,16 +37,19 @@ app = typer.Typer(
     ),
 )
 StorePath = Annotated[
-    Path, typer.Option("--store", envvar="SLICEFINE_STORE", help="folder of the delta store")
+    Path,
+    typer.Option("--store", envvar="SLICEFINE_STORE", help="folder of the delta store"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
 Model = Annotated[
-    str, typer.Option("--model", help="folder, .gguf file or hub id of a Hugging Face model")
+    str,
+    typer.Option("--model", help="folder, .gguf file or hub id of a Hugging Face model"),
 ]
 Password = Annotated[
     str | None,
     typer.Option(
-        envvar="SLICEFINE_KEY_PASSWORD", help="of the private key; better in the environment"
+        envvar="SLICEFINE_KEY_PASSWORD",
+        help="of the private key; better in the environment",
     ),
 ]
 _STORE = Path("slicefine-store")
@@ -126,7 +129,9 @@ def list_(store: StorePath = _STORE, as_json: AsJson = False) -> None:
             err=True,
         )
     if as_json:
-        return tables.print_json({"head": log.head, "deltas": [asdict(entry) for entry in entries]})
+        return tables.print_json(
+            {"head": log.head, "deltas": [asdict(entry) for entry in entries]}
+        )
     tables.entries(entries, log.head)
 
 
@@ -138,7 +143,9 @@ def show(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> Non
 
 
 @app.command()
-def diff(target: str, other: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
+def diff(
+    target: str, other: str, store: StorePath = _STORE, as_json: AsJson = False
+) -> None:
     """Where two deltas change the same entries, and where to different values."""
     from slicefine.deltas.difference import difference
 
@@ -182,7 +189,9 @@ def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> 
 
 
 @app.command()
-def promote(target: str, stage: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
+def promote(
+    target: str, stage: str, store: StorePath = _STORE, as_json: AsJson = False
+) -> None:
     """Make a delta the current one of a stage among the versions of its name: name@stage."""
     entry = Store(store).promote(target, stage)
     tables.show(asdict(entry), as_json, f"{entry.name}@{stage} is {entry.label}")
@@ -214,7 +223,8 @@ def apply(
         ),
     ] = None,
     public_key: Annotated[
-        Path | None, typer.Option(help="only if the owner of this Ed25519 key has signed the delta")
+        Path | None,
+        typer.Option(help="only if the owner of this Ed25519 key has signed the delta"),
     ] = None,
     verify: Annotated[
         bool,
@@ -224,7 +234,9 @@ def apply(
     ] = True,
     force: Annotated[
         bool,
-        typer.Option("--force", help="apply a revoked delta too, and replace another model"),
+        typer.Option(
+            "--force", help="apply a revoked delta too, and replace another model"
+        ),
     ] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
@@ -258,9 +270,13 @@ def revert(
     model: Model,
     output: Annotated[
         Path | None,
-        typer.Option(help="folder for the model; default: --model itself, replaced in one step"),
+        typer.Option(
+            help="folder for the model; default: --model itself, replaced in one step"
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace another model in it")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="replace another model in it")
+    ] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -280,7 +296,12 @@ def revert(
     found.record("revert", model=model, output=str(output), base=base)
     what = "bit for bit the base" if base else "not the base: another delta is still in it"
     tables.show(
-        {"delta": found.delta.sha256, "model": model, "output": str(output), "is_base": base},
+        {
+            "delta": found.delta.sha256,
+            "model": model,
+            "output": str(output),
+            "is_base": base,
+        },
         as_json,
         f"reverted {found.label}: {output}, {what}",
     )
@@ -302,7 +323,9 @@ def export(
             "--leave-out", help="drop heads and biases that the server's LoRA cannot hold"
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="export a revoked delta too")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="export a revoked delta too")
+    ] = False,
     store: StorePath = _STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -312,7 +335,9 @@ def export(
     from slicefine.deltas.lora import to_lora
 
     if server not in ("peft", "vllm"):
-        raise typer.BadParameter(f"{server!r} is not one of peft, vllm", param_hint="--server")
+        raise typer.BadParameter(
+            f"{server!r} is not one of peft, vllm", param_hint="--server"
+        )
     found = _usable(store, target, force)
     adapter = to_lora(found.delta, server=server, max_rank=max_rank, leave_out=leave_out)
     adapter.save(output)
@@ -338,7 +363,12 @@ def scale(
         raise typer.BadParameter(str(error), param_hint="ALPHA") from error
     save_folder(scaled, output, f"{found.label}, {alpha:g} of it")
     tables.show(
-        {"delta": scaled.sha256, "of": found.delta.sha256, "alpha": alpha, "output": str(output)},
+        {
+            "delta": scaled.sha256,
+            "of": found.delta.sha256,
+            "alpha": alpha,
+            "output": str(output),
+        },
         as_json,
         f"{alpha:g} of {found.label}: {output}, SHA-256 {scaled.sha256}",
     )
@@ -350,7 +380,8 @@ def scale(
 @app.command()
 def keygen(
     path: Annotated[
-        Path, typer.Argument(help="file for the private key; the public one gets .pub behind it")
+        Path,
+        typer.Argument(help="file for the private key; the public one gets .pub behind it"),
     ],
     password: Password = None,
     as_json: AsJson = False,
@@ -385,7 +416,9 @@ def sign(
         "key": by,
         "signature": str(signing.signature_path(found.path)),
     }
-    tables.show(content, as_json, f"signed {found.label} with key {by}: {content['signature']}")
+    tables.show(
+        content, as_json, f"signed {found.label} with key {by}: {content['signature']}"
+    )
 
 
 @app.command()
@@ -415,7 +448,9 @@ def verify(
             opened = Store(store)
             if problems := opened.verify(head):
                 raise DeltaError("\n".join(problems))
-            checked.append(f"the log of {store} and every delta in it ({len(opened.entries())})")
+            checked.append(
+                f"the log of {store} and every delta in it ({len(opened.entries())})"
+            )
             if public_key is not None:
                 from slicefine.deltas import signing
 
@@ -425,12 +460,16 @@ def verify(
         else:
             checked += _verify_one(store, target, public_key, model)
     except (DeltaError, UserError) as error:
-        tables.show({"ok": False, "problems": str(error).split("\n")}, as_json, f"FAILED: {error}")
+        tables.show(
+            {"ok": False, "problems": str(error).split("\n")}, as_json, f"FAILED: {error}"
+        )
         raise typer.Exit(1) from None
     tables.show({"ok": True, "checked": checked}, as_json, "ok: " + "; ".join(checked))
 
 
-def _verify_one(store: Path, target: str, public_key: Path | None, model: str | None) -> list[str]:
+def _verify_one(
+    store: Path, target: str, public_key: Path | None, model: str | None
+) -> list[str]:
     found = _Target(store, target)
     checked = [f"every byte of {found.label}, SHA-256 {found.delta.sha256}"]
     if found.entry is not None and found.entry.revoked is not None:
@@ -454,12 +493,15 @@ def _verify_one(store: Path, target: str, public_key: Path | None, model: str | 
 @app.command()
 def audit(
     target: str,
-    model: Annotated[str | None, typer.Option(help="the base model, if not where it was")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the base model, if not where it was")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="the evaluation's data, if not where they were")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="allowed difference, as a share of the recorded value")
+        float,
+        typer.Option(min=0, help="allowed difference, as a share of the recorded value"),
     ] = 0.001,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")
@@ -514,7 +556,9 @@ def _usable(store: Path, target: str, force: bool) -> _Target:
     found = _Target(store, target)
     entries: list[Entry] = [found.entry] if found.entry else []
     if not entries and found.store.path.is_dir():
-        entries = [entry for entry in found.store.entries() if entry.sha256 == found.delta.sha256]
+        entries = [
+            entry for entry in found.store.entries() if entry.sha256 == found.delta.sha256
+        ]
     for entry in entries:
         if not force:
             found.store.require_usable(entry)
@@ -535,5 +579,7 @@ def _output(output: Path | None, model: str) -> Path:
     if output is not None:
         return output
     if not Path(model).is_dir():
-        raise UserError(f"--model {model} is no folder here that could be replaced; give --output")
+        raise UserError(
+            f"--model {model} is no folder here that could be replaced; give --output"
+        )
     return Path(model)

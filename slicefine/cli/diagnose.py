@@ -24,14 +24,19 @@ def diagnose(
     model: Annotated[
         str, typer.Option(help="folder, .gguf file or hub id of a Hugging Face model")
     ],
-    data: Annotated[str | None, typer.Option(help=".csv or .jsonl file, or a hub data set")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=".csv or .jsonl file, or a hub data set")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help=f"{', '.join(TASKS)}; default: by the columns")
     ] = None,
     rank: Annotated[
-        bool, typer.Option("--rank", help="also the slices' tangent ranks: how many examples")
+        bool,
+        typer.Option("--rank", help="also the slices' tangent ranks: how many examples"),
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write an HTML report to this file")
+    ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="write everything measured to this file")
     ] = None,
@@ -40,8 +45,12 @@ def diagnose(
     max_length: Annotated[int, typer.Option(min=1, help="tokens of an example")] = 64,
     r: Annotated[int, typer.Option(min=1, help="width of the slices looked at")] = 16,
     slice_type: Annotated[str, typer.Option(help="column or row")] = "column",
-    layers: Annotated[int, typer.Option(min=0, help="layers in which slices are tried")] = 6,
-    positions: Annotated[int, typer.Option(min=8, help="random positions per layer tried")] = 8,
+    layers: Annotated[
+        int, typer.Option(min=0, help="layers in which slices are tried")
+    ] = 6,
+    positions: Annotated[
+        int, typer.Option(min=8, help="random positions per layer tried")
+    ] = 8,
     memory: Annotated[
         str, typer.Option(help="of features held at a time, such as 256MiB")
     ] = "256MiB",
@@ -200,7 +209,10 @@ def load_subject(
     loaded.to(device).eval()
     ordered = sorted(chosen, key=task.length)
     batches = [
-        {key: value.to(device) for key, value in task.batch(ordered[i : i + batch_size]).items()}
+        {
+            key: value.to(device)
+            for key, value in task.batch(ordered[i : i + batch_size]).items()
+        }
         for i in range(0, len(ordered), batch_size)
     ]
     classes = len(task.labels)
@@ -295,7 +307,9 @@ def machine(device: torch.device) -> str:
 def write_json(found: dict[str, Any], path: Path) -> None:
     """Numbers that are not finite become null, so that the file is JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(_finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -318,7 +332,10 @@ def passes_planned(model: str, options: Any, examples: int) -> str:
         built = load_workload(model, "bf16").build()
         layers = linear_layers_of_shapes(built)
         groups = passes(
-            [layer.in_features for layer in layers], options.tokens, examples, options.budget
+            [layer.in_features for layer in layers],
+            options.tokens,
+            examples,
+            options.budget,
         )
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error

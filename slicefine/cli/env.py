@@ -108,7 +108,9 @@ def report() -> dict[str, Any]:
     torch = attempt(lambda: importlib.import_module("torch").__version__)
     # a second import of a torch that failed halfway can crash the process
     check = (
-        (lambda _: "needs torch, which does not import") if torch.startswith("broken") else attempt
+        (lambda _: "needs torch, which does not import")
+        if torch.startswith("broken")
+        else attempt
     )
     return {
         "python": f"{platform.python_version()} ({sys.executable})",

@@ -99,7 +99,9 @@ def check_output(source: str, output: Path, force: bool) -> None:
     if not any(output.iterdir()):
         return
     if not (output / "config.json").is_file():
-        raise UserError(f"--output {output} is there and no model folder; choose another one")
+        raise UserError(
+            f"--output {output} is there and no model folder; choose another one"
+        )
     if not force:
         raise UserError(
             f"--output {output} holds a model already, which is not --model. Choose another folder,"
@@ -164,12 +166,17 @@ def _head_options(recorded: Any) -> dict[str, Any]:
         "pad_token_id": number,
         "problem_type": text,
         "id2label": lambda value: (
-            isinstance(value, dict) and all(k.isdigit() and text(v) for k, v in value.items())
+            isinstance(value, dict)
+            and all(k.isdigit() and text(v) for k, v in value.items())
         ),
-        "label2id": lambda value: isinstance(value, dict) and all(map(number, value.values())),
+        "label2id": lambda value: (
+            isinstance(value, dict) and all(map(number, value.values()))
+        ),
     }
     if not isinstance(recorded, dict):
-        raise UserError(f"the delta records {recorded!r} as its model's head; expected an object")
+        raise UserError(
+            f"the delta records {recorded!r} as its model's head; expected an object"
+        )
     for key, value in recorded.items():
         if key not in allowed or not allowed[key](value):
             raise UserError(
@@ -189,7 +196,9 @@ def _origin(source: str) -> Path | None:
         return None
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=[f"*{suffix}" for suffix in _BESIDE]))
+    return Path(
+        snapshot_download(source, allow_patterns=[f"*{suffix}" for suffix in _BESIDE])
+    )
 
 
 def same_base(delta: Delta, model: nn.Module) -> bool:

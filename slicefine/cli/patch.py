@@ -16,7 +16,8 @@ def patch(
         str, typer.Option(help="folder or hub id of a trained Hugging Face classifier")
     ],
     edits: Annotated[
-        str, typer.Option(help=".csv or .jsonl of inputs with the labels that they should get")
+        str,
+        typer.Option(help=".csv or .jsonl of inputs with the labels that they should get"),
     ],
     keep: Annotated[
         str | None,
@@ -29,7 +30,9 @@ def patch(
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option(help="inputs that are measured only; then nothing of --keep is held out"),
+        typer.Option(
+            help="inputs that are measured only; then nothing of --keep is held out"
+        ),
     ] = None,
     mode: Annotated[
         str,
@@ -51,7 +54,8 @@ def patch(
         ),
     ] = None,
     layers: Annotated[
-        int, typer.Option(min=2, max=3, help="of a side; 3 have fewer neurons for many edits")
+        int,
+        typer.Option(min=2, max=3, help="of a side; 3 have fewer neurons for many edits"),
     ] = 2,
     steps: Annotated[int, typer.Option(min=1, help="of training, at most")] = 500,
     lr: Annotated[float | None, typer.Option(help="of training; default by method")] = None,
@@ -77,7 +81,9 @@ def patch(
     ] = None,
     sign: Annotated[
         Path | None,
-        typer.Option(help="private key in PEM (slicefine delta keygen): sign what --output holds"),
+        typer.Option(
+            help="private key in PEM (slicefine delta keygen): sign what --output holds"
+        ),
     ] = None,
     as_json: Annotated[
         Path | None,
@@ -150,8 +156,12 @@ def _run(
         )
     task = studying.new_task(task_name, Columns(text, label, image), max_length, edits_file)
     rows = studying.read(edits_file, task, "--edits")
-    keep_rows = studying.read(keep_file, task, "--keep", labelled=False) if keep_file else None
-    held_rows = studying.read(held_file, task, "--held-out", labelled=False) if held_file else None
+    keep_rows = (
+        studying.read(keep_file, task, "--keep", labelled=False) if keep_file else None
+    )
+    held_rows = (
+        studying.read(held_file, task, "--held-out", labelled=False) if held_file else None
+    )
     loaded = studying.trained_classifier(task, model_name)
     config = SliceConfig(target_modules=target_modules or "all-linear")
     edits = studying.encode(task, rows)
@@ -162,7 +172,13 @@ def _run(
             # they are in the patch too, and printed below
             warnings.simplefilter("ignore", UserWarning)
             made = make(
-                loaded, edits, keep, held_out=held, config=config, name=model_name, **options
+                loaded,
+                edits,
+                keep,
+                held_out=held,
+                config=config,
+                name=model_name,
+                **options,
             )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
@@ -189,7 +205,9 @@ def _run(
 def said(patch: Any) -> str:
     """The three numbers and what to know, in words."""
     r = patch.report
-    share = lambda value, of: "not measured" if value is None else f"{100 * value:.1f} % of {of:,d}"
+    share = lambda value, of: (
+        "not measured" if value is None else f"{100 * value:.1f} % of {of:,d}"
+    )
     lines = [
         f"efficacy    {share(r.efficacy, r.edits)} edits answered as asked",
         (

@@ -128,7 +128,9 @@ class Peaks:
 
         key = mode, batch, length
         if key not in self.known:
-            self.known[key] = estimate(MODES[mode](self.workload), self.method, batch, length)
+            self.known[key] = estimate(
+                MODES[mode](self.workload), self.method, batch, length
+            )
         return self.known[key]
 
     def __call__(self, mode: str, batch: int, length: int) -> int:
@@ -185,8 +187,14 @@ def _first_guess(request: Request, largest_batch: int) -> int:
 def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
     """What to do, in words; the last line is the one to use."""
     path, batch = Path(request.model), choice["batch"]
-    name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
-    asked = f"{request.batch} x {request.length} tokens" if request.length else str(request.batch)
+    name = (
+        path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
+    )
+    asked = (
+        f"{request.batch} x {request.length} tokens"
+        if request.length
+        else str(request.batch)
+    )
     needs = f"column slices need {choice['peak_bytes'] / GIB:.1f} GiB"
     switches = SWITCHES[choice["mode"]].split()
     if not batch:
@@ -242,7 +250,9 @@ def plan(
         str | None,
         typer.Option(help="memory of the GPU, such as 24GiB: also find what fits, and how"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="of the weights: " + ", ".join(DTYPES))] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="of the weights: " + ", ".join(DTYPES))
+    ] = "bf16",
     r: Annotated[int, typer.Option(min=1, help="width of a slice, rank of LoRA")] = 16,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="activation checkpointing")
@@ -290,7 +300,10 @@ def _with_progress(running: Any, total: int) -> list[dict[str, Any]]:
 
 
 def _print(
-    rows: list[dict[str, Any]], request: Request, gpu: str | None, choice: dict[str, Any] | None
+    rows: list[dict[str, Any]],
+    request: Request,
+    gpu: str | None,
+    choice: dict[str, Any] | None,
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -300,9 +313,15 @@ def _print(
 
     console = Console()
     tokens = rows[0]["has_length"]
-    what = f"{request.batch} x {request.length} tokens" if tokens else f"{request.batch} images"
+    what = (
+        f"{request.batch} x {request.length} tokens"
+        if tokens
+        else f"{request.batch} images"
+    )
     table = Table(
-        title=escape(f"{request.model}, {request.dtype}, {what}, r={request.r}, {request.mode}"),
+        title=escape(
+            f"{request.model}, {request.dtype}, {what}, r={request.r}, {request.mode}"
+        ),
         box=None,
         title_justify="left",
     )
@@ -330,7 +349,9 @@ def _print(
     console.print(f"({UNSEEN})", highlight=False)
     if choice is not None and gpu is not None:
         asked = request if tokens else replace(request, length=0)
-        console.print("\n" + escape(verdict(asked, choice, gpu)), highlight=False, soft_wrap=True)
+        console.print(
+            "\n" + escape(verdict(asked, choice, gpu)), highlight=False, soft_wrap=True
+        )
 
 
 def _short(row: dict[str, Any]) -> str:

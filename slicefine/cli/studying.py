@@ -46,7 +46,9 @@ def encode(task: Task, rows: list[Row]) -> Samples:
         batch = task.batch(rows[start : start + size])
         labels = batch.pop("labels")
         parts.append(
-            Samples(batch["pixel_values"] if set(batch) == {"pixel_values"} else batch, labels)
+            Samples(
+                batch["pixel_values"] if set(batch) == {"pixel_values"} else batch, labels
+            )
         )
     return joined(parts)
 
@@ -57,7 +59,9 @@ def trained_classifier(task: Task, model: str) -> nn.Module:
 
     path = Path(model).expanduser()
     try:
-        names: Any = AutoConfig.from_pretrained(str(path) if path.exists() else model).id2label
+        names: Any = AutoConfig.from_pretrained(
+            str(path) if path.exists() else model
+        ).id2label
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: no configuration there: {error}") from error
     task.labels = [names[i] for i in sorted(names)]
@@ -80,4 +84,6 @@ def write_json(path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--json {path}: cannot write there ({error.strerror or error})") from error
+        raise UserError(
+            f"--json {path}: cannot write there ({error.strerror or error})"
+        ) from error

@@ -53,7 +53,17 @@ def quiet() -> Iterator[None]:
 
 def entries(rows: list[Entry], head: str) -> None:
     show_table(
-        ["delta", "SHA-256", "saved", "MiB", "base", "stage", "signed by", "last audit", "state"],
+        [
+            "delta",
+            "SHA-256",
+            "saved",
+            "MiB",
+            "base",
+            "stage",
+            "signed by",
+            "last audit",
+            "state",
+        ],
         [
             [
                 e.label,
@@ -86,7 +96,11 @@ def delta(content: Delta, entry: Entry | None, label: str, as_json: bool) -> Non
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "patches": [
-                {"rows": _count(p.rows), "columns": _count(p.cols), "entries": p.new.numel()}
+                {
+                    "rows": _count(p.rows),
+                    "columns": _count(p.cols),
+                    "entries": p.new.numel(),
+                }
                 for p in weight.patches
             ],
         }
@@ -115,7 +129,9 @@ def delta(content: Delta, entry: Entry | None, label: str, as_json: bool) -> Non
             else f", stages: {' '.join(entry.stages) or 'none'}"
         )
     )
-    typer.echo(f"{label}, SHA-256 {content.sha256}, {content.nbytes / 2**20:.1f} MiB{state}")
+    typer.echo(
+        f"{label}, SHA-256 {content.sha256}, {content.nbytes / 2**20:.1f} MiB{state}"
+    )
     typer.echo(
         f"base {base.get('model') or 'unnamed'} ({base.get('class')}), SHA-256 {base.get('sha256')}"
     )
@@ -140,7 +156,9 @@ def _count(index: Any) -> int | None:
 
 
 def _patch(patch: dict[str, Any]) -> str:
-    parts = [f"{patch[axis]} {axis}" for axis in ("rows", "columns") if patch[axis] is not None]
+    parts = [
+        f"{patch[axis]} {axis}" for axis in ("rows", "columns") if patch[axis] is not None
+    ]
     return " x ".join(parts)
 
 
@@ -189,7 +207,8 @@ def lineage(rows: list[dict[str, Any]], label: str, as_json: bool) -> None:
     for row in rows:
         name = row["label"] or (label if row is rows[0] else "not in the store")
         parents = (
-            ", ".join(sha[:12] for sha in row["parents"]) or f"the base {str(row['base'])[:12]}"
+            ", ".join(sha[:12] for sha in row["parents"])
+            or f"the base {str(row['base'])[:12]}"
         )
         typer.echo(f"{row['delta'][:12]} {name}, of {parents}")
 
@@ -248,7 +267,10 @@ def show_table(
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200  # nobody's window: for grep and files
     # what words need at least, side by side
-    if console.measure(table).minimum > console.width or _widest(columns, rows) > console.width:
+    if (
+        console.measure(table).minimum > console.width
+        or _widest(columns, rows) > console.width
+    ):
         return _show_blocks(columns, rows, title)
     console.print(table)
 

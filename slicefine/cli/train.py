@@ -25,7 +25,9 @@ _SLICES = (
 
 
 def _option(help: str, panel: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, show_default=False, **more
+    )
 
 
 def train(
@@ -37,7 +39,9 @@ def train(
     ] = None,
     data: Annotated[
         str | None,
-        _option("csv, tsv, json, jsonl, parquet or arrow file, folder, or hub data set", _DATA),
+        _option(
+            "csv, tsv, json, jsonl, parquet or arrow file, folder, or hub data set", _DATA
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -57,10 +61,14 @@ def train(
         _option("rows of a language model (auto): text, messages, prompt, ...", _DATA),
     ] = None,
     max_length: Annotated[int | None, _option("tokens (256)", _DATA)] = None,
-    packing: Annotated[bool | None, _option("several texts in a row", _DATA, "--packing")] = None,
+    packing: Annotated[
+        bool | None, _option("several texts in a row", _DATA, "--packing")
+    ] = None,
     config: Annotated[Path | None, _option("a SliceConfig as JSON", _CONFIG)] = None,
     r: Annotated[int | None, _option("width of a slice (16)", _CONFIG)] = None,
-    slice_type: Annotated[str | None, _option("column, row, block, row_column", _CONFIG)] = None,
+    slice_type: Annotated[
+        str | None, _option("column, row, block, row_column", _CONFIG)
+    ] = None,
     switch_interval: Annotated[
         int | None, _option("optimizer steps between moves (100); 0: never", _CONFIG)
     ] = None,
@@ -75,10 +83,16 @@ def train(
         list[str] | None, _option("module that trains whole; new heads do anyway", _CONFIG)
     ] = None,
     epochs: Annotated[int | None, _option("times through the data (3)", _TRAINING)] = None,
-    batch_size: Annotated[int | None, _option("rows a step and process (32)", _TRAINING)] = None,
-    accumulate: Annotated[int | None, _option("batches per optimizer step (1)", _TRAINING)] = None,
+    batch_size: Annotated[
+        int | None, _option("rows a step and process (32)", _TRAINING)
+    ] = None,
+    accumulate: Annotated[
+        int | None, _option("batches per optimizer step (1)", _TRAINING)
+    ] = None,
     lr: Annotated[float | None, _option("of the slices (1e-3)", _TRAINING)] = None,
-    head_lr: Annotated[float | None, _option("of what trains whole (2e-3)", _TRAINING)] = None,
+    head_lr: Annotated[
+        float | None, _option("of what trains whole (2e-3)", _TRAINING)
+    ] = None,
     warmup: Annotated[float | None, _option("share of the steps (0.1)", _TRAINING)] = None,
     clip: Annotated[float | None, _option("gradient norm (1); 0: none", _TRAINING)] = None,
     dtype: Annotated[
@@ -106,7 +120,9 @@ def train(
     settings: Annotated[
         list[str] | None,
         _option(
-            "NAME=VALUE, any field of TrainingArguments or SFTConfig; repeat", _TRAINING, "--set"
+            "NAME=VALUE, any field of TrainingArguments or SFTConfig; repeat",
+            _TRAINING,
+            "--set",
         ),
     ] = None,
     seed: Annotated[int | None, _option("default: that of the slices, or 0", _RUN)] = None,
@@ -115,7 +131,8 @@ def train(
         int | None, _option("steps between checkpoints; 0: on Ctrl-C only", _RUN)
     ] = None,
     samples: Annotated[
-        int | None, _option("prompts that a language model answers before and after (1)", _RUN)
+        int | None,
+        _option("prompts that a language model answers before and after (1)", _RUN),
     ] = None,
     resume: Annotated[
         bool, _option("go on from the checkpoint in --output", _RUN, "--resume")

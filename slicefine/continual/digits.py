@@ -24,12 +24,16 @@ def load(seed: int = 0) -> tuple[Samples, Samples]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
+        raise ImportError(
+            "the digits come with scikit-learn: pip install scikit-learn"
+        ) from error
     found: Any = load_digits()
     images = torch.tensor(found.data / 16, dtype=torch.float32)
     labels = torch.tensor(found.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return tuple(Samples(images[part], labels[part]) for part in (order[:TRAIN], order[TRAIN:]))  # pyright: ignore[reportReturnType]
+    return tuple(
+        Samples(images[part], labels[part]) for part in (order[:TRAIN], order[TRAIN:])
+    )  # pyright: ignore[reportReturnType]
 
 
 def permuted(tasks: int, seed: int = 0) -> list[tuple[str, Samples, Samples]]:
@@ -56,7 +60,10 @@ def rotated(angles: Sequence[float], seed: int = 0) -> list[tuple[str, Samples, 
     """(name, train, test) of each task: the images turned by an angle in degrees, bilinear."""
     train, test = load(seed)
     turned = lambda part, angle: Samples(_turned(_tensor(part), angle), part.labels)
-    return [(f"{angle:g} degrees", turned(train, angle), turned(test, angle)) for angle in angles]
+    return [
+        (f"{angle:g} degrees", turned(train, angle), turned(test, angle))
+        for angle in angles
+    ]
 
 
 def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -76,11 +83,13 @@ def _tensor(samples: Samples) -> Tensor:
 def _turned(images: Tensor, angle: float) -> Tensor:
     radians = torch.deg2rad(torch.tensor(float(angle)))
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros(())
-    matrix = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])]).expand(
-        len(images), 2, 3
-    )
+    matrix = torch.stack(
+        [torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])]
+    ).expand(len(images), 2, 3)
     grid = nn.functional.affine_grid(matrix, [len(images), 1, 8, 8], align_corners=False)
-    return nn.functional.grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+    return nn.functional.grid_sample(
+        images.view(-1, 1, 8, 8), grid, align_corners=False
+    ).flatten(1)
 
 
 def pretrained(*widths: int, seed: int = 0, epochs: int = 20) -> nn.Sequential:
@@ -91,6 +100,8 @@ def pretrained(*widths: int, seed: int = 0, epochs: int = 20) -> nn.Sequential:
     for _ in range(epochs):
         for rows in train.batches(32, generator):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(_tensor(train)[rows]), train.labels[rows]).backward()
+            nn.functional.cross_entropy(
+                model(_tensor(train)[rows]), train.labels[rows]
+            ).backward()
             optimizer.step()
     return model

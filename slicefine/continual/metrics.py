@@ -38,9 +38,9 @@ def average_forgetting(a: Matrix) -> float:
     T = len(a)
     # the best before the end, not the accuracy just after training: a later task may help an
     # earlier one
-    return sum(max(a[i][t] for i in range(t, T - 1)) - a[T - 1][t] for t in range(T - 1)) / max(
-        1, T - 1
-    )
+    return sum(
+        max(a[i][t] for i in range(t, T - 1)) - a[T - 1][t] for t in range(T - 1)
+    ) / max(1, T - 1)
 
 
 def learning_accuracy(a: Matrix) -> float:
@@ -109,7 +109,9 @@ class PowerLaw:
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
     """The fit, or None with fewer than two different positive points (zeros have no logarithm)."""
-    pairs = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
+    pairs = [
+        (math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0
+    ]
     if len({p for p, _ in pairs}) < 2:
         return None
     mx, my = (sum(p[k] for p in pairs) / len(pairs) for k in (0, 1))
@@ -119,7 +121,10 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
     total = sum((q - my) ** 2 for _, q in pairs)
     rest = sum((q - my - slope * (p - mx)) ** 2 for p, q in pairs)
     return PowerLaw(
-        math.exp(my - slope * mx), -slope, 1.0 if total == 0 else 1 - rest / total, len(pairs)
+        math.exp(my - slope * mx),
+        -slope,
+        1.0 if total == 0 else 1 - rest / total,
+        len(pairs),
     )
 
 

@@ -28,7 +28,16 @@ def continual_page(sweep: Sweep, title: str, subtitle: str) -> Page:
             mean = sweep.mean(mode, size)
             kept = {
                 k: mean[k]
-                for k in ("AA", "AF", "LA", "BWT", "JA", "AF_by_LA", "base_drop", "weight_drift")
+                for k in (
+                    "AA",
+                    "AF",
+                    "LA",
+                    "BWT",
+                    "JA",
+                    "AF_by_LA",
+                    "base_drop",
+                    "weight_drift",
+                )
             }
             if not sweep.forgets(mode, size):
                 # what was never learned has nothing to forget: a 0 would read as a success
@@ -66,12 +75,18 @@ def _trend_figure(page: Page, sweep: Sweep) -> None:
     for ax, key in zip(axes, ("AA", "AF", "LA"), strict=True):
         for mode in sweep.modes:
             sizes = sweep.sizes(mode)
-            ax.plot(sizes, [sweep.mean(mode, s)[key] for s in sizes], marker="o", label=mode)
+            ax.plot(
+                sizes, [sweep.mean(mode, s)[key] for s in sizes], marker="o", label=mode
+            )
         ax.set(title=key, xlabel=sweep.over, xscale="log")
-        ax.set_xticks(sweep.sizes(sweep.modes[0]), [str(s) for s in sweep.sizes(sweep.modes[0])])
+        ax.set_xticks(
+            sweep.sizes(sweep.modes[0]), [str(s) for s in sweep.sizes(sweep.modes[0])]
+        )
         ax.minorticks_off()
     axes[0].legend(frameon=False)
-    page.figure(figure, f"average accuracy, forgetting and learning accuracy by {sweep.over}")
+    page.figure(
+        figure, f"average accuracy, forgetting and learning accuracy by {sweep.over}"
+    )
 
 
 def _matrices(page: Page, sweep: Sweep, mode: str) -> None:

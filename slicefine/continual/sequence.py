@@ -155,7 +155,11 @@ def run(
     proof = learner.proof() if mode == "attach" else None
     if save is not None and learner.deltas is not None:
         learner.deltas.save(save)
-    drop = None if base_test is None or before is None else before - learner.accuracy(base_test)
+    drop = (
+        None
+        if base_test is None or before is None
+        else before - learner.accuracy(base_test)
+    )
     result = Run(
         mode,
         size,
@@ -167,14 +171,21 @@ def run(
         sum(learner.drifts) / len(learner.drifts),
         time.perf_counter() - started,
         chance=[majority_share(t.test.labels.tolist()) for t in tasks],
-        learned=[is_learned(matrix[i][i], t.test.labels.tolist()) for i, t in enumerate(tasks)],
+        learned=[
+            is_learned(matrix[i][i], t.test.labels.tolist()) for i, t in enumerate(tasks)
+        ],
         base_drop=drop,
         proof=proof,
         measures=summary(matrix),
     )
     if joint:
         together = _Learner(
-            make_model(), tasks, "full" if mode == "full" else "same", size, recipe, learner.config
+            make_model(),
+            tasks,
+            "full" if mode == "full" else "same",
+            size,
+            recipe,
+            learner.config,
         )
         together.learn_jointly()
         result.joint = [together.test(t) for t in range(len(tasks))]
@@ -184,7 +195,12 @@ def run(
             # a start of its own: another order of batches than in the sequence
             own = replace(recipe, seed=recipe.seed + 1000)
             single = _Learner(
-                make_model(), tasks, "full" if mode == "full" else "same", size, own, learner.config
+                make_model(),
+                tasks,
+                "full" if mode == "full" else "same",
+                size,
+                own,
+                learner.config,
             )
             single.learn(number)
             result.alone.append(single.test(number))
@@ -228,13 +244,18 @@ class _Learner:
             if mode != "full"
             else config
         )
-        self.trainable, self.model_parameters = 0, sum(p.numel() for p in model.parameters())
+        self.trainable, self.model_parameters = (
+            0,
+            sum(p.numel() for p in model.parameters()),
+        )
         self.drifts: list[float] = []
         self.after_training: dict[int, Tensor] = {}
         self.memory: dict[int, Samples] = {}
         self.deltas = TaskDeltas(model) if mode == "attach" else None
         self.heads = (
-            _Heads(model, recipe.head, len(tasks)) if recipe.head and mode != "attach" else None
+            _Heads(model, recipe.head, len(tasks))
+            if recipe.head and mode != "attach"
+            else None
         )
 
     def learn(self, number: int) -> None:
@@ -347,7 +368,9 @@ class _Learner:
         inside = [p for p in parameters if id(p) in slices or not slices]
         outside = [p for p in parameters if not any(p is q for q in inside)]
         if self.heads is not None:
-            outside += [p for p in self.heads.parameters() if not any(p is q for q in outside)]
+            outside += [
+                p for p in self.heads.parameters() if not any(p is q for q in outside)
+            ]
         groups = [
             {"params": inside, "lr": recipe.lr},
             *([{"params": outside, "lr": recipe.head_lr}] if outside else []),
@@ -377,13 +400,19 @@ class _Learner:
                 step += 1
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, step: int, total: int, loss: Callable[[], Tensor]
+        self,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        total: int,
+        loss: Callable[[], Tensor],
     ) -> None:
         recipe = self.recipe
         if recipe.warmup is not None:
             warm = max(1, round(recipe.warmup * total))
             # linear warm-up, then linear decay to 0
-            shape = (step + 1) / warm if step < warm else (total - step) / max(1, total - warm)
+            shape = (
+                (step + 1) / warm if step < warm else (total - step) / max(1, total - warm)
+            )
             for group in optimizer.param_groups:
                 # the first step finds the group's own learning rate
                 group.setdefault("initial_lr", group["lr"])
@@ -436,7 +465,9 @@ class _Learner:
             )
         if self.recipe.replay:
             kept = self.memory[earlier]
-            chosen = torch.randperm(len(kept), generator=generator)[: self.recipe.batch_size]
+            chosen = torch.randperm(len(kept), generator=generator)[
+                : self.recipe.batch_size
+            ]
             loss = loss + self._loss(kept[chosen], earlier)
         return loss
 
@@ -465,7 +496,11 @@ class _Learner:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16) if self.recipe.bf16 else nullcontext()
+        return (
+            torch.autocast(device, dtype=torch.bfloat16)
+            if self.recipe.bf16
+            else nullcontext()
+        )
 
     # Testing
 
@@ -481,7 +516,9 @@ class _Learner:
 
     def test(self, number: int) -> float:
         return float(
-            (self._logits(number).argmax(1) == self.tasks[number].test.labels).double().mean()
+            (self._logits(number).argmax(1) == self.tasks[number].test.labels)
+            .double()
+            .mean()
         )
 
     def accuracy(self, samples: Samples) -> float:
@@ -489,7 +526,9 @@ class _Learner:
             self.deltas.detach()
         with self._autocast():
             return float(
-                (predict(self.model, samples.inputs).argmax(1) == samples.labels).double().mean()
+                (predict(self.model, samples.inputs).argmax(1) == samples.labels)
+                .double()
+                .mean()
             )
 
     def output_drift(self) -> dict[str, float]:
@@ -537,7 +576,9 @@ class _Heads:
             self.parent = model.get_submodule(path)
             own = self.parent.get_submodule(self.name)
         except AttributeError as error:
-            raise ValueError(f"head is {name!r}, which the model does not have: {error}") from error
+            raise ValueError(
+                f"head is {name!r}, which the model does not have: {error}"
+            ) from error
         self.modules = [own, *(copy.deepcopy(own) for _ in range(tasks - 1))]
         for module in self.modules:
             module.requires_grad_(True)

@@ -51,9 +51,13 @@ class Sweep:
         mine = [r for r in self.runs if (r.mode, r.size) == (mode, size)]
         T = len(self.tasks)
         values: dict[str, Any] = {
-            "matrix": [[fmean(r.matrix[i][t] for r in mine) for t in range(T)] for i in range(T)]
+            "matrix": [
+                [fmean(r.matrix[i][t] for r in mine) for t in range(T)] for i in range(T)
+            ]
         }
-        values.update({key: fmean(r.measures[key] for r in mine) for key in mine[0].measures})
+        values.update(
+            {key: fmean(r.measures[key] for r in mine) for key in mine[0].measures}
+        )
         # what was lost of what was learned
         values["AF_by_LA"] = values["AF"] / values["LA"] if values["LA"] else None
         joint = [fmean(r.joint) for r in mine if r.joint]
@@ -127,7 +131,9 @@ class Sweep:
             "formulas": list(FORMULAS),
             "warnings": self.warnings(),
             "recipe": asdict(self.recipe),
-            "by_mode": {m: {str(s): self.mean(m, s) for s in self.sizes(m)} for m in self.modes},
+            "by_mode": {
+                m: {str(s): self.mean(m, s) for s in self.sizes(m)} for m in self.modes
+            },
             "trends": {m: self.trends(m) for m in self.modes},
             "runs": [r.row() for r in self.runs],
         }
@@ -158,11 +164,15 @@ def sweep(
     called after each run. The reference of joint training is made once per size and seed.
     """
     if over not in ("rank", "width"):
-        raise ValueError(f"over is {over!r}; expected 'rank' (of slices) or 'width' (of the model)")
+        raise ValueError(
+            f"over is {over!r}; expected 'rank' (of slices) or 'width' (of the model)"
+        )
     if over == "width":
         # a model of another width has no pretrained weights to put slices in
         modes = ("full",)
-    if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+    if not sizes or any(
+        isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes
+    ):
         raise ValueError(f"sizes are {list(sizes)!r}; expected whole numbers, 1 or more")
     recipe = recipe or TrainingOptions()
     runs: list[Run] = []

@@ -66,7 +66,9 @@ class AdapterModel:
         name = self._adapters.trainable
         return [*([] if name is None else [name]), *self._adapters.deltas]
 
-    def delta(self, adapter_name: str | None = None, info: dict[str, Any] | None = None) -> Delta:
+    def delta(
+        self, adapter_name: str | None = None, info: dict[str, Any] | None = None
+    ) -> Delta:
         """A loaded adapter, or what the slices in training have changed so far (the default, where
         there are slices).
 
@@ -395,7 +397,11 @@ class AdapterModel:
         """The adapters that a delta was trained on top of, by the names that they have here, the
         lowest first.
         """
-        here = {other.sha256: name for name, other in self._adapters.deltas.items() if other.sha256}
+        here = {
+            other.sha256: name
+            for name, other in self._adapters.deltas.items()
+            if other.sha256
+        }
         wanted = delta.base.get("on", [])
         if missing := [entry["name"] for entry in wanted if entry["sha256"] not in here]:
             raise DeltaError(
@@ -472,7 +478,9 @@ def _saves_whole(model: Any) -> bool:
     return name.startswith("sentence_transformers.")
 
 
-def _whole_save(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+def _whole_save(
+    model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
     save = getattr(super(AdapterModel, model), "save_pretrained", None)
     if save is None:
         raise TypeError(

@@ -56,7 +56,9 @@ def model_card(delta: Delta, name: str) -> str:
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in delta.weights.values()})
     return _CARD.format(
         base_line=(
-            f"base_model: {base}\n" if isinstance(base, str) and _HUB_ID.fullmatch(base) else ""
+            f"base_model: {base}\n"
+            if isinstance(base, str) and _HUB_ID.fullmatch(base)
+            else ""
         ),
         title=_cell(name),
         counts=(

@@ -87,7 +87,9 @@ def read(path: Path) -> Content:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(LONGEST_HEADER, size - 8):
-            raise ValueError(f"a header of {length:,d} bytes does not fit a file of {size:,d}")
+            raise ValueError(
+                f"a header of {length:,d} bytes does not fit a file of {size:,d}"
+            )
         header = file.read(length)
         check_header(header, size)
         # The layout is checked before memory is taken for the values, and again with them.
@@ -194,12 +196,16 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
             shape, (begin, end) = entry["shape"], entry["data_offsets"]
             dtype = _DTYPES[entry["dtype"]]
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{name} has no dtype, shape and offsets that are known") from error
+            raise ValueError(
+                f"{name} has no dtype, shape and offsets that are known"
+            ) from error
         numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
         if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
             raise ValueError(f"{name} has a shape or offsets that are no sizes")
         if len(shape) > 16 or math.prod(shape) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name} has a shape that its {end - begin:,d} bytes do not fill")
+            raise ValueError(
+                f"{name} has a shape that its {end - begin:,d} bytes do not fill"
+            )
         spans.append((begin, end))
     last = 0
     for begin, end in sorted(spans):
@@ -221,7 +227,9 @@ def _view(values: bytearray, entry: dict[str, Any]) -> Tensor:
     return tensor if begin % dtype.itemsize == 0 else tensor.clone()
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> bytes:
     content: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for name in names:

@@ -36,7 +36,15 @@ from slicefine.sharding import is_sharded
 from slicefine.slices import read_slice, write_slice
 from slicefine.state import config_of
 
-__all__ = ["CONFIG_FILE", "FILE", "Delta", "DeltaError", "FullDelta", "SliceValues", "WeightDelta"]
+__all__ = [
+    "CONFIG_FILE",
+    "FILE",
+    "Delta",
+    "DeltaError",
+    "FullDelta",
+    "SliceValues",
+    "WeightDelta",
+]
 
 
 @dataclass
@@ -71,9 +79,13 @@ class WeightDelta:
         """Raise ValueError unless every patch has values of its own shape and all have one dtype."""
         sizes = [type(n) is int and n > 0 for n in self.shape]
         if len(sizes) != 2 or not all(sizes) or type(self.transposed) is not bool:
-            raise ValueError(f"{key} has shape {self.shape!r}, transposed {self.transposed!r}")
+            raise ValueError(
+                f"{key} has shape {self.shape!r}, transposed {self.transposed!r}"
+            )
         if not isinstance(self.base_sha256, str):
-            raise ValueError(f"{key} has base_sha256 {self.base_sha256!r}; expected a string")
+            raise ValueError(
+                f"{key} has base_sha256 {self.base_sha256!r}; expected a string"
+            )
         if not self.patches:
             raise ValueError(f"{key} has no patches")
         for patch in self.patches:
@@ -114,7 +126,9 @@ class FullDelta:
         if (self.old.shape, self.old.dtype) != (self.new.shape, self.new.dtype):
             raise ValueError(f"{key} has old and new values of different shape or dtype")
         if type(self.replaces) is not bool:
-            raise ValueError(f"{key} has replaces {self.replaces!r}; expected true or false")
+            raise ValueError(
+                f"{key} has replaces {self.replaces!r}; expected true or false"
+            )
 
 
 @dataclass
@@ -204,7 +218,8 @@ class Delta:
                     "transposed": w.transposed,
                     "base_sha256": w.base_sha256,
                     "patches": [
-                        {"rows": to_runs(p.rows), "cols": to_runs(p.cols)} for p in w.patches
+                        {"rows": to_runs(p.rows), "cols": to_runs(p.cols)}
+                        for p in w.patches
                     ],
                 }
                 for key, w in self.weights.items()
@@ -230,11 +245,15 @@ class Delta:
                         f"{key} has values of shape {tuple(old.shape)} and {tuple(new.shape)} for"
                         f" {counts}"
                     )
-                indices += sum(8 * n for n, r in zip(counts, ranges, strict=True) if r is not None)
+                indices += sum(
+                    8 * n for n, r in zip(counts, ranges, strict=True) if r is not None
+                )
                 _check_indices(indices, values)
                 rows, cols = (from_runs(r) for r in ranges)
                 patches.append(SliceValues(rows, cols, old, new))
-            weights[key] = WeightDelta(shape, entry["transposed"], entry["base_sha256"], patches)
+            weights[key] = WeightDelta(
+                shape, entry["transposed"], entry["base_sha256"], patches
+            )
         whole = {
             key: FullDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
@@ -275,8 +294,14 @@ class Delta:
         Raises:
             ValueError: alpha is not between 0 and 1, or a value to be scaled is not finite.
         """
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha!r}; expected a number from 0 (the base) to 1")
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, (int, float))
+            or not 0 <= alpha <= 1
+        ):
+            raise ValueError(
+                f"alpha is {alpha!r}; expected a number from 0 (the base) to 1"
+            )
         weights = {
             key: replace(
                 weight,
@@ -349,11 +374,15 @@ class Delta:
             model, {key for key, whole in self.whole.items() if not whole.replaces}
         )
         wrong = [
-            key for key, weight in self.weights.items() if hashes.get(key) != weight.base_sha256
+            key
+            for key, weight in self.weights.items()
+            if hashes.get(key) != weight.base_sha256
         ]
         if not wrong and combined_hash(hashes) != self.base.get("sha256"):
             recorded = self.base.get("tensors", {})
-            beside = [key for key in hashes if recorded.get(key) not in (None, hashes[key][:16])]
+            beside = [
+                key for key in hashes if recorded.get(key) not in (None, hashes[key][:16])
+            ]
             beside += sorted(recorded.keys() ^ hashes.keys())
             wrong = beside or ["something the delta has no record of"]
         return wrong
@@ -394,7 +423,9 @@ class Delta:
             if not same_bits(_read(_matrix(model, key, w), p), p.new)
         ]
         wrong += [
-            key for key, w in self.whole.items() if not same_bits(tensor_of(model, key), w.new)
+            key
+            for key, w in self.whole.items()
+            if not same_bits(tensor_of(model, key), w.new)
         ]
         if wrong:
             raise DeltaError(
@@ -411,7 +442,9 @@ class Delta:
         for key, whole in self.whole.items():
             tensor_of(model, key).copy_(getattr(whole, which))
 
-    def write_one(self, model: nn.Module, key: str, weight: WeightDelta, which: str) -> None:
+    def write_one(
+        self, model: nn.Module, key: str, weight: WeightDelta, which: str
+    ) -> None:
         for patch in weight.patches:
             _write(_matrix(model, key, weight), patch, getattr(patch, which))
 
@@ -423,10 +456,14 @@ class Delta:
         weights = {}
         for key, w in self.weights.items():
             matrix = _matrix(model, key, w)
-            patches = [SliceValues(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches]
+            patches = [
+                SliceValues(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches
+            ]
             weights[key] = WeightDelta(w.shape, w.transposed, w.base_sha256, patches)
         whole = {
-            key: FullDelta(w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces)
+            key: FullDelta(
+                w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces
+            )
             for key, w in self.whole.items()
         }
         return Delta(weights, whole, self.config, self.base, self.info)
@@ -439,11 +476,15 @@ class Delta:
             key
             for key in self.weights.keys() & other.weights.keys()
             if any(
-                meet(a, b) for a in self.weights[key].patches for b in other.weights[key].patches
+                meet(a, b)
+                for a in self.weights[key].patches
+                for b in other.weights[key].patches
             )
         ]
         mine, theirs = ({*d.whole, *d.weights} for d in (self, other))
-        return sorted({*shared, *(self.whole.keys() & theirs), *(other.whole.keys() & mine)})
+        return sorted(
+            {*shared, *(self.whole.keys() & theirs), *(other.whole.keys() & mine)}
+        )
 
 
 def _check_record(base: Any, config: Any, info: Any) -> None:
@@ -479,7 +520,9 @@ def _check_indices(indices: int, values: int) -> None:
 
 
 def base_hashes(
-    model: nn.Module, leave_out: set[str], original: Callable[[str, Tensor], Tensor] | None = None
+    model: nn.Module,
+    leave_out: set[str],
+    original: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, str]:
     """SHA-256 by key of everything in a model's state dict but ``leave_out``.
 
@@ -545,12 +588,16 @@ def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
 
 
 def _read(matrix: Tensor, patch: SliceValues) -> Tensor:
-    rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
+    rows, cols = (
+        None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols)
+    )
     return read_slice(matrix, rows, cols).to("cpu")
 
 
 def _write(matrix: Tensor, patch: SliceValues, values: Tensor) -> None:
-    rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols))
+    rows, cols = (
+        None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols)
+    )
     write_slice(
         matrix, rows, cols, values.to(matrix.device, matrix.dtype)
     )  # a model that was cast: values follow it
@@ -587,8 +634,11 @@ def _between(key: str, old: Tensor, new: Tensor, alpha: float) -> Tensor:
 # Making slice values
 
 
-def slice_values(saved: Iterable[SavedSlice], current: Iterable[Tensor]) -> list[SliceValues]:
+def slice_values(
+    saved: Iterable[SavedSlice], current: Iterable[Tensor]
+) -> list[SliceValues]:
     """The values of saved slices and what stands there now."""
     return [
-        SliceValues(p.rows, p.cols, p.values, new) for p, new in zip(saved, current, strict=True)
+        SliceValues(p.rows, p.cols, p.values, new)
+        for p, new in zip(saved, current, strict=True)
     ]

@@ -81,5 +81,7 @@ def _dense(delta: Delta, key: str) -> tuple[Tensor, Tensor] | None:
     )
     for patch in weight.patches:
         write_slice(values, patch.rows, patch.cols, patch.new)
-        write_slice(changed, patch.rows, patch.cols, torch.ones_like(patch.new, dtype=torch.bool))
+        write_slice(
+            changed, patch.rows, patch.cols, torch.ones_like(patch.new, dtype=torch.bool)
+        )
     return values, changed

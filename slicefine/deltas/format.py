@@ -116,7 +116,9 @@ def _check_json(name: str, value: Any) -> None:
         for number, entry in enumerate(value):
             _check_json(f"{name}[{number}]", entry)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, which JSON cannot hold; leave it out, or give None")
+        raise ValueError(
+            f"{name} is {value}, which JSON cannot hold; leave it out, or give None"
+        )
     elif not (value is None or isinstance(value, (str, int, float))):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which JSON cannot hold; give a number, string,"
@@ -167,7 +169,11 @@ def _culprit(manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     recorded = manifest.get("tensors")
     if isinstance(recorded, dict):
         wrong = sorted(
-            {n.split("/")[0] for n, t in tensors.items() if recorded.get(n) != tensor_sha256(n, t)}
+            {
+                n.split("/")[0]
+                for n, t in tensors.items()
+                if recorded.get(n) != tensor_sha256(n, t)
+            }
         )
         if wrong:
             return f"the values of {', '.join(wrong[:3])} are not those that were saved"

@@ -9,7 +9,9 @@ from typing import Any
 try:
     import huggingface_hub
 except ImportError as error:
-    raise ImportError("the hub needs huggingface_hub: pip install 'slicefine[hf]'") from error
+    raise ImportError(
+        "the hub needs huggingface_hub: pip install 'slicefine[hf]'"
+    ) from error
 
 from slicefine.deltas.delta import CONFIG_FILE, FILE
 
@@ -38,5 +40,7 @@ def push(
 def pull(repo_id: str) -> Path:
     """The folder of a delta on the hub, downloaded into the hub's cache."""
     return Path(
-        huggingface_hub.snapshot_download(repo_id, allow_patterns=[FILE, CONFIG_FILE, "README.md"])
+        huggingface_hub.snapshot_download(
+            repo_id, allow_patterns=[FILE, CONFIG_FILE, "README.md"]
+        )
     )

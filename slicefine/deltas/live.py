@@ -56,7 +56,9 @@ class AdapterRegister:
         return [name for name, _ in self.stack]
 
 
-def register_slices(model: Any, name: str, full: dict[str, bool], keep_originals: bool) -> None:
+def register_slices(
+    model: Any, name: str, full: dict[str, bool], keep_originals: bool
+) -> None:
     """Make the slices of a model an adapter.
 
     Args:
@@ -245,7 +247,9 @@ def _original_values(
     """(state-dict key, tensor in the model) -> the value that it had in the base."""
     by_weight = {id(layer.weight): layer for layer in layers}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    parameters.update({layer.state_key(name): layer.weight for name, layer in named_layers(model)})
+    parameters.update(
+        {layer.state_key(name): layer.weight for name, layer in named_layers(model)}
+    )
 
     def original(key: str, value: Tensor) -> Tensor:
         if key in full:

@@ -22,7 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slicefine import atomic
-from slicefine.deltas.delta import CONFIG_FILE, FILE, Delta, DeltaError, SliceValues, WeightDelta
+from slicefine.deltas.delta import (
+    CONFIG_FILE,
+    FILE,
+    Delta,
+    DeltaError,
+    SliceValues,
+    WeightDelta,
+)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PREFIX = "base_model.model."
@@ -108,7 +115,9 @@ def to_lora(
             " outputs"
         )
     left_out += out_of_reach
-    limit = max_rank if server == "peft" else min(max_rank or VLLM_RANKS[-1], VLLM_RANKS[-1])
+    limit = (
+        max_rank if server == "peft" else min(max_rank or VLLM_RANKS[-1], VLLM_RANKS[-1])
+    )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     modules = []
     for key, weight in delta.weights.items():
@@ -126,7 +135,9 @@ def to_lora(
         factors[name] = B.to(dtype), A.to(dtype)
         modules.append(LoraModule(name, exact, B.shape[1], error))
     if not modules:
-        raise DeltaError("the delta changes no entry of any weight: there is nothing to export")
+        raise DeltaError(
+            "the delta changes no entry of any weight: there is nothing to export"
+        )
     if server == "vllm":
         rank = next(r for r in VLLM_RANKS if r >= max(m.rank for m in modules))
         factors = {name: _padded(B, A, rank) for name, (B, A) in factors.items()}
@@ -184,7 +195,9 @@ def _among(mine: Tensor | None, theirs: Tensor | None, length: int) -> Tensor:
     return torch.isin(torch.arange(length) if mine is None else mine, theirs)
 
 
-def _of_patch(patch: SliceValues, D: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _of_patch(
+    patch: SliceValues, D: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """(B, A) of one patch, by its columns or its rows, whichever of those that changed are fewer."""
     out_features, in_features = shape
     rows = torch.arange(out_features) if patch.rows is None else patch.rows
@@ -219,7 +232,9 @@ def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     extra = rank - A.shape[0]
-    return torch.nn.functional.pad(B, (0, extra)), torch.nn.functional.pad(A, (0, 0, 0, extra))
+    return torch.nn.functional.pad(B, (0, extra)), torch.nn.functional.pad(
+        A, (0, 0, 0, extra)
+    )
 
 
 # The adapter
@@ -265,19 +280,25 @@ def _out_of_reach(delta: Delta) -> list[str]:
     }
     inside = {f"{name}.out_proj" for name in packed} | fast
     return [
-        key for key in delta.weights if not key.endswith(".weight") or _module_of(key) in inside
+        key
+        for key in delta.weights
+        if not key.endswith(".weight") or _module_of(key) in inside
     ]
 
 
 def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, Any]:
     r = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
-    transposed = {_module_of(key) for key, weight in delta.weights.items() if weight.transposed}
+    transposed = {
+        _module_of(key) for key, weight in delta.weights.items() if weight.transposed
+    }
     heads = sorted({_module_of(key) for key in whole})
     everything = {
         _module_of(key) for key in (*delta.base.get("tensors", ()), *delta.weights)
     } - set(heads)
-    if hit := sorted(name for name in everything if any(name.endswith(head) for head in heads)):
+    if hit := sorted(
+        name for name in everything if any(name.endswith(head) for head in heads)
+    ):
         raise DeltaError(
             f"peft matches modules_to_save by the end of a name, so {', '.join(heads)} would"
             f" replace {', '.join(hit)} too: export the merged model"

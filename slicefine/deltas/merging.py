@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slicefine.deltas.delta import Delta, DeltaError, FullDelta, SliceValues, WeightDelta, meet
+from slicefine.deltas.delta import (
+    Delta,
+    DeltaError,
+    FullDelta,
+    SliceValues,
+    WeightDelta,
+    meet,
+)
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
@@ -26,7 +33,9 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     combined = {}
     for key in dict.fromkeys(key for delta in deltas for key in delta.weights):
         parts = [
-            (d.weights[key], w) for d, w in zip(deltas, weights, strict=True) if key in d.weights
+            (d.weights[key], w)
+            for d, w in zip(deltas, weights, strict=True)
+            if key in d.weights
         ]
         combined[key] = _weight(key, parts)
     whole: dict[str, FullDelta] = {}
@@ -40,7 +49,9 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
             whole[key] = (
                 entry
                 if scale == 1
-                else FullDelta(entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces)
+                else FullDelta(
+                    entry.old, _blend(entry.old, [(entry.new, scale)]), entry.replaces
+                )
             )
     info = {
         "combined": [
@@ -54,7 +65,9 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
     first, _ = parts[0]
     for i, (a, _) in enumerate(parts):
         for b, _ in parts[:i]:
-            if any(meet(p, q) and _strip(p) != _strip(q) for p in a.patches for q in b.patches):
+            if any(
+                meet(p, q) and _strip(p) != _strip(q) for p in a.patches for q in b.patches
+            ):
                 raise DeltaError(
                     f"two adapters change {key} along different axes (rows of one cross columns of"
                     " another, or blocks overlap in part); only what neither touches is known"
@@ -99,14 +112,18 @@ def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
     for (patch, scale), place in zip(patches, where, strict=True):
         alone = count[place] == 1
         values = _blend(patch.old, [(patch.new, scale)])
-        new.index_copy_(dim, place[alone], values.index_select(dim, alone.nonzero().flatten()))
+        new.index_copy_(
+            dim, place[alone], values.index_select(dim, alone.nonzero().flatten())
+        )
     if bool((count > 1).any()):
         total = old.double()
         for (patch, scale), place in zip(patches, where, strict=True):
             total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
         shared = (count > 1).nonzero().flatten()
         new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))
-    return SliceValues(patches[0][0].rows if dim else union, union if dim else None, old, new)
+    return SliceValues(
+        patches[0][0].rows if dim else union, union if dim else None, old, new
+    )
 
 
 def _blend(old: Tensor, terms: list[tuple[Tensor, float]]) -> Tensor:

@@ -23,7 +23,9 @@ try:
         Ed25519PublicKey,
     )
 except ImportError as error:
-    raise ImportError("signatures need cryptography: pip install 'slicefine[sign]'") from error
+    raise ImportError(
+        "signatures need cryptography: pip install 'slicefine[sign]'"
+    ) from error
 
 from slicefine import atomic
 from slicefine.deltas.delta import FILE, DeltaError
@@ -108,7 +110,9 @@ def sign(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     path = signature_path(delta)
-    others = [e for e in read(delta) if e["key_id"] != entry["key_id"]] if path.is_file() else []
+    others = (
+        [e for e in read(delta) if e["key_id"] != entry["key_id"]] if path.is_file() else []
+    )
     atomic.write_text(path, json.dumps({"signatures": [*others, entry]}, indent=2) + "\n")
     return entry["key_id"]
 
@@ -129,7 +133,9 @@ def read(delta: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise SignatureError(f"{delta} is not signed: there is no {path}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise SignatureError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise SignatureError(
+            f"{path} is damaged: {type(error).__name__}: {error}"
+        ) from error
     return entries
 
 
@@ -157,7 +163,9 @@ def verify(
     entries = read(delta)
     for entry in entries:
         try:
-            public.verify(base64.b64decode(entry["signature"], validate=True), _message(sha256))
+            public.verify(
+                base64.b64decode(entry["signature"], validate=True), _message(sha256)
+            )
             return key_id(public)
         except (InvalidSignature, ValueError):
             continue
@@ -174,9 +182,13 @@ def _message(sha256: str) -> bytes:
 def _load_key(path: str | os.PathLike[str], password: str | None) -> Ed25519PrivateKey:
     content = _read_key(path)
     try:
-        key = serialization.load_pem_private_key(content, password.encode() if password else None)
+        key = serialization.load_pem_private_key(
+            content, password.encode() if password else None
+        )
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SignatureError(f"{path} cannot be read as a private key in PEM: {error}") from error
+        raise SignatureError(
+            f"{path} cannot be read as a private key in PEM: {error}"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise SignatureError(
             f"{path} holds a {type(key).__name__}; expected an Ed25519 private key (slicefine delta"
@@ -190,9 +202,13 @@ def _load_public(path: str | os.PathLike[str]) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SignatureError(f"{path} cannot be read as a public key in PEM: {error}") from error
+        raise SignatureError(
+            f"{path} cannot be read as a public key in PEM: {error}"
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise SignatureError(f"{path} holds a {type(key).__name__}; expected an Ed25519 public key")
+        raise SignatureError(
+            f"{path} holds a {type(key).__name__}; expected an Ed25519 public key"
+        )
     return key
 
 

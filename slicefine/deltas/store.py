@@ -128,7 +128,9 @@ class Store:
             raise StoreError(f"{entry.label}: its file {path} is missing")
         delta = Delta.load(path)
         if delta.sha256 != entry.sha256:
-            raise StoreError(f"{path} holds another delta ({delta.sha256}), not {entry.label}")
+            raise StoreError(
+                f"{path} holds another delta ({delta.sha256}), not {entry.label}"
+            )
         return delta
 
     def verify(self, head: str | None = None) -> list[str]:
@@ -161,7 +163,9 @@ class Store:
                 self.load(entry)
             except DeltaError as error:
                 problems.append(
-                    f"{entry.label}: {error}" if entry.label not in str(error) else str(error)
+                    f"{entry.label}: {error}"
+                    if entry.label not in str(error)
+                    else str(error)
                 )
         named = {entry.sha256 for entry in _replay(log.events)}
         for path in sorted((self.path / BLOBS).glob("*.safetensors")):
@@ -200,7 +204,9 @@ class Store:
         (self.path / BLOBS).mkdir(parents=True, exist_ok=True)
         with self._locked() as log:
             earlier = _replay(log.events)
-            ancestors = [_find(earlier, parent, self.path).sha256 for parent in parents or ()]
+            ancestors = [
+                _find(earlier, parent, self.path).sha256 for parent in parents or ()
+            ]
             self._clear_leftovers()
             sha256 = self._put(content, source)
             version = 1 + max((e.version for e in earlier if e.name == name), default=0)
@@ -269,7 +275,9 @@ class Store:
         if source is None:
             delta.save(temporary)
         else:
-            shutil.copyfile(source if source.suffix == ".safetensors" else source / FILE, temporary)
+            shutil.copyfile(
+                source if source.suffix == ".safetensors" else source / FILE, temporary
+            )
         try:
             stored = Delta.load(
                 temporary
@@ -300,7 +308,9 @@ class Store:
             **details,
             "previous": previous,
         }
-        line = _line({key: value for key, value in body.items() if value is not None}) + b"\n"
+        line = (
+            _line({key: value for key, value in body.items() if value is not None}) + b"\n"
+        )
         path = self.path / INDEX
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -312,7 +322,9 @@ class Store:
             )  # one call: a kill leaves all of it or nothing; a power cut may tear it
             if written < len(line):
                 os.ftruncate(handle, end)
-                raise OSError(f"{path}: no room for the event {event!r}; nothing was recorded")
+                raise OSError(
+                    f"{path}: no room for the event {event!r}; nothing was recorded"
+                )
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -343,7 +355,10 @@ def _intact(line: bytes, number: int, previous: str) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
         body = {key: value for key, value in event.items() if key != "sha256"}
-        whole = _line(body) == line and (event["number"], event["previous"]) == (number, previous)
+        whole = _line(body) == line and (event["number"], event["previous"]) == (
+            number,
+            previous,
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return event if whole else None
@@ -437,7 +452,9 @@ def _find(entries: list[Entry], reference: str, path: Path) -> Entry:
                     f"{reference} is the start of several hashes in {path}; give more digits"
                 )
     if not found:
-        there = ", ".join(e.label + "".join(f" (@{s})" for s in e.stages) for e in entries[-20:])
+        there = ", ".join(
+            e.label + "".join(f" (@{s})" for s in e.stages) for e in entries[-20:]
+        )
         raise StoreError(f"no delta {reference!r} in {path}; it holds {there or 'none'}")
     return found[-1]
 

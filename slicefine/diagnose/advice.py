@@ -144,12 +144,18 @@ def candidates_of(survey: dict[str, Any], base: SliceConfig) -> dict[str, SliceC
     )
     found = {"default": base, "scattered": _changed(base, contiguous=False)}
     weights = {
-        "scattered, r by k(0.9)": {row["name"]: float(row["energy"]["k"]["0.9"]) for row in rows},
-        "scattered, r by gradient norm": {row["name"]: float(row["gradient_norm"]) for row in rows},
+        "scattered, r by k(0.9)": {
+            row["name"]: float(row["energy"]["k"]["0.9"]) for row in rows
+        },
+        "scattered, r by gradient norm": {
+            row["name"]: float(row["gradient_norm"]) for row in rows
+        },
     }
     for name, weight in weights.items():
         pattern = {
-            n: r for n, r in allocate(weight, heights, widths, base.r).items() if r != base.r
+            n: r
+            for n, r in allocate(weight, heights, widths, base.r).items()
+            if r != base.r
         }
         if pattern:
             found[name] = _changed(base, contiguous=False, rank_pattern=pattern)
@@ -201,7 +207,10 @@ def advise(
     dropped = [name for name in planned if planned[name] > planned["default"]]
     test = lr_range_test(model, base, batches, recipe=recipe, loss=loss, track=track)
     trial = lambda config, lr: (
-        short_training(model, config, batches, lr, trial_steps, held, recipe, loss).held_loss or 0.0
+        short_training(
+            model, config, batches, lr, trial_steps, held, recipe, loss
+        ).held_loss
+        or 0.0
     )
     # the range test sees a handful of steps; a trial at a third and at three times its suggestion
     # says whether a few more steps agree
@@ -256,7 +265,15 @@ def advise(
         examples,
     )
     return Advice(
-        lines, config, lr, test, by_lr, listed, planned, examples, _claims(trial_steps, len(held))
+        lines,
+        config,
+        lr,
+        test,
+        by_lr,
+        listed,
+        planned,
+        examples,
+        _claims(trial_steps, len(held)),
     )
 
 
@@ -324,7 +341,8 @@ def _lines(
 ) -> list[Line]:
     tried = ", ".join(f"{value:.4f} at {rate:.2g}" for rate, value in sorted(by_lr.items()))
     rivals = ", ".join(
-        f"{value:.4f} {name}" for name, value in sorted(results.items(), key=lambda item: item[1])
+        f"{value:.4f} {name}"
+        for name, value in sorted(results.items(), key=lambda item: item[1])
     )
     worst = max(by_lr.values())
     lines = [
@@ -390,16 +408,16 @@ def _lines(
 def _shape_of(config: SliceConfig) -> str:
     widths = sorted({config.r, *config.rank_pattern.values()})
     width = (
-        f"r = {widths[0]}" if len(widths) == 1 else f"r from {widths[0]} to {widths[-1]} by layer"
+        f"r = {widths[0]}"
+        if len(widths) == 1
+        else f"r from {widths[0]} to {widths[-1]} by layer"
     )
     return f"{width}, {'contiguous' if config.contiguous else 'scattered'}"
 
 
 def _targets_evidence(survey: dict[str, Any]) -> str:
     reached = [row for row in survey["layers"] if row["gradient_norm"]]
-    text = (
-        f"a rule: all linear layers; a gradient reaches {len(reached)} of {len(survey['layers'])}"
-    )
+    text = f"a rule: all linear layers; a gradient reaches {len(reached)} of {len(survey['layers'])}"
     if survey["unused"]:
         text += f"; never called: {', '.join(survey['unused'][:3])}"
     return text

@@ -106,7 +106,9 @@ class Features:
     means: Tensor
 
 
-def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> list[list[int]]:
+def passes(
+    widths: Sequence[int], samples: int, examples: int, budget: int
+) -> list[list[int]]:
     """Which layers are looked at together, so that their features take at most ``budget`` bytes;
     more passes where it is small.
 
@@ -133,7 +135,11 @@ def passes(widths: Sequence[int], samples: int, examples: int, budget: int) -> l
 
 @torch.no_grad()
 def input_features(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], samples: int, seed: int = 0
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    samples: int,
+    seed: int = 0,
 ) -> dict[str, Features]:
     """Features at the input of each layer, of one pass over the data; layers that are never called
     are left out.
@@ -168,7 +174,9 @@ def input_features(
         share = -(-samples * current["batch"] // total)
         # by the number of the batch: the same rows whichever layers share a pass
         generator = torch.Generator().manual_seed(seed + current["number"])
-        chosen = valid[torch.randperm(len(valid), generator=generator)[:share].to(valid.device)]
+        chosen = valid[
+            torch.randperm(len(valid), generator=generator)[:share].to(valid.device)
+        ]
         return x.flatten(0, 1).index_select(0, chosen).float().cpu(), means.cpu()
 
     def hook(name: str) -> Any:
@@ -256,7 +264,9 @@ def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
         try:
             for name, module in owners:
                 # before all other hooks, which may read the weights
-                hooks.callback(module.register_forward_pre_hook(before(name), prepend=True).remove)
+                hooks.callback(
+                    module.register_forward_pre_hook(before(name), prepend=True).remove
+                )
                 hooks.callback(module.register_forward_hook(after).remove)
             yield
         finally:

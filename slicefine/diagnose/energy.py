@@ -56,7 +56,9 @@ def task_energy(
             f"features have shape {tuple(features.shape)}; expected (n, d) with at least two rows"
         )
     if not all(0 < tau <= 1 for tau in taus):
-        raise ValueError(f"taus are {tuple(taus)}; expected shares between 0, exclusive, and 1")
+        raise ValueError(
+            f"taus are {tuple(taus)}; expected shares between 0, exclusive, and 1"
+        )
     # a common offset is no direction in which examples differ
     centred = _centred(features)
     energy = centred.square().sum(0)
@@ -69,7 +71,9 @@ def task_energy(
     share = spectrum / spectrum.sum()
     aligned = aligned_k = None
     if labels is not None:
-        held = _aligned(centred if label_features is None else _centred(label_features), labels)
+        held = _aligned(
+            centred if label_features is None else _centred(label_features), labels
+        )
         aligned, aligned_k = (
             held.tolist(),
             {tau: _reach(held, tau * float(held[-1])) for tau in taus},

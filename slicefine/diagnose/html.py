@@ -63,7 +63,9 @@ class Page:
     def heading(self, text: str, level: int = 2) -> None:
         """A section (level 2, also listed at the top) or a part of one (level 3)."""
         if level not in (2, 3):
-            raise ValueError(f"level is {level}; expected 2 for a section or 3 for a part of one")
+            raise ValueError(
+                f"level is {level}; expected 2 for a section or 3 for a part of one"
+            )
         anchor = f"s{len(self._parts)}"
         if level == 2:
             self._sections.append((anchor, text))
@@ -71,7 +73,9 @@ class Page:
 
     def text(self, paragraph: str, note: bool = False) -> None:
         """A paragraph; ``note`` sets it apart, for what a reader must not miss."""
-        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(paragraph)}</p>")
+        self._parts.append(
+            f"<p{' class=note' if note else ''}>{html.escape(paragraph)}</p>"
+        )
 
     def code(self, text: str) -> None:
         """Text as it is: a command, a configuration."""
@@ -86,7 +90,8 @@ class Page:
             c
             for c in columns
             if all(
-                isinstance(r.get(c), (int, float, type(None))) and not isinstance(r.get(c), bool)
+                isinstance(r.get(c), (int, float, type(None)))
+                and not isinstance(r.get(c), bool)
                 for r in rows
             )
         }
@@ -117,9 +122,12 @@ class Page:
     def html(self) -> str:
         """The whole document."""
         links = "".join(
-            f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in self._sections
+            f'<a href="#{anchor}">{html.escape(text)}</a>'
+            for anchor, text in self._sections
         )
-        subtitle = f'<p class="subtitle">{html.escape(self.subtitle)}</p>' if self.subtitle else ""
+        subtitle = (
+            f'<p class="subtitle">{html.escape(self.subtitle)}</p>' if self.subtitle else ""
+        )
         return (
             '<!doctype html>\n<html lang="en"><head><meta'
             f' charset="utf-8"><title>{html.escape(self.title)}</title>'
@@ -182,11 +190,15 @@ def _svg(fig: Any, prefix: str, label: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none", "font.size": 10}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": prefix, "svg.fonttype": "none", "font.size": 10}
+    ):
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}-', svg)
     svg = svg.replace("url(#", f"url(#{prefix}-")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
+    return svg.replace(
+        "<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1
+    )

@@ -14,10 +14,16 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#9aa4b2"
 
 # title, what the colour is, layer row -> value, logarithmic
 QUANTITIES: list[tuple[str, Callable[[dict[str, Any]], float | None], bool]] = [
-    ("k(0.9) of the features", lambda row: row["energy"] and row["energy"]["k"]["0.9"], True),
+    (
+        "k(0.9) of the features",
+        lambda row: row["energy"] and row["energy"]["k"]["0.9"],
+        True,
+    ),
     (
         "k(0.9) over the same with random weights",
-        lambda row: row["energy"] and row["energy"]["k"]["0.9"] / row["random_energy"]["k"]["0.9"],
+        lambda row: (
+            row["energy"] and row["energy"]["k"]["0.9"] / row["random_energy"]["k"]["0.9"]
+        ),
         True,
     ),
     ("gradient norm", lambda row: row["gradient_norm"], True),
@@ -80,7 +86,9 @@ def survey_page(result: dict[str, Any]) -> Page:
 
 
 def _subtitle(result: dict[str, Any]) -> str:
-    return ", ".join(str(result[key]) for key in ("data", "task", "machine") if result.get(key))
+    return ", ".join(
+        str(result[key]) for key in ("data", "task", "machine") if result.get(key)
+    )
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -88,7 +96,9 @@ def summary(result: dict[str, Any]) -> list[str]:
     measured = [row for row in result["layers"] if row["energy"]]
     k = sorted(row["energy"]["k"]["0.9"] for row in measured)
     null = sorted(row["random_energy"]["k"]["0.9"] for row in measured)
-    narrower = sum(row["energy"]["k"]["0.9"] < row["random_energy"]["k"]["0.9"] for row in measured)
+    narrower = sum(
+        row["energy"]["k"]["0.9"] < row["random_energy"]["k"]["0.9"] for row in measured
+    )
     flagged = {axis: _flagged(result, axis) for axis in ("row", "column")}
     lines = [
         f"{len(result['layers'])} linear layers, {len(measured)} of them used on this data"
@@ -140,7 +150,9 @@ def _flagged(result: dict[str, Any], axis: str) -> list[tuple[str, dict[str, Any
 
 
 def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def _heat_map(layers: list[dict[str, Any]]) -> Any:
@@ -176,14 +188,18 @@ def _heat_map(layers: list[dict[str, Any]]) -> Any:
         ax.set_yticks(range(len(kinds)), kinds, fontsize=8)
         step = max(1, len(depths) // 12)
         ax.set_xticks(
-            range(0, len(depths), step), [d if d >= 0 else "–" for d in depths[::step]], fontsize=8
+            range(0, len(depths), step),
+            [d if d >= 0 else "–" for d in depths[::step]],
+            fontsize=8,
         )
         if finite.size:
             bar = figure.colorbar(image, ax=ax, pad=0.01)
             low, high = float(finite.min()), float(finite.max())
             middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
             bar.set_ticks(
-                [low, middle, high], labels=[f"{v:.3g}" for v in (low, middle, high)], minor=False
+                [low, middle, high],
+                labels=[f"{v:.3g}" for v in (low, middle, high)],
+                minor=False,
             )
             bar.ax.minorticks_off()
             bar.ax.tick_params(labelsize=8)
@@ -198,7 +214,9 @@ def plain_ticks(ax: Any, axis: str) -> None:
 
     which = getattr(ax, f"{axis}axis")
     low, high = getattr(ax, f"get_{axis}lim")()
-    which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+    which.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,))
+    )
     which.set_minor_locator(NullLocator())
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
@@ -235,7 +253,9 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
     if any(row["energy"]["aligned_k"] for row in rows):
         right.plot(
             [
-                row["energy"]["aligned_k"]["0.9"] if row["energy"]["aligned_k"] else math.nan
+                row["energy"]["aligned_k"]["0.9"]
+                if row["energy"]["aligned_k"]
+                else math.nan
                 for row in rows
             ],
             "+",
@@ -262,7 +282,8 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
                 "k(0.99)": row["energy"]["k"]["0.99"],
                 "random k(0.9)": row["random_energy"]["k"]["0.9"],
                 "random k(0.99)": row["random_energy"]["k"]["0.99"],
-                "aligned k(0.9)": row["energy"]["aligned_k"] and row["energy"]["aligned_k"]["0.9"],
+                "aligned k(0.9)": row["energy"]["aligned_k"]
+                and row["energy"]["aligned_k"]["0.9"],
                 "effective rank": row["energy"]["effective_rank"],
                 "constant": row["energy"]["dead"],
             }
@@ -278,7 +299,9 @@ def winning_section(page: Page, result: dict[str, Any]) -> None:
     page.text(result["notes"]["winning"])
     tried = [w for w in result["winning"] if w["trials"]]
     if tried:
-        figure, (left, right) = new_figure(12, 0.9 + 0.42 * len(tried), ncols=2, sharey=True)
+        figure, (left, right) = new_figure(
+            12, 0.9 + 0.42 * len(tried), ncols=2, sharey=True
+        )
         for i, w in enumerate(tried):
             left.plot(
                 [t["drop"] for t in w["trials"]],
@@ -302,7 +325,9 @@ def winning_section(page: Page, result: dict[str, Any]) -> None:
         left.set_xlabel(
             f"fall of the loss after {result['options']['steps']} steps, one dot per position"
         )
-        right.set(xscale="log", xlabel="share of the gradient over r/d, one mark per position")
+        right.set(
+            xscale="log", xlabel="share of the gradient over r/d, one mark per position"
+        )
         left.invert_yaxis()
         page.figure(
             figure,
@@ -353,7 +378,9 @@ def tangent_section(page: Page, result: dict[str, Any]) -> None:
             "alpha": 1 if together else 0.5,
         }
         left.plot(
-            range(1, len(row["spectrum"]) + 1), [max(v, 1e-9) for v in row["spectrum"]], **style
+            range(1, len(row["spectrum"]) + 1),
+            [max(v, 1e-9) for v in row["spectrum"]],
+            **style,
         )
         curve = row["invisible_by_examples"]
         right.plot(
@@ -365,7 +392,9 @@ def tangent_section(page: Page, result: dict[str, Any]) -> None:
         )
     left.set(yscale="log", xlabel="singular value", ylabel="relative to the largest")
     right.set(
-        xlabel="training examples", ylabel="invisible share of the pool's tangent", ylim=(0, 1.02)
+        xlabel="training examples",
+        ylabel="invisible share of the pool's tangent",
+        ylim=(0, 1.02),
     )
     right.legend(frameon=False)
     page.figure(
@@ -451,7 +480,9 @@ def balance_section(page: Page, result: dict[str, Any]) -> None:
         "Energy of each contiguous group of features; circles: flagged (by energy or by profile).",
     )
     if flagged:
-        page.table(flagged, "Blocks where a contiguous slice would behave unlike the others")
+        page.table(
+            flagged, "Blocks where a contiguous slice would behave unlike the others"
+        )
     else:
         page.text("No block is flagged.")
     page.table(
@@ -497,7 +528,9 @@ def coverage_section(page: Page, found: dict[str, Any]) -> None:
 
 def advice_page(found: dict[str, Any]) -> Page:
     """A page of the advice that `slicefine advise` writes as JSON."""
-    page = Page(f"slicefine advise: {short_name(found.get('model', 'model'))}", _subtitle(found))
+    page = Page(
+        f"slicefine advise: {short_name(found.get('model', 'model'))}", _subtitle(found)
+    )
     page.heading("Recommendation")
     page.text(
         "Ranked by the measured fall of the held-out loss against the alternative; lines without an"

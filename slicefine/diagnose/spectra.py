@@ -105,7 +105,9 @@ def spectral_balance(
     z = _energy_z(
         torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).square().cpu(), bounds
     )
-    expected_profile = max(permutation["profile_ratio"].largest, gaussian["profile_ratio"].largest)
+    expected_profile = max(
+        permutation["profile_ratio"].largest, gaussian["profile_ratio"].largest
+    )
     return Balance(
         axis,
         len(bounds),
@@ -135,7 +137,9 @@ def gaussian_null(
     bounds = group_bounds(matrix.shape[0], groups)
     # regrouping one matrix is far cheaper than drawing new ones, and rows of a Gaussian are
     # exchangeable
-    drawn = [torch.randperm(matrix.shape[0], generator=generator) for _ in range(max(draws, 1))]
+    drawn = [
+        torch.randperm(matrix.shape[0], generator=generator) for _ in range(max(draws, 1))
+    ]
     return _nulls([_statistics(matrix, bounds, order) for order in drawn])
 
 
@@ -193,7 +197,9 @@ def _statistics(
 
 def _gram_of_group(matrix: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:
     """Inner products of the features of a group: (n, n), float64."""
-    group = matrix[start:stop] if order is None else matrix[order[start:stop].to(matrix.device)]
+    group = (
+        matrix[start:stop] if order is None else matrix[order[start:stop].to(matrix.device)]
+    )
     group = group.to("cpu", torch.float64)
     return group @ group.t()
 
@@ -217,7 +223,9 @@ def _energy_z(norms: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
         n = stop - start
         # of a mean of n drawn from d without replacement
         deviation = (variance / n * (d - n) / (d - 1)).sqrt()
-        scores.append((norms[start:stop].mean() - norms.mean()) / deviation.clamp_min(1e-300))
+        scores.append(
+            (norms[start:stop].mean() - norms.mean()) / deviation.clamp_min(1e-300)
+        )
     return torch.stack(scores)
 
 
@@ -232,7 +240,9 @@ def _flags(
         reasons = []
         # both: in a wide layer the smallest difference is significant
         if abs(float(z[g])) > _Z and not 1 / _ENERGY_FACTOR < factor < _ENERGY_FACTOR:
-            reasons.append(f"energy {factor:.3g} times the median group's (z {float(z[g]):+.1f})")
+            reasons.append(
+                f"energy {factor:.3g} times the median group's (z {float(z[g]):+.1f})"
+            )
         profile = float(own["group_profile_ratios"][g])
         if profile > _PROFILE_FACTOR * expected_profile:
             reasons.append(

@@ -136,7 +136,9 @@ def survey(
         return found
 
     balance = timed("balance", lambda: balances(layers, options, track))
-    energy = timed("energy", lambda: energies(model, layers, batches, options, labels, track))
+    energy = timed(
+        "energy", lambda: energies(model, layers, batches, options, labels, track)
+    )
     outliers = {
         name: [(start, stop, why) for _, start, stop, why in found[options.axis].flagged]
         for name, found in balance.items()
@@ -164,7 +166,10 @@ def survey(
         ),
     )
     tangents = (
-        timed("tangent", lambda: tangent_rows(model, used, tried, batches, options, track, labels))
+        timed(
+            "tangent",
+            lambda: tangent_rows(model, used, tried, batches, options, track, labels),
+        )
         if options.rank
         else []
     )
@@ -172,7 +177,9 @@ def survey(
     held = sum(len(next(iter(batch.values()))) for batch in batches)
     return {
         "layers": [
-            _layer_row(layer, balance[layer.name], energy.get(layer.name), by_name.get(layer.name))
+            _layer_row(
+                layer, balance[layer.name], energy.get(layer.name), by_name.get(layer.name)
+            )
             for layer in layers
         ],
         "winning": [_winning_row(w) for w in winning],
@@ -198,7 +205,9 @@ def bound(layers: Sequence[Layer], options: Options, model: nn.Module | None = N
     largest = max(layer.in_features * layer.out_features for layer in layers)
     # float64 copies of the rows and of their Gram matrix
     decomposed = 8 * (3 * options.tokens * widest + 3 * min(options.tokens, widest) ** 2)
-    own = lambda module: sum(4 * p.numel() for p in module._parameters.values() if p is not None)
+    own = lambda module: sum(
+        4 * p.numel() for p in module._parameters.values() if p is not None
+    )
     module = max(map(own, model.modules())) if model is not None else 0
     return options.budget + max(
         decomposed, 3 * 4 * largest, module, 3 * PASS_BYTES if options.rank else 0
@@ -222,7 +231,9 @@ def balances(
             # layers of one shape share the null, which depends on nothing else
             key = tuple(weight.shape), axis
             if key not in gaussian:
-                gaussian[key] = gaussian_null(key[0], axis, groups, options.draws, options.seed)
+                gaussian[key] = gaussian_null(
+                    key[0], axis, groups, options.draws, options.seed
+                )
             row[axis] = spectral_balance(
                 weight, axis, groups, options.draws, options.seed, gaussian[key]
             )
@@ -242,18 +253,27 @@ def energies(
     asks for.
     """
     held = sum(len(next(iter(batch.values()))) for batch in batches)
-    groups = passes([layer.in_features for layer in layers], options.tokens, held, options.budget)
+    groups = passes(
+        [layer.in_features for layer in layers], options.tokens, held, options.budget
+    )
     found: dict[str, tuple[Energy, Energy]] = {}
     # own features first: only the energies of one pass are held, never two sets of features
     work = [(group, null) for group in groups for null in (False, True)]
     own: dict[str, Energy] = {}
-    for group, null in track(work, "features, their own and with random weights", len(work)):
+    for group, null in track(
+        work, "features, their own and with random weights", len(work)
+    ):
         chosen = [layers[i] for i in group]
         if null:
             with random_weights(model, options.seed):
-                features = input_features(model, chosen, batches, options.tokens, options.seed)
+                features = input_features(
+                    model, chosen, batches, options.tokens, options.seed
+                )
             found.update(
-                {name: (own[name], value) for name, value in _decomposed(features, None).items()}
+                {
+                    name: (own[name], value)
+                    for name, value in _decomposed(features, None).items()
+                }
             )
         else:
             features = input_features(model, chosen, batches, options.tokens, options.seed)
@@ -329,10 +349,15 @@ def tangent_rows(
         slice_grams(model, slices, few, outputs), "slice tangents", len(slices)
     ):
         size = (
-            by_name[name].out_features if options.axis == "column" else by_name[name].in_features
+            by_name[name].out_features
+            if options.axis == "column"
+            else by_name[name].in_features
         ) * options.r
         rows.append(_tangent_row(name, gram, held, size, labels))
-        total, parameters = gram.clone() if total is None else total.add_(gram), parameters + size
+        total, parameters = (
+            gram.clone() if total is None else total.add_(gram),
+            parameters + size,
+        )
     if total is not None and len(rows) > 1:
         rows.append(_tangent_row("all of these together", total, held, parameters, labels))
     return rows
@@ -386,7 +411,9 @@ def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[s
     moves = -(-total // options.interval) if options.interval else 1
     # the share changes with a move only
     each = max(1, moves // 60)
-    points = sorted({1, total, *(1 + (options.interval or 0) * i for i in range(0, moves, each))})
+    points = sorted(
+        {1, total, *(1 + (options.interval or 0) * i for i in range(0, moves, each))}
+    )
     shapes: dict[tuple[int, int], int] = {}
     for layer in layers:
         shapes[layer.out_features, layer.in_features] = (
@@ -397,9 +424,13 @@ def coverage(layers: Sequence[Layer], options: Options, examples: int) -> dict[s
     for steps in points:
         covered = 0.0
         for (out_features, in_features), count in shapes.items():
-            width = min(options.r, in_features if options.axis == "column" else out_features)
+            width = min(
+                options.r, in_features if options.axis == "column" else out_features
+            )
             spec = SliceSpec(out_features, in_features, options.axis, width, width)
-            share = planned_coverage(SliceSchedule(spec, interval=options.interval), steps)[1]
+            share = planned_coverage(SliceSchedule(spec, interval=options.interval), steps)[
+                1
+            ]
             covered += share * out_features * in_features * count
         curve.append(covered / entries)
     return {
@@ -437,7 +468,9 @@ def _layer_row(
 def _energy_row(energy: Energy) -> dict[str, Any]:
     row = asdict(energy)
     row["k"] = {str(tau): k for tau, k in energy.k.items()}
-    row["aligned_k"] = energy.aligned_k and {str(tau): k for tau, k in energy.aligned_k.items()}
+    row["aligned_k"] = energy.aligned_k and {
+        str(tau): k for tau, k in energy.aligned_k.items()
+    }
     for key in ("curve", "aligned"):
         row[key] = row[key] and [round(v, 6) for v in row[key]]
     return row

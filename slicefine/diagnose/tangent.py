@@ -36,10 +36,14 @@ PASS_BYTES = 256 << 20
 
 def slice_of(layer: Layer, r: int, axis: str = "column", position: int = 0) -> Slice:
     """The slice of width r at a position of a layer, as `SliceSpec` numbers them."""
-    return SliceSpec(layer.out_features, layer.in_features, axis, r, r).features(axis, position)
+    return SliceSpec(layer.out_features, layer.in_features, axis, r, r).features(
+        axis, position
+    )
 
 
-def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, Batch], Tensor]:
+def model_outputs(
+    kind: str | int = "logits", seed: int = 0
+) -> Callable[[Any, Batch], Tensor]:
     """What of a model's output J is the derivative of: (model's return value, batch) -> (examples,
     C).
 
@@ -69,7 +73,9 @@ def model_outputs(kind: str | int = "logits", seed: int = 0) -> Callable[[Any, B
         if isinstance(kind, int):
             generator = torch.Generator().manual_seed(seed)
             signs = (
-                torch.randint(2, (logits.shape[1], kind), generator=generator).to(logits) * 2 - 1
+                torch.randint(2, (logits.shape[1], kind), generator=generator).to(logits)
+                * 2
+                - 1
             )
             return logits @ signs / math.sqrt(logits.shape[1])
         return logits
@@ -86,7 +92,9 @@ class _Recorder:
         self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in slices}
         self.stack = ExitStack()
         for name in slices:
-            self.stack.callback(layers[name].module.register_forward_hook(self._hook(name)).remove)
+            self.stack.callback(
+                layers[name].module.register_forward_hook(self._hook(name)).remove
+            )
 
     def _hook(self, name: str) -> Any:
         def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -134,7 +142,10 @@ def _terms(
         count = result.shape[1]
         grads = [
             torch.autograd.grad(
-                result[:, c].sum(), zeros, retain_graph=c + 1 < count, materialize_grads=True
+                result[:, c].sum(),
+                zeros,
+                retain_graph=c + 1 < count,
+                materialize_grads=True,
             )
             for c in range(count)
         ]
@@ -149,7 +160,9 @@ def _terms(
                     f" {len(result)} examples; its derivatives cannot be told apart by example"
                 )
             # [n, C, ..., out]
-            delta = torch.stack([g[position] for g in grads], 1).unflatten(0, (len(result),))
+            delta = torch.stack([g[position] for g in grads], 1).unflatten(
+                0, (len(result),)
+            )
             position += 1
             # only the slice's rows: the rest of an output gradient is not part of J
             delta = delta if rows is None else delta.index_select(-1, rows.to(delta.device))
@@ -175,7 +188,10 @@ def _prepared(model: nn.Module, slices: Mapping[str, Slice]) -> dict[str, Layer]
 
 
 def slice_jacobian(
-    model: nn.Module, slices: Mapping[str, Slice], batches: Sequence[Batch], outputs: Any = None
+    model: nn.Module,
+    slices: Mapping[str, Slice],
+    batches: Sequence[Batch],
+    outputs: Any = None,
 ) -> Tensor:
     """J of the outputs by the entries of slices.
 
@@ -247,15 +263,21 @@ def slice_grams(
         for name in names:
             mine = [part.pop(name) for part in parts]
             if len(names) == 1:
-                together = max(1, PASS_BYTES // sum(4 * (x.numel() + d.numel()) for x, d in mine))
+                together = max(
+                    1, PASS_BYTES // sum(4 * (x.numel() + d.numel()) for x, d in mine)
+                )
             yield name, _gram_of(*_joined(mine), chunk_bytes)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients of all batches, shorter ones padded with zeros."""
     length = max(x.shape[1] for x, _ in parts)
-    pad = lambda tensor, dim: nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[dim]))
-    return torch.cat([pad(x, 1) for x, _ in parts]), torch.cat([pad(d, 2) for _, d in parts])
+    pad = lambda tensor, dim: nn.functional.pad(
+        tensor, (0, 0, 0, length - tensor.shape[dim])
+    )
+    return torch.cat([pad(x, 1) for x, _ in parts]), torch.cat(
+        [pad(d, 2) for _, d in parts]
+    )
 
 
 def _gram_of(x: Tensor, delta: Tensor, chunk_bytes: int) -> Tensor:
@@ -370,7 +392,9 @@ def report_from_gram(
     # rounding leaves eigenvalues of a semidefinite matrix slightly below 0
     values = torch.linalg.eigvalsh(own).flip(0).clamp_min(0.0)
     if not float(values[0]) > 0.0:
-        raise ValueError("the outputs do not answer to the slices at all; their tangent is zero")
+        raise ValueError(
+            "the outputs do not answer to the slices at all; their tangent is zero"
+        )
     # of J: the square roots of J J^T's
     singular = (values / values[0]).sqrt()
     rank = int((singular > tolerance).sum())
@@ -429,7 +453,9 @@ def _seen(gram: Tensor, split: int, tolerance: float) -> tuple[int, float]:
     return int(kept.sum()), math.sqrt(max(0.0, 1.0 - seen / whole))
 
 
-def _verdict(rank: int, saturated: bool, train_rank: int | None, invisible: float | None) -> str:
+def _verdict(
+    rank: int, saturated: bool, train_rank: int | None, invisible: float | None
+) -> str:
     if train_rank is None or invisible is None:
         return "the pool is too small to bound the rank" if saturated else ""
     if saturated:

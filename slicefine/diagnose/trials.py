@@ -149,11 +149,17 @@ def short_training(
 
 def _shape(step: int, steps: int, warmup: float) -> float:
     warm = max(1, round(warmup * steps))
-    return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
+    return (
+        (step + 1) / warm
+        if step < warm
+        else max(0.0, (steps - step) / max(1, steps - warm))
+    )
 
 
 @torch.no_grad()
-def _held_loss(model: nn.Module, held: Sequence[Batch], recipe: TrialOptions, loss: Loss) -> float:
+def _held_loss(
+    model: nn.Module, held: Sequence[Batch], recipe: TrialOptions, loss: Loss
+) -> float:
     model.eval()
     total = count = 0.0
     for batch in held:
@@ -196,7 +202,9 @@ def lr_range_test(
 
     ticks = track(range(steps), "learning-rate range test", steps)
     # no held-out batches: the range test reads the training loss as it goes
-    run = short_training(model, config, batches, at, steps, (), recipe, loss, diverged, ticks)
+    run = short_training(
+        model, config, batches, at, steps, (), recipe, loss, diverged, ticks
+    )
     losses = [value for value in run.losses if math.isfinite(value)]
     return read_range(
         [at(i) for i in range(len(losses))],
@@ -222,7 +230,9 @@ def read_range(lrs: Sequence[float], losses: Sequence[float], diverged: bool) ->
     fall = smooth[0] - smooth[lowest]
     usable = lowest > 0 and fall > 0.0
     # learning begins where a tenth of the whole fall is reached
-    reached = next((i for i in range(lowest + 1) if smooth[0] - smooth[i] >= 0.1 * fall), lowest)
+    reached = next(
+        (i for i in range(lowest + 1) if smooth[0] - smooth[i] >= 0.1 * fall), lowest
+    )
     low, high = lrs[reached], lrs[lowest]
     notes = []
     if not usable:
@@ -235,5 +245,13 @@ def read_range(lrs: Sequence[float], losses: Sequence[float], diverged: bool) ->
             "the loss had not risen again at the highest learning rate; the upper end is not known"
         )
     return RangeTest(
-        list(lrs), list(losses), smooth, low, high, max(high / 10, low), diverged, usable, notes
+        list(lrs),
+        list(losses),
+        smooth,
+        low,
+        high,
+        max(high / 10, low),
+        diverged,
+        usable,
+        notes,
     )

@@ -100,7 +100,10 @@ class Winning:
 
 
 def gradient_shares(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], loss: Loss = loss_of_output
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    loss: Loss = loss_of_output,
 ) -> dict[str, GradientShares]:
     """Where the gradient of the mean loss of each batch lies, averaged over batches as squared
     norms; layers never
@@ -134,7 +137,9 @@ def gradient_shares(
                 assert grad is not None
                 # the gradient of one weight, squared in place: it exists only while its norms are
                 # taken
-                square = (grad.reshape(-1, grad.shape[-1]).t().float() @ x.float()).square_()
+                square = (
+                    grad.reshape(-1, grad.shape[-1]).t().float() @ x.float()
+                ).square_()
                 found = [square.sum(0).double().cpu(), square.sum(1).double().cpu()]
                 sums[name] = (
                     [a + b for a, b in zip(sums[name], found, strict=True)]
@@ -175,7 +180,8 @@ def shares_of_positions(shares: GradientShares, spec: SliceSpec) -> Tensor:
     axis = spec.slice_type
     by_feature = shares.columns if axis == "column" else shares.rows
     index = [
-        spec.features(axis, p)[1 if axis == "column" else 0] for p in range(spec.positions(axis))
+        spec.features(axis, p)[1 if axis == "column" else 0]
+        for p in range(spec.positions(axis))
     ]
     return torch.stack([by_feature[i].sum() for i in index if i is not None])
 
@@ -216,7 +222,9 @@ def winning_report(
     if axis not in ("column", "row"):
         raise ValueError(f"axis is {axis!r}; expected 'column' or 'row'")
     if unknown := sorted(set(tried) - {layer.name for layer in layers}):
-        raise ValueError(f"tried names {', '.join(unknown)}, which are not among the layers")
+        raise ValueError(
+            f"tried names {', '.join(unknown)}, which are not among the layers"
+        )
     shares = gradient_shares(model, layers, batches, loss)
     reached = [layer for layer in layers if layer.name in shares]
     trials: dict[str, list[Trial]] = {}
@@ -371,7 +379,8 @@ def _exceptions(
         whole = [
             p
             for p in range(len(by_position))
-            if (cols := spec.features(axis, p)[1]) is not None and bool(shares.dead[cols].all())
+            if (cols := spec.features(axis, p)[1]) is not None
+            and bool(shares.dead[cols].all())
         ]
         said.append(
             f"{len(dead)} of {len(shares.dead)} input features are zero on this data"
@@ -400,7 +409,11 @@ def _exceptions(
 
 
 def _positions(numbers: Sequence[int]) -> str:
-    return f"position {numbers[0]} has" if len(numbers) == 1 else f"positions {_list(numbers)} have"
+    return (
+        f"position {numbers[0]} has"
+        if len(numbers) == 1
+        else f"positions {_list(numbers)} have"
+    )
 
 
 def _list(numbers: Sequence[int], most: int = 6) -> str:

@@ -59,7 +59,9 @@ class SliceCallback(transformers.TrainerCallback):
         if not layers or not state.global_step or _holds_slices(optimizer):
             return
         path = self._saved(args, state)
-        load_slice_state_dict(model, torch.load(path, map_location="cpu", weights_only=True))
+        load_slice_state_dict(
+            model, torch.load(path, map_location="cpu", weights_only=True)
+        )
 
     def _saved(self, args: Any, state: Any) -> Path:
         given = [self.resume_from, args.resume_from_checkpoint]
@@ -79,21 +81,32 @@ class SliceCallback(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         gradients = [
-            p.grad for p in model.parameters() if p.requires_grad and type(p.grad) is torch.Tensor
+            p.grad
+            for p in model.parameters()
+            if p.requires_grad and type(p.grad) is torch.Tensor
         ]
         self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     def on_log(
-        self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: Any = None,
+        **_: Any,
     ) -> None:
         layers = (
-            [m for m in model.modules() if isinstance(m, SliceLayer)] if model is not None else []
+            [m for m in model.modules() if isinstance(m, SliceLayer)]
+            if model is not None
+            else []
         )
         if not layers or logs is None:
             return
         sizes = [(m.out_features * m.in_features, m.schedule.coverage()) for m in layers]
         extra = {
-            "slice_coverage": sum(n * share for n, share in sizes) / sum(n for n, _ in sizes),
+            "slice_coverage": sum(n * share for n, share in sizes)
+            / sum(n for n, _ in sizes),
             "slice_moves": max(m.schedule.moves for m in layers),
         }
         if self._norm is not None:

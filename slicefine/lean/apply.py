@@ -86,7 +86,9 @@ def lean(
     if "_lean_report" in model.__dict__:
         raise ValueError("the model is lean already; call slicefine.lean.undo(model) first")
     if checkpoint not in (None, "full", "selective"):
-        raise ValueError(f"checkpoint is {checkpoint!r}; expected None, 'full' or 'selective'")
+        raise ValueError(
+            f"checkpoint is {checkpoint!r}; expected None, 'full' or 'selective'"
+        )
     report = LeanReport(checkpoint=checkpoint)
     # what can refuse comes before what changes
     name = head.check(model, report.left) if loss else None
@@ -100,7 +102,9 @@ def lean(
         report.left |= modules.unknown_norms(model)
     if mlp:
         report.mlps = _become(model, modules.recognise_mlp, modules.LeanGatedMLP)
-        report.activations = _become(model, modules.recognise_activation, modules.LeanActivation)
+        report.activations = _become(
+            model, modules.recognise_activation, modules.LeanActivation
+        )
         report.left |= modules.unknown_mlps(model)
     model.__dict__["_lean_report"] = report
     # by this merge_and_unload finds the way back

@@ -42,7 +42,9 @@ def enable(model: nn.Module, how: str) -> Added:
         # so that hooks, such as those of track_memory, see what a selective checkpoint keeps
         options["respect_saved_tensors_hooks"] = True
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, policy
+        )
     had = {name: set(vars(module)) for name, module in model.named_modules()}
     hooked = bool(getattr(model, _HOOKS, None))
     if method is not None:
@@ -55,7 +57,8 @@ def enable(model: nn.Module, how: str) -> Added:
             f" be selective: checkpoint={how!r} is not for it"
         )
     attributes = {
-        name: sorted(set(vars(module)) - had[name]) for name, module in model.named_modules()
+        name: sorted(set(vars(module)) - had[name])
+        for name, module in model.named_modules()
     }
     return Added(attributes, not hooked and bool(getattr(model, _HOOKS, None)))
 

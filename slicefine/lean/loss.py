@@ -38,10 +38,19 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, head: Any, shape: Any, dtype: torch.dtype, steps: tuple[Step, ...]
+        cls,
+        hidden: Tensor,
+        head: Any,
+        shape: Any,
+        dtype: torch.dtype,
+        steps: tuple[Step, ...],
     ) -> LazyLogits:
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad
+            cls,
+            shape,
+            dtype=dtype,
+            device=hidden.device,
+            requires_grad=hidden.requires_grad,
         )
         self.hidden, self.head, self.steps, self.made = hidden, head, steps, None
         return self
@@ -49,7 +58,9 @@ class LazyLogits(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def then(self, step: Step | None, shape: Any = None, dtype: torch.dtype | None = None) -> Any:
+    def then(
+        self, step: Step | None, shape: Any = None, dtype: torch.dtype | None = None
+    ) -> Any:
         """The same logits after one more step, elementwise, or in another shape or dtype."""
         steps = self.steps if step is None else (*self.steps, step)
         shape = self.shape if shape is None else shape
@@ -62,7 +73,9 @@ class LazyLogits(Tensor):
         return self.made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _ASKED:
             with torch._C.DisableTorchFunctionSubclass():
@@ -80,7 +93,9 @@ class LazyLogits(Tensor):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # what is called from C++ does not pass by __torch_function__
         real = lambda value: value.values() if isinstance(value, LazyLogits) else value
         return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
@@ -117,7 +132,9 @@ def _operands(hidden: Tensor, head: Any) -> tuple[Tensor, Tensor | None]:
 # What is noted instead of done
 
 
-def _cast(lazy: LazyLogits, dtype: Any = None, *rest: Any, **kwargs: Any) -> LazyLogits | None:
+def _cast(
+    lazy: LazyLogits, dtype: Any = None, *rest: Any, **kwargs: Any
+) -> LazyLogits | None:
     if rest or kwargs or not isinstance(dtype, torch.dtype):
         return None
     return lazy.then(lambda logits: logits.to(dtype), dtype=dtype)

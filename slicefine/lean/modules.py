@@ -76,7 +76,11 @@ class LeanActivation(LeanModule):
 
 @functools.cache
 def _mixed(mixin: type, kind: type) -> type:
-    body = {"_lean_from": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    body = {
+        "_lean_from": kind,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
     return type(kind.__name__, (mixin, kind), body)
 
 
@@ -100,7 +104,9 @@ def give_back(module: nn.Module) -> None:
 # Recognition
 
 
-def recognise_norm(module: nn.Module) -> tuple[float, bool, torch.dtype | None, float] | None:
+def recognise_norm(
+    module: nn.Module,
+) -> tuple[float, bool, torch.dtype | None, float] | None:
     """(offset, late_cast, internal dtype or None for the input's, eps) of an RMSNorm."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1:
@@ -130,9 +136,9 @@ def _try_norm(
         scale = torch.rand(features, generator=generator, dtype=dtype) + 0.5
         x = torch.randn(64, features, generator=generator, dtype=dtype)
         for offset, internal in itertools.product((0.0, 1.0), (None, torch.float32)):
-            formula = lambda x, w, late, offset=offset, internal=internal: reference.rms_norm(
-                x, w, eps, offset, late, internal or x.dtype
-            )[0]
+            formula = lambda x, w, late, offset=offset, internal=internal: (
+                reference.rms_norm(x, w, eps, offset, late, internal or x.dtype)[0]
+            )
             wide = _run(shell, {"weight": scale}, x)
             tolerance = 1e-12 if internal is None else 1e-6
             if not _equal(wide, formula(x, scale, False), tolerance):
@@ -146,7 +152,11 @@ def _try_norm(
                     low[0], low[1], eps, offset, late, low_internal or torch.bfloat16
                 )[0]
                 if narrow is not None and torch.equal(narrow, trial):
-                    kept = internal if internal or weight_dtype == torch.float64 else low_internal
+                    kept = (
+                        internal
+                        if internal or weight_dtype == torch.float64
+                        else low_internal
+                    )
                     return offset, late, kept, eps
     return None
 
@@ -155,13 +165,19 @@ def recognise_mlp(module: nn.Module) -> tuple[tuple[str, ...], str, bool] | None
     """(names of its layers, activation, whether the gate is the first half) of a gated MLP."""
     linear = {n: m for n, m in module._modules.items() if isinstance(m, nn.Linear)}
     others = [m for n, m in module._modules.items() if n not in linear and m is not None]
-    if len(linear) not in (2, 3) or any(_holds_tensors(m) for m in others) or module._parameters:
+    if (
+        len(linear) not in (2, 3)
+        or any(_holds_tensors(m) for m in others)
+        or module._parameters
+    ):
         return None
     for names in itertools.permutations(linear):
         for kind, gate_first in itertools.product(reference.ACTIVATIONS, (True, False)):
             if len(names) == 3 and not gate_first:
                 continue
-            if _shapes_fit(linear, names) and _computes_gated(module, names, kind, gate_first):
+            if _shapes_fit(linear, names) and _computes_gated(
+                module, names, kind, gate_first
+            ):
                 return names, kind, gate_first
     return None
 
@@ -173,7 +189,9 @@ def _shapes_fit(linear: dict[str, nn.Linear], names: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def _computes_gated(module: nn.Module, names: tuple[str, ...], kind: str, gate_first: bool) -> bool:
+def _computes_gated(
+    module: nn.Module, names: tuple[str, ...], kind: str, gate_first: bool
+) -> bool:
     with unset_fake_temporarily(), torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         shell = _shell(module)
@@ -188,7 +206,9 @@ def _computes_gated(module: nn.Module, names: tuple[str, ...], kind: str, gate_f
             layers.append(layer)
         x = torch.randn(5, _TRIED, generator=generator, dtype=torch.float64)
         *into, down = layers
-        halves = [layer(x) for layer in into] if len(into) == 2 else into[0](x).chunk(2, dim=-1)
+        halves = (
+            [layer(x) for layer in into] if len(into) == 2 else into[0](x).chunk(2, dim=-1)
+        )
         gate, up = halves if gate_first else halves[::-1]
         wanted = down(reference.gated_activation(gate, up, kind))
         return _equal(_run(shell, {}, x), wanted, 1e-12)
@@ -196,7 +216,11 @@ def _computes_gated(module: nn.Module, names: tuple[str, ...], kind: str, gate_f
 
 def recognise_activation(module: nn.Module) -> str | None:
     """The operator that computes what a module without tensors computes by several; else None."""
-    if _holds_tensors(module) or list(module.children()) or isinstance(module, (nn.SiLU, nn.GELU)):
+    if (
+        _holds_tensors(module)
+        or list(module.children())
+        or isinstance(module, (nn.SiLU, nn.GELU))
+    ):
         return None
     with torch.no_grad(), unset_fake_temporarily(), torch.device("cpu"):
         x = torch.linspace(-6, 6, 101, dtype=torch.float64)
@@ -242,7 +266,11 @@ def _run(shell: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor | None:
 
 
 def _equal(found: Any, wanted: Tensor, tolerance: float) -> bool:
-    if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+    if (
+        not isinstance(found, Tensor)
+        or found.shape != wanted.shape
+        or found.dtype != wanted.dtype
+    ):
         return False
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 

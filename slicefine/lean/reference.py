@@ -14,7 +14,12 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, late_cast: bool, internal: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    late_cast: bool,
+    internal: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm: ``(offset + weight) * x / sqrt(mean(x ** 2) + eps)``.
 

@@ -78,7 +78,9 @@ class SliceMultiheadAttention(SlicedModule):
         """
         shapes = query, key, value, key_padding_mask, attn_mask, self.num_heads
         batched = F._mha_shape_check(*shapes)  # pyright: ignore[reportAttributeAccessIssue]
-        key_padding_mask = _additive(key_padding_mask, "key_padding_mask", query.dtype, attn_mask)
+        key_padding_mask = _additive(
+            key_padding_mask, "key_padding_mask", query.dtype, attn_mask
+        )
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask and needs one")
         if is_causal and key_padding_mask is None and not need_weights:
@@ -95,7 +97,9 @@ class SliceMultiheadAttention(SlicedModule):
         k = q if key is query else arrange(key)
         v = k if value is key else arrange(value)
         if not batched:
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            key_padding_mask = (
+                None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            )
         q, k, v = self._project(q, k, v)
         output, weights = self._attend(
             q, k, v, attn_mask, key_padding_mask, need_weights, is_causal
@@ -106,7 +110,9 @@ class SliceMultiheadAttention(SlicedModule):
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         E, bias = self.embed_dim, self.in_proj_bias
         part = lambda start, stop: None if bias is None else bias[start * E : stop * E]
         if not self._qkv_same_embed_dim:
@@ -121,13 +127,20 @@ class SliceMultiheadAttention(SlicedModule):
             return q, k, v
         q = self._product("in_proj_weight", query, part(0, 1), 0, E)
         if key is value:
-            k, v = self._product("in_proj_weight", key, part(1, 3), E, 3 * E).chunk(2, dim=-1)
+            k, v = self._product("in_proj_weight", key, part(1, 3), E, 3 * E).chunk(
+                2, dim=-1
+            )
             return q, k, v
         k = self._product("in_proj_weight", key, part(1, 2), E, 2 * E)
         return q, k, self._product("in_proj_weight", value, part(2, 3), 2 * E, 3 * E)
 
     def _product(
-        self, name: str, input: Tensor, bias: Tensor | None, start: int = 0, stop: int | None = None
+        self,
+        name: str,
+        input: Tensor,
+        bias: Tensor | None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         child = self.slice_of(name)
         if child is not None:
@@ -160,14 +173,20 @@ class SliceMultiheadAttention(SlicedModule):
             )
             extra += 1
         # (N * heads, L or S, width)
-        q, k, v = (x.reshape(x.shape[0], N * heads, width).transpose(0, 1) for x in (q, k, v))
+        q, k, v = (
+            x.reshape(x.shape[0], N * heads, width).transpose(0, 1) for x in (q, k, v)
+        )
         if self.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(N * heads, 1, width)], dim=1) for x in (k, v))
             extra += 1
         S = k.shape[1]
-        mask, padding = (None if m is None else F.pad(m, (0, extra)) for m in (mask, padding))
+        mask, padding = (
+            None if m is None else F.pad(m, (0, extra)) for m in (mask, padding)
+        )
         if padding is not None:
-            padding = padding.view(N, 1, 1, S).expand(-1, heads, -1, -1).reshape(N * heads, 1, S)
+            padding = (
+                padding.view(N, 1, 1, S).expand(-1, heads, -1, -1).reshape(N * heads, 1, S)
+            )
             mask = padding if mask is None else mask + padding
         dropout = self.dropout if self.training else 0.0
         if need_weights:
@@ -188,9 +207,9 @@ class SliceMultiheadAttention(SlicedModule):
                     else mask.view(N, heads, -1, S)
                 )
             q, k, v = (x.view(N, heads, -1, width) for x in (q, k, v))
-            output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).permute(
-                2, 0, 1, 3
-            )
+            output = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal
+            ).permute(2, 0, 1, 3)
             weights = None
         flat = self.out_proj(output.reshape(L * N, E))
         return flat.view(L, N, -1), weights

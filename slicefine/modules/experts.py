@@ -33,9 +33,7 @@ def is_experts(module: nn.Module) -> bool:
 def why_not_experts(module: Any, parameter: Tensor, slice_type: str) -> str | None:
     """Why a parameter of a module of experts cannot be sliced; None if it can."""
     if module.is_transposed:
-        return (
-            "its experts store their weights transposed, (experts, in, out), which is not supported"
-        )
+        return "its experts store their weights transposed, (experts, in, out), which is not supported"
     if slice_type != "column":
         return f"slice_type is {slice_type!r}; experts take column slices only"
     if not parameter.is_contiguous():
@@ -56,7 +54,9 @@ class SliceExperts(SlicedModule):
     has_bias: bool
 
     @torch.compiler.disable
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """hidden_states: (n, hidden). top_k_index, top_k_weights: (n, k), experts of each token.
         out: (n, hidden).
         """
@@ -136,7 +136,9 @@ class _ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         weight, kept, cols, offsets = ctx.saved_tensors
-        grad_input = None if weight is None else _grouped_product(grad_output, weight, offsets)
+        grad_input = (
+            None if weight is None else _grouped_product(grad_output, weight, offsets)
+        )
         if kept is None:
             return grad_input, None, None, None, None, None
         ends, start = offsets.tolist(), 0

@@ -40,7 +40,10 @@ class SliceParameter(SliceLayer):
         layer.register_parameter(
             "bias", None
         )  # a bias belongs to the module that holds the parameter
-        layer.out_features, layer.in_features = parameter.shape[:-1].numel(), parameter.shape[-1]
+        layer.out_features, layer.in_features = (
+            parameter.shape[:-1].numel(),
+            parameter.shape[-1],
+        )
         layer.make_slice(config, name, r)
         return layer
 
@@ -50,7 +53,11 @@ class SliceParameter(SliceLayer):
         return local(self.weight if weight is None else weight).view(-1, self.in_features)
 
     def forward(
-        self, input: Tensor, bias: Tensor | None = None, start: int = 0, stop: int | None = None
+        self,
+        input: Tensor,
+        bias: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         """``input @ weight[start:stop].T + bias``. input: (..., in). bias: (stop - start,)."""
         stop = self.out_features if stop is None else stop
@@ -59,7 +66,9 @@ class SliceParameter(SliceLayer):
             return slice_linear(
                 input, self.weight_matrix, bias, self.master, self.rows, self.cols, layer
             )
-        if layer is not None:  # scores and updates in backward are of whole rows of the gradient
+        if (
+            layer is not None
+        ):  # scores and updates in backward are of whole rows of the gradient
             whole = slice_linear(
                 input, self.weight_matrix, None, self.master, self.rows, self.cols, layer
             )
@@ -88,13 +97,22 @@ class SliceParameter(SliceLayer):
         destination[prefix[:-1]] = destination.pop(prefix + "weight")
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
     ) -> None:
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        missing_keys.extend(prefix[:-1] if key == prefix + "weight" else key for key in missing)
+        missing_keys.extend(
+            prefix[:-1] if key == prefix + "weight" else key for key in missing
+        )
 
 
 class SlicedModule(nn.Module):
@@ -124,7 +142,11 @@ class SlicedModule(nn.Module):
 
     def restore(self) -> None:
         """Turn the module into what it was: its own class, its own parameters in their order."""
-        held = {name: child for name in self._modules if (child := self.slice_of(name)) is not None}
+        held = {
+            name: child
+            for name in self._modules
+            if (child := self.slice_of(name)) is not None
+        }
         for name, child in held.items():
             child.sync()
             del self._modules[name]
@@ -135,7 +157,9 @@ class SlicedModule(nn.Module):
         }  # pyright: ignore
         self.__class__ = type(self)._held_class  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         for name in self._modules:
             if self.slice_of(name) is not None and prefix + name in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
@@ -170,7 +194,11 @@ def restore_parameters(model: nn.Module) -> None:
 
 @functools.cache
 def _mixed(mixin: type, own: type) -> Any:
-    body = {"_held_class": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    body = {
+        "_held_class": own,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+    }
     return type(own.__name__, (mixin, own), body)
 
 

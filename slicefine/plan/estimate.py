@@ -140,7 +140,9 @@ def _prime(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.requires_grad else None
+            )
     optimizer.step()
     optimizer.zero_grad()
 
@@ -221,7 +223,9 @@ def _reach(embeddings: nn.Module, compiled: bool) -> None:
     but a sum with a parameter.
     """
     if not compiled:
-        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        embeddings.register_forward_hook(
+            lambda module, args, output: output.requires_grad_()
+        )
         return
     reached: Any = nn.Parameter(torch.zeros((), dtype=next(embeddings.parameters()).dtype))
     embeddings.register_parameter("reached", reached)
@@ -240,7 +244,10 @@ def _step(
     inputs: dict[str, Any],
 ) -> MemoryReport:
     with track_memory(
-        _tensors(inputs), model=model, optimizer=optimizer, logits_width=workload.logits_width
+        _tensors(inputs),
+        model=model,
+        optimizer=optimizer,
+        logits_width=workload.logits_width,
     ) as report:
         with phases_of_layers(model, report.begin):
             report.begin("before")
@@ -260,7 +267,10 @@ def _compiled_step(
     """Model and loss are one compiled function; the update is eager."""
     torch._dynamo.reset()
     with track_compiled(
-        _tensors(inputs), model=model, optimizer=optimizer, logits_width=workload.logits_width
+        _tensors(inputs),
+        model=model,
+        optimizer=optimizer,
+        logits_width=workload.logits_width,
     ) as tracking:
         loss = torch.compile(
             lambda inputs: workload.loss(model(**inputs), inputs),

@@ -10,7 +10,9 @@ UNSEEN = (
     "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, fragmentation of the"
     " allocator"
 )
-UNSEEN_COMPILED = UNSEEN + ", and what inductor changes by fusing operators and reusing buffers"
+UNSEEN_COMPILED = (
+    UNSEEN + ", and what inductor changes by fusing operators and reusing buffers"
+)
 
 
 def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> int:
@@ -26,7 +28,8 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> in
     for _ in range(40):
         known[size] = peak(size)
         fits, beyond = (
-            [s for s in sorted(known) if (known[s] <= budget) == wanted] for wanted in (True, False)
+            [s for s in sorted(known) if (known[s] <= budget) == wanted]
+            for wanted in (True, False)
         )
         if not fits and 1 in known:
             return 0
@@ -34,7 +37,9 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> in
             size = 2 * start if fits else max(1, start // 2)
             continue
         low, high = (
-            (fits[-1], beyond[0]) if fits and beyond else (fits[-2:] if fits else beyond[:2])
+            (fits[-1], beyond[0])
+            if fits and beyond
+            else (fits[-2:] if fits else beyond[:2])
         )
         slope = (known[high] - known[low]) / (high - low)
         size = int(low + (budget - known[low]) / slope) if slope > 0 else 2 * high

@@ -122,7 +122,9 @@ _PAIRS = (
 def _along(
     start: dict[str, int], before: dict[str, int], after: dict[str, int], steps: int
 ) -> dict[str, int]:
-    return {kind: size + steps * (after[kind] - before[kind]) for kind, size in start.items()}
+    return {
+        kind: size + steps * (after[kind] - before[kind]) for kind, size in start.items()
+    }
 
 
 def _stack_of(model: nn.Module) -> Any:

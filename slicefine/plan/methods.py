@@ -40,7 +40,9 @@ def slices(
     """slicefine with SliceAdamW."""
 
     def prepare(model: nn.Module) -> Optimizer:
-        get_slice_model(model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets))
+        get_slice_model(
+            model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets)
+        )
         return SliceAdamW(model.parameters(), optimizer_in_bwd=in_bwd)
 
     name = f"slice {slice_type} r={r}" + (", optimizer_in_bwd" if in_bwd else "")
@@ -79,7 +81,9 @@ def masked(r: int, targets: str | list[str] = "all-linear") -> Method:
         for weight, mask in masks:
             weight.grad.mul_(mask)
 
-    return Method(f"masked r={r}", prepare, after_backward, targets=target_name(targets), r=r)
+    return Method(
+        f"masked r={r}", prepare, after_backward, targets=target_name(targets), r=r
+    )
 
 
 def target_name(targets: str | list[str]) -> str:

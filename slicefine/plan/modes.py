@@ -54,7 +54,9 @@ def with_lean(workload: Workload, **options: Any) -> Workload:
         options: those of `slicefine.lean`.
     """
     if workload.compiled:
-        raise ValueError("a lean model's loss is not compiled; choose lean or torch.compile")
+        raise ValueError(
+            "a lean model's loss is not compiled; choose lean or torch.compile"
+        )
     return replace(workload, lean=options)
 
 

@@ -45,12 +45,18 @@ def method(
             for key, parameter in model.named_parameters():
                 if "lora_A" in key:
                     parameter.requires_grad_(False)
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        return torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], fused=True
+        )
 
     shown = targets if isinstance(targets, str) else ",".join(targets)
     title = f"{name} r={r}" if name != "IA3" else name
     return Method(
-        title + ("" if float32 else ", low precision"), prepare, on_meta=on_meta, targets=shown, r=r
+        title + ("" if float32 else ", low precision"),
+        prepare,
+        on_meta=on_meta,
+        targets=shown,
+        r=r,
     )
 
 

@@ -23,7 +23,8 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
     if not timm.is_model(model):
         like = timm.list_models(f"*{model.split('_')[0]}*")[:5]
         raise ValueError(
-            f"timm has no model {model!r}" + (f"; some like it: {', '.join(like)}" if like else "")
+            f"timm has no model {model!r}"
+            + (f"; some like it: {', '.join(like)}" if like else "")
         )
 
     def build() -> Any:
@@ -40,5 +41,7 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
         labels = torch.zeros(output.shape[0], dtype=torch.int64)
         return nn.functional.cross_entropy(output.float(), labels)
 
-    first = lambda net: next(m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    first = lambda net: next(
+        m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    )
     return Workload(model, build, inputs, loss, first)

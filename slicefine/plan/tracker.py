@@ -67,7 +67,11 @@ class _StorageTracker(TorchDispatchMode):
         if key in self.live:
             self._promote(key, kind)
         elif size:
-            if kind == "temporaries" and tensor.dim() > 1 and tensor.shape[-1] == self.logits_width:
+            if (
+                kind == "temporaries"
+                and tensor.dim() > 1
+                and tensor.shape[-1] == self.logits_width
+            ):
                 kind = "logits"
             self.live[key] = size, kind
             self.totals[kind] += size
@@ -111,7 +115,9 @@ class _StorageTracker(TorchDispatchMode):
         self.current -= size
         self.totals[kind] -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             self.follow(leaf)

@@ -43,7 +43,9 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
     return workload_of(config, model, dtype)
 
 
-def workload_of(config: Any, name: str, dtype: torch.dtype, auto: str | None = None) -> Workload:
+def workload_of(
+    config: Any, name: str, dtype: torch.dtype, auto: str | None = None
+) -> Workload:
     """A `slicefine.plan.estimate.Workload` of a configuration that is at hand, such as a loaded
     model's.
 
@@ -74,7 +76,9 @@ def _one_sequence_in_a_row() -> AbstractContextManager[Any]:
     it would play safe with masks and copies of keys and values.
     """
     return mock.patch.object(
-        transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None
+        transformers.masking_utils,
+        "find_packed_sequence_indices",
+        lambda position_ids: None,
     )
 
 
@@ -110,8 +114,14 @@ def _text_inputs(auto: Any) -> Any:
 
 def _image_inputs(config: Any, dtype: torch.dtype) -> Any:
     def inputs(batch: int, length: int) -> dict[str, Any]:
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        pixels = torch.zeros(batch, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+        size = (
+            config.image_size
+            if isinstance(config.image_size, int)
+            else config.image_size[0]
+        )
+        pixels = torch.zeros(
+            batch, getattr(config, "num_channels", 3), size, size, dtype=dtype
+        )
         return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.int64)}
 
     return inputs

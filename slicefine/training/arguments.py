@@ -58,7 +58,9 @@ def check_settings(recipe: Recipe) -> None:
     known = {item.name for item in fields(kind)}
     for name in recipe.training:
         if name in _OWN:
-            raise UserError(f"--set {name}: it is called {_OWN[name]} here (--{_flag(name)})")
+            raise UserError(
+                f"--set {name}: it is called {_OWN[name]} here (--{_flag(name)})"
+            )
         if name in _MODELS_ONLY:
             raise UserError(f"--set {name}: {_MODELS_ONLY[name]}")
         if name not in known:
@@ -166,7 +168,9 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {error}; `slicefine env` says what there is") from error
+        raise UserError(
+            f"--device {name}: {error}; `slicefine env` says what there is"
+        ) from error
     return device
 
 

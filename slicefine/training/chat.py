@@ -112,7 +112,9 @@ def _conversation(row: Row, column: str, where: str) -> Example:
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: column {column!r} has no message of the assistant to learn from")
+        raise UserError(
+            f"{where}: column {column!r} has no message of the assistant to learn from"
+        )
     return Example(messages=tuple(messages), tools=row.get("tools"))
 
 
@@ -141,7 +143,9 @@ def _message(message: Any, where: str) -> Message:
     if "from" in given and "value" in given:
         role = _ROLES.get(str(given["from"]).lower())
         if role is None:
-            raise UserError(f"{where}: from is {given['from']!r}; expected human, gpt or system")
+            raise UserError(
+                f"{where}: from is {given['from']!r}; expected human, gpt or system"
+            )
         given = {"role": role, "content": given["value"]}
     if not isinstance(given.get("role"), str):
         raise UserError(
@@ -159,7 +163,10 @@ def _instruction(row: Row, where: str) -> Example:
     output = _filled(row, "output", where)
     system = text_in(row, "system", where) if row.get("system") else ""
     asked = f"{instruction}\n\n{more}" if more else instruction
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    messages = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": output},
+    ]
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     template = _ALPACA_INPUT if more else _ALPACA
@@ -224,7 +231,9 @@ class Chat:
                     " completion"
                 )
             # a template may put a system message of its own before a first answer
-            start = len(before) or max(0, upto.rfind(str(message.get("content", "")).strip()))
+            start = len(before) or max(
+                0, upto.rfind(str(message.get("content", "")).strip())
+            )
             spans.append((start, len(upto.rstrip())))
         if not spans:
             raise UserError(f"{where}: no message of the assistant in the completion")
@@ -259,7 +268,10 @@ class Chat:
                 f"{where} is a conversation, and the model's tokenizer has no chat template. Give"
                 " one with --set chat_template_path=FILE.jinja, or use prompt and completion"
             )
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ] * 2
         try:
             before = self._text(turns[:2], where, None)
             if self._text(turns, where, None).startswith(before):

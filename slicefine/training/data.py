@@ -63,7 +63,9 @@ def read_rows(data: str, columns: list[str], what: str = "--data") -> list[Row]:
             )
         for number, row in enumerate(rows, 1):
             if row.get(column) is None or row[column] == "":
-                raise UserError(f"{what} {data}: row {number} has no value in column {column!r}")
+                raise UserError(
+                    f"{what} {data}: row {number} has no value in column {column!r}"
+                )
     return rows
 
 
@@ -140,7 +142,9 @@ def _read_csv(path: Path, place: str, delimiter: str = ",") -> list[Row]:
 def _check_header(header: list[str], place: str) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise UserError(f"{place}: the header has {twice[0]!r} more than once; rename one of them")
+        raise UserError(
+            f"{place}: the header has {twice[0]!r} more than once; rename one of them"
+        )
 
 
 def _row_of(header: list[str], values: list[str], place: str, number: int) -> Row:
@@ -197,7 +201,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}; expected one object per line or entry")
+        raise UserError(
+            f"{where}: a {type(row).__name__}; expected one object per line or entry"
+        )
     return row
 
 
@@ -255,13 +261,17 @@ def _read_folder(path: Path, what: str) -> list[Row]:
     chosen = _training_files(files, path, place)
     kinds = sorted({str(_kind(f)) for f in chosen})
     if len(kinds) > 1:
-        raise UserError(f"{place}: files of several formats ({', '.join(kinds)}); name one file")
+        raise UserError(
+            f"{place}: files of several formats ({', '.join(kinds)}); name one file"
+        )
     return [row for file in chosen for row in _read_file(file, what)]
 
 
 def _training_files(files: list[Path], folder: Path, place: str) -> list[Path]:
     """Those that are not of another split by their names."""
-    words = {f: set(re.split(r"[^a-z]+", str(f.relative_to(folder)).lower())) for f in files}
+    words = {
+        f: set(re.split(r"[^a-z]+", str(f.relative_to(folder)).lower())) for f in files
+    }
     training = [f for f in files if words[f].intersection(_TRAIN)]
     if training:
         return training
@@ -310,7 +320,9 @@ def _read_hub(name: str, what: str) -> list[Row]:
     place = f"{what} {name}"
     parts = _HUB.fullmatch(name)
     if parts is None:
-        raise UserError(f"{place}: no such file, and no hub data set as id, id@config or id:split")
+        raise UserError(
+            f"{place}: no such file, and no hub data set as id, id@config or id:split"
+        )
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:

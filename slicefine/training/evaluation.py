@@ -164,13 +164,20 @@ def planned(
 
 
 def measure(
-    model: nn.Module, task: Task, rows: list[Row], batch_size: int, bf16: bool, device: torch.device
+    model: nn.Module,
+    task: Task,
+    rows: list[Row],
+    batch_size: int,
+    bf16: bool,
+    device: torch.device,
 ) -> float:
     """The task's metric. Rows are sorted by length, so the same rows make the same batches."""
     autocast: Callable[[], Any] = lambda: (
         torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     )
-    return task.evaluate(model, chunks(sorted(rows, key=task.length), batch_size), autocast, device)
+    return task.evaluate(
+        model, chunks(sorted(rows, key=task.length), batch_size), autocast, device
+    )
 
 
 def file_sha256(data: str, rows: list[Row]) -> str:
@@ -193,7 +200,11 @@ def rows_sha256(rows: list[Row]) -> str:
 
 def _as_text(value: Any) -> str:
     # an image's own text has its address in memory
-    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
+    return (
+        hashlib.sha256(value.tobytes()).hexdigest()
+        if hasattr(value, "tobytes")
+        else str(value)
+    )
 
 
 def data_sha256(data: str, rows: list[Row], evaluated: list[Row], task: Task) -> str:
@@ -224,11 +235,15 @@ def repeat(
     source = data or recorded.data
     if isinstance(task, ImageClassification):
         task.folder = (
-            Path(source).parent if data or recorded.images is None else Path(recorded.images)
+            Path(source).parent
+            if data or recorded.images is None
+            else Path(recorded.images)
         )
     rows = read_rows(source, task.required())
     evaluated = (
-        rows if recorded.share is None else split_rows(rows, recorded.share, recorded.seed)[1]
+        rows
+        if recorded.share is None
+        else split_rows(rows, recorded.share, recorded.seed)[1]
     )
     if (found := data_sha256(source, rows, evaluated, task)) != recorded.data_sha256:
         raise UserError(
@@ -239,5 +254,7 @@ def repeat(
     loaded, _ = task.load(model or recorded.model, getattr(torch, recorded.dtype))
     task.labels = recorded.labels
     delta.apply_to(loaded)
-    value = measure(loaded.to(device), task, evaluated, recorded.batch_size, recorded.bf16, device)
+    value = measure(
+        loaded.to(device), task, evaluated, recorded.batch_size, recorded.bf16, device
+    )
     return recorded, value

@@ -77,16 +77,22 @@ class Recipe:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.warmup > 1:
-            raise UserError(f"warmup is {self.warmup}; expected a share of the steps, 0 to 1")
+            raise UserError(
+                f"warmup is {self.warmup}; expected a share of the steps, 0 to 1"
+            )
         if not (self.lr >= 0 and self.head_lr >= 0):
-            raise UserError(f"--lr is {self.lr} and --head-lr {self.head_lr}; expected 0 or more")
+            raise UserError(
+                f"--lr is {self.lr} and --head-lr {self.head_lr}; expected 0 or more"
+            )
         if self.optimizer_in_bwd and (self.clip > 0 or self.accumulate > 1):
             raise UserError(
                 "--optimizer-in-bwd updates during backward, so it can neither clip nor accumulate:"
                 " add --clip 0 --accumulate 1, or leave it out"
             )
         if self.format not in get_args(Format):
-            raise UserError(f"format is {self.format!r}; expected one of auto, text, {_forms()}")
+            raise UserError(
+                f"format is {self.format!r}; expected one of auto, text, {_forms()}"
+            )
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
         config = self.slice_config()
@@ -140,7 +146,9 @@ class Recipe:
         slices, training = values.pop("slices"), values.pop("training")
         kept = {k: v for k, v in training.items() if not _FREE_SETTINGS.fullmatch(k)}
         nested = {"slices": slices, "training": kept}
-        flat = {f"{part}.{k}": v for part, inner in nested.items() for k, v in inner.items()}
+        flat = {
+            f"{part}.{k}": v for part, inner in nested.items() for k, v in inner.items()
+        }
         return {**values, **flat}
 
     @classmethod
@@ -155,7 +163,9 @@ class Recipe:
             _known(str(key), known, f"{where} has")
         for section in ("slices", "training"):
             if not isinstance(values.get(section, {}) or {}, Mapping):
-                raise UserError(f"{where}: {section} holds no keys; expected name: value lines")
+                raise UserError(
+                    f"{where}: {section} holds no keys; expected name: value lines"
+                )
         given = {key: value for key, value in values.items() if value is not None}
         return cls(**{str(key): value for key, value in given.items()})
 
@@ -233,11 +243,15 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    "tag:yaml.org,2002:bool",
+    re.compile(r"(true|True|TRUE|false|False|FALSE)$"),
+    list("tTfF"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -28,7 +28,9 @@ INTERRUPTED = 130
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-def fine_tune(recipe: Recipe, resume: bool = False, say: Callable[[str], None] = print) -> int:
+def fine_tune(
+    recipe: Recipe, resume: bool = False, say: Callable[[str], None] = print
+) -> int:
     """Run a recipe.
 
     Args:
@@ -72,7 +74,11 @@ class _Run:
             raise UserError(f"--dtype {recipe.dtype}: expected one of {', '.join(_DTYPES)}")
         check_output(self.output, self.model_name, self.resume)
         self.checkpoint = last_checkpoint(self.output) if self.resume else None
-        if self.resume and (self.output / "training.json").exists() and not self._unfinished():
+        if (
+            self.resume
+            and (self.output / "training.json").exists()
+            and not self._unfinished()
+        ):
             raise UserError(f"--resume: the run in {self.output} is finished")
         if self.resume and self.checkpoint is None:
             raise UserError(f"--resume: no checkpoint at {self.output}")
@@ -117,7 +123,9 @@ class _Run:
             before = Recipe.from_dict(saved["recipe"])
             rows = saved["training_rows"]
         except (OSError, ValueError, KeyError, UserError) as error:
-            raise UserError(f"--resume: {self.output / RUN} cannot be read ({error})") from error
+            raise UserError(
+                f"--resume: {self.output / RUN} cannot be read ({error})"
+            ) from error
         differing = self.recipe.differences(before)
         if rows != rows_sha256(self.rows):
             differing.append("the training rows are others")
@@ -150,7 +158,9 @@ class _Run:
         )
         self._ask_before()
         slices = self.slices
-        slices.modules_to_save = sorted({*(slices.modules_to_save or ()), *self.whole}) or None
+        slices.modules_to_save = (
+            sorted({*(slices.modules_to_save or ()), *self.whole}) or None
+        )
         try:
             get_slice_model(self.model, slices)
         except (ValueError, TypeError) as error:
@@ -210,7 +220,9 @@ class _Run:
             except ValueError as error:
                 if self.checkpoint is None:
                     raise
-                raise UserError(f"--resume: the checkpoint does not fit: {error}") from error
+                raise UserError(
+                    f"--resume: the checkpoint does not fit: {error}"
+                ) from error
         trainer.accelerator.wait_for_everyone()
         if self.use_cache is not None:
             # Trainer switches it off for training, and the model would be saved so
@@ -262,7 +274,12 @@ class _Run:
         }
         if self.held and not interrupted:
             value = measure(
-                self.model, task, self.held, recipe.batch_size, recipe.bf16, torch.device(device)
+                self.model,
+                task,
+                self.held,
+                recipe.batch_size,
+                recipe.bf16,
+                torch.device(device),
             )
             metrics[task.metric] = value
             if math.isfinite(value):
@@ -384,7 +401,9 @@ def peak_bytes(device: torch.device) -> int:
 def report(metrics: dict[str, Any], output: Path) -> str:
     """The last lines of a training."""
     lines = [
-        f"{key:<12}{value / 2**20:,.0f} MiB" if key == "peak_bytes" else f"{key:<12}{value:,.4g}"
+        f"{key:<12}{value / 2**20:,.0f} MiB"
+        if key == "peak_bytes"
+        else f"{key:<12}{value:,.4g}"
         for key, value in metrics.items()
     ]
     delta = [f"{'delta':<12}{output / 'delta'}"] if (output / "delta").is_dir() else []

@@ -51,9 +51,12 @@ def says(model: Any, task: CausalLM, prompts: list[list[int]]) -> list[str]:
     return answers
 
 
-def table(task: CausalLM, prompts: list[list[int]], before: list[str], after: list[str]) -> Any:
+def table(
+    task: CausalLM, prompts: list[list[int]], before: list[str], after: list[str]
+) -> Any:
     """One entry a prompt, for the file beside the model."""
     texts = [task.tokenizer.decode(ids) for ids in prompts]
     return [
-        {"prompt": p, "before": b, "after": a} for p, b, a in zip(texts, before, after, strict=True)
+        {"prompt": p, "before": b, "after": a}
+        for p, b, a in zip(texts, before, after, strict=True)
     ]

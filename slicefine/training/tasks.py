@@ -76,7 +76,10 @@ class Task:
         if not self.labels:
             return {}
         names = dict(enumerate(self.labels))
-        known = {key: getattr(model.config, key, None) for key in ("pad_token_id", "problem_type")}
+        known = {
+            key: getattr(model.config, key, None)
+            for key in ("pad_token_id", "problem_type")
+        }
         return {
             "num_labels": len(names),
             "id2label": {str(k): v for k, v in names.items()},
@@ -106,7 +109,11 @@ class Task:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batches: list[list[Row]], autocast: Any, device: torch.device
+        self,
+        model: nn.Module,
+        batches: list[list[Row]],
+        autocast: Any,
+        device: torch.device,
     ) -> float:
         model.eval()
         right = count = 0
@@ -137,7 +144,9 @@ def location(model: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"--model {model}: no such file")
         return str(path.parent), {"gguf_file": path.name}
-    if (model.startswith((".", "/", "~")) or "\\" in model) and not path.expanduser().exists():
+    if (
+        model.startswith((".", "/", "~")) or "\\" in model
+    ) and not path.expanduser().exists():
         raise UserError(
             f"--model {model}: no such folder; give a folder with config.json and weights, a .gguf"
             " file, or a hub id"
@@ -162,7 +171,9 @@ def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> An
     try:
         return kind.from_pretrained(place, **extra, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model {model}: {kind.__name__} cannot load it: {error}") from error
+        raise UserError(
+            f"--model {model}: {kind.__name__} cannot load it: {error}"
+        ) from error
 
 
 def numbering(labels: list[str], model: str) -> list[str]:
@@ -186,7 +197,10 @@ def _new_modules(info: dict[str, Any]) -> list[str]:
     """Modules whose weights the checkpoint did not have."""
     keys = {
         *info.get("missing_keys", ()),
-        *(k[0] if isinstance(k, (tuple, list)) else k for k in info.get("mismatched_keys", ())),
+        *(
+            k[0] if isinstance(k, (tuple, list)) else k
+            for k in info.get("mismatched_keys", ())
+        ),
     }
     return sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
 
@@ -198,7 +212,11 @@ def _with_head(model: nn.Module, modules: list[str]) -> list[str]:
     return sorted(
         {
             *modules,
-            *(name for name in ("score", "classifier") if getattr(model, name, None) is not None),
+            *(
+                name
+                for name in ("score", "classifier")
+                if getattr(model, name, None) is not None
+            ),
         }
     )
 
@@ -256,7 +274,9 @@ class TextClassification(_TextTask):
         from transformers import AutoModelForSequenceClassification
 
         self.load_inputs(model)
-        loaded, info = _classifier(AutoModelForSequenceClassification, model, dtype, self.labels)
+        loaded, info = _classifier(
+            AutoModelForSequenceClassification, model, dtype, self.labels
+        )
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self._check_length(loaded)
         return loaded, _new_modules(info)
@@ -264,7 +284,11 @@ class TextClassification(_TextTask):
     def batch(self, rows: list[Row]) -> Batch:
         texts = [text_in(row, self.columns.text, "a row") for row in rows]
         encoded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
         return {**encoded, "labels": self._label_ids(rows)}
 
@@ -316,9 +340,13 @@ class CausalLM(_TextTask):
         tokenizer = super()._tokenizer(model)
         if self.chat_template is not None:
             try:
-                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+                tokenizer.chat_template = Path(self.chat_template).read_text(
+                    encoding="utf-8"
+                )
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"chat_template_path {self.chat_template}: {error}") from error
+                raise UserError(
+                    f"chat_template_path {self.chat_template}: {error}"
+                ) from error
         if not tokenizer.is_fast:
             raise UserError(
                 f"--model {model}: its tokenizer is not a fast one, and cannot tell which tokens"
@@ -331,7 +359,9 @@ class CausalLM(_TextTask):
         from transformers import AutoModelForCausalLM
 
         self.load_inputs(model)
-        loaded, info = pretrained(AutoModelForCausalLM, model, dtype, output_loading_info=True)
+        loaded, info = pretrained(
+            AutoModelForCausalLM, model, dtype, output_loading_info=True
+        )
         self._check_length(loaded)
         # a tied head is reported missing and is no new module
         tied = loaded.get_output_embeddings() if loaded.config.tie_word_embeddings else None
@@ -377,7 +407,11 @@ class CausalLM(_TextTask):
 
         encoded = [self.encode(row, f"{what}: row {i}") for i, row in enumerate(rows, 1)]
         # the first token is predicted from nothing
-        kept = [i for i, (_, labels, _) in enumerate(encoded) if any(x != -100 for x in labels[1:])]
+        kept = [
+            i
+            for i, (_, labels, _) in enumerate(encoded)
+            if any(x != -100 for x in labels[1:])
+        ]
         if not kept:
             raise UserError(
                 f"{what}: no row has anything to predict within --max-length {self.max_length}"
@@ -402,7 +436,9 @@ class CausalLM(_TextTask):
         pad = self.tokenizer.pad_token_id
         return {
             "input_ids": torch.tensor([padded(ids, pad) for ids, _, _ in encoded]),
-            "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _, _ in encoded]),
+            "attention_mask": torch.tensor(
+                [padded([1] * len(ids), 0) for ids, _, _ in encoded]
+            ),
             "labels": torch.tensor([padded(labels, -100) for _, labels, _ in encoded]),
         }
 
@@ -411,7 +447,11 @@ class CausalLM(_TextTask):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batches: list[list[Row]], autocast: Any, device: torch.device
+        self,
+        model: nn.Module,
+        batches: list[list[Row]],
+        autocast: Any,
+        device: torch.device,
     ) -> float:
         model.eval()
         total = tokens = 0
@@ -494,7 +534,9 @@ class ImageClassification(Task):
         from transformers import AutoModelForImageClassification
 
         self.load_inputs(model)
-        loaded, info = _classifier(AutoModelForImageClassification, model, dtype, self.labels)
+        loaded, info = _classifier(
+            AutoModelForImageClassification, model, dtype, self.labels
+        )
         return loaded, _new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
@@ -511,7 +553,9 @@ class ImageClassification(Task):
             with Image.open(self.folder / image) as opened:
                 return opened.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{self.folder / image} cannot be read as an image: {error}") from error
+            raise UserError(
+                f"{self.folder / image} cannot be read as an image: {error}"
+            ) from error
 
     def dataset(self, rows: list[Row], what: str = "--data") -> list[Row]:
         """The rows themselves: images are read when their batch is made."""

@@ -107,7 +107,9 @@ def slice_adamw(model: nn.Module, recipe: Recipe, args: Any) -> SliceAdamW:
         ([p for p in whole if p.dim() <= 1], recipe.head_lr, 0.0),
     )
     groups = [
-        {"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in parts if params
+        {"params": params, "lr": lr, "weight_decay": decay}
+        for params, lr, decay in parts
+        if params
     ]
     return SliceAdamW(
         groups,
@@ -170,13 +172,18 @@ class SliceTraining:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         mine: Any = self
-        chosen = {"train_sampling_strategy", "group_by_length"} & self.recipe.training.keys()
+        chosen = {
+            "train_sampling_strategy",
+            "group_by_length",
+        } & self.recipe.training.keys()
         data = mine.train_dataset if train_dataset is None else train_dataset
         if chosen:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         rows = mine.args.gradient_accumulation_steps * mine.args.world_size
         size = mine.args.train_batch_size * rows
-        self.order = LengthWindows(_lengths(data), size, mine.args.data_seed or mine.args.seed)
+        self.order = LengthWindows(
+            _lengths(data), size, mine.args.data_seed or mine.args.seed
+        )
         return self.order
 
 
@@ -247,7 +254,9 @@ def _options(task: Task) -> dict[str, Any]:
     if isinstance(task, CausalLM):
         return {"processing_class": task.tokenizer}
     options = {"compute_loss_func": weighted_cross_entropy, "compute_metrics": accuracy_of}
-    options["preprocess_logits_for_metrics"] = lambda logits, labels: _first(logits).argmax(-1)
+    options["preprocess_logits_for_metrics"] = lambda logits, labels: _first(logits).argmax(
+        -1
+    )
     if isinstance(task, ImageClassification):
         return {**options, "data_collator": task.batch, "processing_class": task.processor}
     tokenizer: Any = task.tokenizer  # type: ignore[attr-defined]
@@ -278,7 +287,9 @@ def _stopping(recipe: Recipe, evaluated: Any) -> list[Any]:
     if not recipe.early_stopping:
         return []
     if evaluated is None:
-        raise UserError("--early-stopping needs rows to evaluate on: --eval-data or --eval-share")
+        raise UserError(
+            "--early-stopping needs rows to evaluate on: --eval-data or --eval-share"
+        )
     return [transformers.EarlyStoppingCallback(recipe.early_stopping)]
 
 

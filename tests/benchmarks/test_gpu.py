@@ -27,7 +27,14 @@ ROOT = Path(__file__).parents[2]
 
 
 BOTH = ["gradients", "updates", "graphs"]
-SMALL_PARTS = [*BOTH, *(f"{name}_cuda" for name in BOTH), "training", "layers", "kernels", "model"]
+SMALL_PARTS = [
+    *BOTH,
+    *(f"{name}_cuda" for name in BOTH),
+    "training",
+    "layers",
+    "kernels",
+    "model",
+]
 
 
 def run_suite(folder, *options):
@@ -47,7 +54,9 @@ def run_suite(folder, *options):
         str(folder / "results"),
         *options,
     ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_the_gpu_suite_runs_small_through_the_interpreter(tmp_path):
@@ -65,16 +74,28 @@ def test_the_gpu_suite_runs_small_through_the_interpreter(tmp_path):
     assert report["where"]["device_type"] == "cpu" and report["where"]["commit"].rstrip(
         "+"
     ) in path.name.replace("-changed", "")
-    assert len([r for r in report["parts"]["gradients"]["rows"] if r["backend"] == "triton"]) == 27
-    assert {row["method"] for row in report["parts"]["layers"]["rows"] if "method" in row} == set(
-        layers.METHODS
+    assert (
+        len([r for r in report["parts"]["gradients"]["rows"] if r["backend"] == "triton"])
+        == 27
     )
+    assert {
+        row["method"] for row in report["parts"]["layers"]["rows"] if "method" in row
+    } == set(layers.METHODS)
     assert report["parts"]["layers"]["bars"] and report["parts"]["kernels"]["bars"]
     if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
         peers = {row["method"] for row in report["parts"]["model"]["rows"] if row.get("ms")}
-        assert {"floor", "slice column", "lora", "miss", "shira", "masked gradient"} <= peers
+        assert {
+            "floor",
+            "slice column",
+            "lora",
+            "miss",
+            "shira",
+            "masked gradient",
+        } <= peers
     text = path.with_suffix(".md").read_text()
-    assert "**Not a GPU**" in text and "layer step 48 x 64" in text and "at most 1.05" in text
+    assert (
+        "**Not a GPU**" in text and "layer step 48 x 64" in text and "at most 1.05" in text
+    )
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted(
         p.name for p in path.parent.iterdir()
     )
@@ -87,7 +108,13 @@ def test_the_gpu_suite_says_which_parts_there_are(tmp_path):
         and "no part weather; expected some of build, gradients, updates" in result.stderr
     )
     if not torch.cuda.is_available():
-        command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(tmp_path / "results")]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--results",
+            str(tmp_path / "results"),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert (
             result.returncode == 2
@@ -124,12 +151,17 @@ def test_a_part_that_fails_crashes_or_hangs_is_recorded_and_the_rest_run(tmp_pat
         and "ValueError: deliberate" in found["raises"]["error"]
     )
     assert found["raises"]["rows"] == [{"value": 2.5}]
-    assert found["crashes"]["rows"] == [{"value": 3.5}] and "status 11" in found["crashes"]["error"]
+    assert (
+        found["crashes"]["rows"] == [{"value": 3.5}]
+        and "status 11" in found["crashes"]["error"]
+    )
     assert "still running" in found["hangs"]["error"]
     assert found["long"]["status"] == "skipped: no time left"
     assert json.loads(report.path.read_text()) == report.found
     text = report.path.with_suffix(".md").read_text()
-    assert "| a ratio | 1.2 | at most 1.05 | no |" in text and "ValueError: deliberate" in text
+    assert (
+        "| a ratio | 1.2 | at most 1.05 | no |" in text and "ValueError: deliberate" in text
+    )
     assert "hangs           failed" in capsys.readouterr().out
 
 
@@ -146,7 +178,9 @@ def test_a_parts_share_of_the_time():
 
 def test_a_job_counts_what_it_does_not_reach():
     job = Job("cpu", True, time.time() - 1, Path("none"))
-    assert list(job.within_time("abc")) == ["a"] and job.notes == ["no time left for 2 of 3 cases"]
+    assert list(job.within_time("abc")) == ["a"] and job.notes == [
+        "no time left for 2 of 3 cases"
+    ]
     with job.attempt(case=1):
         raise ValueError("ours")
     with job.attempt(peer=True, case=2):
@@ -162,7 +196,9 @@ def test_a_job_counts_what_it_does_not_reach():
 def test_a_missing_peer_is_a_row_and_not_a_crash(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     rows = layers.rows_for((8, 8), 4, "fp32", 2, "cpu", ("floor", "lora"), 1)
-    assert "peft is missing" in rows[1]["absent"] and "peft is missing" in layers.table(rows)
+    assert "peft is missing" in rows[1]["absent"] and "peft is missing" in layers.table(
+        rows
+    )
     job = Job("cpu", True, time.time() + 60, Path("none"))
     with pytest.raises(methods.MissingPeerError, match="peft is missing"):
         methods.prepare(model_part.LORA, nn.Sequential(nn.Linear(4, 4)), ["0"])
@@ -208,9 +244,14 @@ def test_a_wrong_kernel_fails_the_suite(monkeypatch):
 
     def stale(b):  # as a graph that has kept the first positions would
         first.append(first[0] if first else (b, b["rows"].clone()))
-        return ops.slice_grad(b["dy"], b["x"], first[0][1] if b is first[0][0] else b["rows"])
+        return ops.slice_grad(
+            b["dy"], b["x"], first[0][1] if b is first[0][0] else b["rows"]
+        )
 
-    assert graphs.replay_differs(stale, shape, "cpu") == ["result, replay 1", "result, replay 2"]
+    assert graphs.replay_differs(stale, shape, "cpu") == [
+        "result, replay 1",
+        "result, replay 2",
+    ]
 
 
 class HostForDevice(TorchFunctionMode):
@@ -220,7 +261,9 @@ class HostForDevice(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device")) == "cuda":
             kwargs["device"] = "cpu"
-        return func(*("cpu" if type(a) is str and a == "cuda" else a for a in args), **kwargs)
+        return func(
+            *("cpu" if type(a) is str and a == "cuda" else a for a in args), **kwargs
+        )
 
 
 class StandIn:
@@ -261,7 +304,12 @@ def test_what_only_a_gpu_runs_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path
     profiler that is missing.
     """
     nothing = lambda *_: None
-    for name in ("synchronize", "set_sync_debug_mode", "empty_cache", "reset_peak_memory_stats"):
+    for name in (
+        "synchronize",
+        "set_sync_debug_mode",
+        "empty_cache",
+        "reset_peak_memory_stats",
+    ):
         monkeypatch.setattr(torch.cuda, name, nothing)
     for name in ("Stream", "Event", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, StandIn)
@@ -272,7 +320,9 @@ def test_what_only_a_gpu_runs_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path
         correctness, "KERNELS", ("triton",)
     )  # the cuda backend takes no tensor of the host
     monkeypatch.setattr(
-        correctness, "SMALL", (correctness.GradientCase(65, 40, 17, "scattered", tf32=True),)
+        correctness,
+        "SMALL",
+        (correctness.GradientCase(65, 40, 17, "scattered", tf32=True),),
     )
     with HostForDevice():
         for name in ("gradients", "graphs", "kernels"):

@@ -18,7 +18,9 @@ def test_the_masked_baseline_trains_the_same_slices(clip):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3)).double()
 
-    config = SliceConfig(r=4, switch_interval=3, target_modules=["0"], modules_to_save=["2"])
+    config = SliceConfig(
+        r=4, switch_interval=3, target_modules=["0"], modules_to_save=["2"]
+    )
     ours = get_slice_model(net(), config)
     specs = {name: layer.spec for name, layer in named_slice_layers(ours)}
     dense = net()
@@ -77,7 +79,9 @@ def test_the_demos_pair_agrees_and_ours_is_leaner_and_the_batches_are_the_same(m
     rng = np.random.RandomState(0)
     texts = [" ".join(rng.choice(words, rng.randint(4, 12))) for _ in range(96)]
     task = SentimentTask(
-        Split(texts[:64], [i % 2 for i in range(64)], texts[64:], [i % 2 for i in range(32)])
+        Split(
+            texts[:64], [i % 2 for i in range(64)], texts[64:], [i % 2 for i in range(32)]
+        )
     )
     pair = demo.paired_run(
         task,

@@ -115,7 +115,8 @@ def check_schema(values: dict) -> None:
     assert set(values["meta_info"]["system_info"]) == SYSTEM_INFO
     assert set(values["meta_info"]["model_info"]) == {"sha", "created_at"}
     assert all(
-        set(info) == {"sha", "created_at"} for info in values["meta_info"]["dataset_info"].values()
+        set(info) == {"sha", "created_at"}
+        for info in values["meta_info"]["dataset_info"].values()
     )
     *valid, test = values["train_info"]["metrics"]
     assert all(set(row) == VALID_METRICS for row in valid) and set(test) == TEST_METRICS
@@ -161,8 +162,12 @@ def tiny_llama(params, device):
 
 
 def tiny_task() -> AnswerTask:
-    rows = [Row(f"a {word} film", f" The answer is: {word}") for word in ("good", "bad") * 6]
-    return AnswerTask(rows, rows[:2], rows[:3], ["the film is good", "a bad answer is a film"])
+    rows = [
+        Row(f"a {word} film", f" The answer is: {word}") for word in ("good", "bad") * 6
+    ]
+    return AnswerTask(
+        rows, rows[:2], rows[:3], ["the film is good", "a bad answer is a film"]
+    )
 
 
 def tiny_setting():
@@ -190,7 +195,10 @@ def run(name: str) -> dict:
 )
 def test_two_steps_write_pefts_keys(name, tmp_path):
     values = run(name)
-    assert values["run_info"]["error_msg"] == "" and values["train_info"]["status"] == "success"
+    assert (
+        values["run_info"]["error_msg"] == ""
+        and values["train_info"]["status"] == "success"
+    )
     path = report.write(values, tmp_path)
     check_schema(json.loads(path.read_text()))
     assert path.name == name.replace("/", "--") + ".json"
@@ -201,7 +209,9 @@ def test_two_steps_write_pefts_keys(name, tmp_path):
         memory["peak_memory_tracked"] > memory["held_memory_tracked"] > 0
         and "track_memory" in memory["peak_memory_tracked_by"]
     )
-    assert values["train_info"]["accelerator_memory_max"] is None or torch.cuda.is_available()
+    assert (
+        values["train_info"]["accelerator_memory_max"] is None or torch.cuda.is_available()
+    )
     if name == "slice/column-r16":
         # two layers of q (32 -> 32) and v (32 -> 16), 16 columns each; both positions of each have
         # been active
@@ -212,7 +222,12 @@ def test_two_steps_write_pefts_keys(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # peft's SHiRA
 @pytest.mark.parametrize(
     "name",
-    ["lora/lora-rank32", "lora/lora-rank32-lorafa", "shira/shira-random", "ia3/ia3-lr_0.001"],
+    [
+        "lora/lora-rank32",
+        "lora/lora-rank32-lorafa",
+        "shira/shira-random",
+        "ia3/ia3-lr_0.001",
+    ],
 )
 def test_pefts_methods_run_through_the_same_loop(name, tmp_path):
     setting = tiny_setting()
@@ -220,12 +235,17 @@ def test_pefts_methods_run_through_the_same_loop(name, tmp_path):
     if name.startswith("shira"):  # rank 32 would be more weights than the tiny layers have
         experiment.peft_values["r"] = 4
     values = twin.run_experiment(experiment, setting, tiny_task(), load=tiny_llama)
-    assert values["run_info"]["error_msg"] == "" and values["train_info"]["status"] == "success"
+    assert (
+        values["run_info"]["error_msg"] == ""
+        and values["train_info"]["status"] == "success"
+    )
     check_schema(json.loads(report.write(values, tmp_path).read_text()))
     info = values["twin_info"]
     assert info["base_metrics_by"] == "disable_adapter" and info["base_unchanged"] is True
     assert (info["peak_memory_tracked"] is None) == torch.cuda.is_available()
-    assert 0 < values["train_info"]["file_size"] < 4 * values["train_info"]["num_total_params"]
+    assert (
+        0 < values["train_info"]["file_size"] < 4 * values["train_info"]["num_total_params"]
+    )
 
 
 def test_a_run_that_fails_is_written_as_canceled(tmp_path):
@@ -266,7 +286,9 @@ def test_the_base_model_comes_from_disable_adapter_as_soon_as_there_is_one():
 
 def test_the_official_setting_is_pefts_and_the_small_one_differs_in_model_and_data_only():
     official, small = load_setting("official"), load_setting("small")
-    assert official.training_params == PEFT_DEFAULTS and official.short_run.peft_lr_factor == 1
+    assert (
+        official.training_params == PEFT_DEFAULTS and official.short_run.peft_lr_factor == 1
+    )
     scaled = {
         "model_id",
         "max_seq_length",
@@ -275,20 +297,29 @@ def test_the_official_setting_is_pefts_and_the_small_one_differs_in_model_and_da
         "generation_kwargs",
         "query_template",
     }
-    assert {k for k in PEFT_DEFAULTS if small.training_params[k] != PEFT_DEFAULTS[k]} == scaled
+    assert {
+        k for k in PEFT_DEFAULTS if small.training_params[k] != PEFT_DEFAULTS[k]
+    } == scaled
 
 
 @pytest.mark.parametrize("setting", ["small", "official"])
 def test_every_experiment_loads(setting):
-    experiments = [load_experiment(name, load_setting(setting)) for name in experiment_names()]
-    assert {e.kind for e in experiments} == {"slice", "peft", "full"} and len(experiments) >= 13
-    lora = next(e for e in experiments if e.name == "lora/lora-rank32").params.optimizer_kwargs
+    experiments = [
+        load_experiment(name, load_setting(setting)) for name in experiment_names()
+    ]
+    assert {e.kind for e in experiments} == {"slice", "peft", "full"} and len(
+        experiments
+    ) >= 13
+    lora = next(
+        e for e in experiments if e.name == "lora/lora-rank32"
+    ).params.optimizer_kwargs
     assert lora == {"lr": 1e-3 if setting == "small" else 1e-4, "weight_decay": 0.1}
     column = next(e for e in experiments if e.name == "slice/column-r16")
     assert column.slice_config.switch_interval == (20 if setting == "small" else 100)
-    assert column.params.optimizer_type == "SliceAdamW" and column.params.optimizer_kwargs == {
-        "lr": 1e-3
-    }
+    assert (
+        column.params.optimizer_type == "SliceAdamW"
+        and column.params.optimizer_kwargs == {"lr": 1e-3}
+    )
 
 
 def write_experiment(folder: Path, file: str, values: dict) -> Path:
@@ -331,7 +362,9 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, file, values, message):
 
 
 def test_unknown_names_say_what_exists(capsys):
-    with pytest.raises(ValueError, match=r"did you mean 'slice/column-r16'.*lora/lora-rank32"):
+    with pytest.raises(
+        ValueError, match=r"did you mean 'slice/column-r16'.*lora/lora-rank32"
+    ):
         load_experiment("slice/colum-r16", load_setting("small"))
     with pytest.raises(ValueError, match="expected one of small, official"):
         load_setting("tiny")
@@ -353,9 +386,9 @@ def test_answers_are_read_as_peft_reads_them():
     assert is_right("The answer is: 16.0", "#### 16") and not is_right(
         "The answer is: 1/0", "#### 16"
     )
-    assert is_right("The answer is: positive.", " The answer is: positive") and not is_right(
-        "positive", "#### positive"
-    )
+    assert is_right(
+        "The answer is: positive.", " The answer is: positive"
+    ) and not is_right("positive", "#### positive")
     assert accuracy(["#### 1", "#### 2"], [Row("", "#### 1"), Row("", "#### 1")]) == 0.5
     with pytest.raises(ValueError, match="no answer"):
         is_right("#### 1", "1")
@@ -401,6 +434,7 @@ def test_the_table_reads_pefts_own_files():
     }
     row = report.table([theirs]).splitlines()[-1]
     assert (
-        row == "| lora/llama-3.2-3B-rank32 | 47.8 % | 21,260 MiB | 942 | - | 36.7 | 9,175,040 |"
+        row
+        == "| lora/llama-3.2-3B-rank32 | 47.8 % | 21,260 MiB | 942 | - | 36.7 | 9,175,040 |"
         " +0.050 |"
     )

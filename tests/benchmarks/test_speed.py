@@ -105,7 +105,9 @@ def test_the_ops_checks_are_green_and_turn_red(name, monkeypatch):
     class Wrong:
         slice_grad = staticmethod(lambda *a: ops.reference.slice_grad(*a) * 1.01)
         slice_adamw = staticmethod(lambda *a: ops.reference.slice_adamw(*a[:-1], twice))
-        slice_grad_adamw = staticmethod(lambda *a: ops.reference.slice_grad_adamw(*a[:-1], twice))
+        slice_grad_adamw = staticmethod(
+            lambda *a: ops.reference.slice_grad_adamw(*a[:-1], twice)
+        )
 
     monkeypatch.setattr(ops, "ops", Wrong)
     with pytest.raises(AssertionError):
@@ -169,10 +171,12 @@ def test_a_rows_figures():
     rows = synthetic(next(case for case in CASES if case.name == "encoder-fp32"))
     column = next(row for row in rows if row["method"] == COLUMN.name)
     assert set(column) == set(KEYS)
-    assert column["ratio_to_floor"] == pytest.approx(1.1) and column["p50_ms"] == pytest.approx(
-        22.0
+    assert column["ratio_to_floor"] == pytest.approx(1.1) and column[
+        "p50_ms"
+    ] == pytest.approx(22.0)
+    assert (
+        column["ratio_to_masked"] == pytest.approx(1.1 / 1.5) and column["mode"] == "eager"
     )
-    assert column["ratio_to_masked"] == pytest.approx(1.1 / 1.5) and column["mode"] == "eager"
     op = synthetic(next(case for case in CASES if case.name == "slice_grad-r16-fp32"))[0]
     assert (
         op["roofline_share"] == pytest.approx(0.5) and op["ratio_to_floor"] is None
@@ -258,12 +262,19 @@ def test_the_report_of_a_stored_run(stored, tmp_path):
     page = report.write(
         content, stored.stem, tmp_path / "docs", tmp_path / "docs" / "img"
     ).read_text()
-    assert "column r=16 / frozen floor | <= 1.05 | 1.100 (1.100-1.100)" in page and "**no**" in page
+    assert (
+        "column r=16 / frozen floor | <= 1.05 | 1.100 (1.100-1.100)" in page
+        and "**no**" in page
+    )
     # each LoRA by name: in float32 there is one, in bfloat16 peft's default and the faster choice
     assert (
-        "encoder-fp32: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 | 1.5" in page
+        "encoder-fp32: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 | 1.5"
+        in page
     )  # 1.7 / 1.1
-    assert "encoder-bf16: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 |" in page
+    assert (
+        "encoder-bf16: LoRA r=16 (float32 adapters, peft's default) / column | >= 1.2 |"
+        in page
+    )
     assert (
         "encoder-bf16: LoRA r=16 (bfloat16 adapters, the faster choice) / column | >= 1.2 | 1.5"
         in page
@@ -276,7 +287,10 @@ def test_the_report_of_a_stored_run(stored, tmp_path):
         and "share of roofline" in page
     )
     pictures = sorted((tmp_path / "docs" / "img").iterdir())
-    assert [p.name for p in pictures] == ["benchmarks-cpu-growth.png", "benchmarks-cpu-steps.png"]
+    assert [p.name for p in pictures] == [
+        "benchmarks-cpu-growth.png",
+        "benchmarks-cpu-steps.png",
+    ]
     assert all(p.stat().st_size > 5000 for p in pictures)
     assert all(f"(img/{p.name})" in page for p in pictures)
 
@@ -355,13 +369,19 @@ def test_base_head_makes_a_tree_that_holds_the_suite_and_the_module(capsys):
 
     before = compare.git("worktree", "list").stdout
     changed = (
-        compare.git("diff", "--quiet", "HEAD", "--", *compare.BUILD_INPUTS, check=False).returncode
+        compare.git(
+            "diff", "--quiet", "HEAD", "--", *compare.BUILD_INPUTS, check=False
+        ).returncode
         != 0
     )
     if changed:
         pytest.skip("csrc differs from HEAD: this would build")
     assert compare.main("HEAD", 2, [], run) == 0
-    assert len(seen) == 5 and seen[1] == seen[3] == ROOT and seen[0] == seen[2] == seen[4] != ROOT
+    assert (
+        len(seen) == 5
+        and seen[1] == seen[3] == ROOT
+        and seen[0] == seen[2] == seen[4] != ROOT
+    )
     assert "no difference: 1" in capsys.readouterr().out
     assert compare.git("worktree", "list").stdout == before
     with pytest.raises(SystemExit, match="--base no-such-revision"):

@@ -58,7 +58,9 @@ def test_the_tuners_file_round_trips_and_keeps_other_machines(tmp_path):
         ("sm_80", "rows", 16, 2): tune.Entry(
             tiles(128, 16, 64, 4, 3), "A100, 2026-11-01: 0.1 ms, default 0.2 ms"
         ),
-        ("sm_90", "rows", 16, 2): tune.Entry(tiles(64, 16, 64, 4, 3), "gone: the default won"),
+        ("sm_90", "rows", 16, 2): tune.Entry(
+            tiles(64, 16, 64, 4, 3), "gone: the default won"
+        ),
     }
     new = {
         ("sm_90", "cols", 64, 4): tune.Entry(
@@ -79,7 +81,8 @@ def test_the_tuners_file_round_trips_and_keeps_other_machines(tmp_path):
     assert found["GRAD"] == {} and "No GPU has been measured yet" in found["__doc__"]
     (tmp_path / "tuned.py").write_text(text)
     ruff = shutil.which(
-        "ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        "ruff",
+        path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     )
     if ruff:
         subprocess.run(

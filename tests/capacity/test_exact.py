@@ -41,7 +41,8 @@ def test_it_memorises_within_the_theorems_neurons(layers, low, high, slack):
         side = exact_side(x, edits, layers=layers, slack=slack)
         relu = side.network.relu_network()
         assert (
-            sum(m.out_features for m in relu if isinstance(m, torch.nn.Linear)) - 1 == side.neurons
+            sum(m.out_features for m in relu if isinstance(m, torch.nn.Linear)) - 1
+            == side.neurons
         )
         assert (relu(x) - wanted).abs().max() < 1e-6
         assert (side(x) - wanted).abs().max() < 1e-9
@@ -95,7 +96,9 @@ def test_many_outputs_cost_no_neurons_with_two_layers():
     assert side.neurons <= 96 and (side(x) - wanted).abs().max() < 1e-9
     three = exact_side(x, edits, layers=3)
     assert (three.network.relu_network()(x) - wanted).abs().max() < 1e-6
-    assert three.neurons <= 4 * math.sqrt(2 * 5 * 32) + 2 * 4 * 5  # and a rounding per output
+    assert (
+        three.neurons <= 4 * math.sqrt(2 * 5 * 32) + 2 * 4 * 5
+    )  # and a rounding per output
 
 
 def test_classes_win_by_the_margin_and_nothing_else_moves():
@@ -103,7 +106,9 @@ def test_classes_win_by_the_margin_and_nothing_else_moves():
     logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
     wanted = {i: int((logits[i].argmax() + 1) % 4) for i in range(0, 100, 10)}
     for layers in (2, 3):
-        total = logits.double() + exact_side(x, wanted, logits=logits, margin=0.7, layers=layers)(x)
+        total = logits.double() + exact_side(
+            x, wanted, logits=logits, margin=0.7, layers=layers
+        )(x)
         for i, label in wanted.items():
             others = torch.cat([total[i, :label], total[i, label + 1 :]])
             assert abs(float(total[i, label] - others.max()) - 0.7) < 1e-9
@@ -128,7 +133,8 @@ def test_float32_keeps_its_bound_and_half_precision_is_refused():
     error = float((side.float()(x.float()).double() - wanted).abs().max())
     assert 1e-6 < error < bound < 1000 * error
     with pytest.raises(
-        TypeError, match="cannot run in torch.bfloat16.*knots lie between neighbouring samples"
+        TypeError,
+        match="cannot run in torch.bfloat16.*knots lie between neighbouring samples",
     ):
         exact_side(x, edits).to(torch.bfloat16)
     with pytest.raises(TypeError, match="cannot run in torch.float16"):
@@ -146,7 +152,10 @@ def test_samples_that_cannot_be_told_apart_are_named():
         ValueError, match=f"samples {next(iter(edits))} and 50 have the same features"
     ):
         exact_side(twin, edits)
-    same = {**edits, 50: edits[next(iter(edits))]}  # a twin that wants the same is no conflict
+    same = {
+        **edits,
+        50: edits[next(iter(edits))],
+    }  # a twin that wants the same is no conflict
     assert exact_side(twin, same).neurons <= 6
     with pytest.raises(ValueError, match="all samples have the same features"):
         exact_side(torch.ones(5, 3), {0: torch.ones(1)})
@@ -194,8 +203,14 @@ def test_bounds_are_the_papers():
     assert two.parameters == (16, 1 + 49 * 2 + 1) and two.bytes == (128, 800)
     assert ftc_bounds(400, 1000).neurons == (998, 999)  # 3 N > K
     three = ftc_bounds(16, 10**6, 3)
-    assert three.neurons == (math.ceil(math.sqrt(96.25) - 0.5), math.ceil(6 * math.sqrt(50)))
-    assert ftc_bounds(500, 100_000, 4).neurons == (None, 3 * math.ceil(4 * math.sqrt(1505) + 2))
+    assert three.neurons == (
+        math.ceil(math.sqrt(96.25) - 0.5),
+        math.ceil(6 * math.sqrt(50)),
+    )
+    assert ftc_bounds(500, 100_000, 4).neurons == (
+        None,
+        3 * math.ceil(4 * math.sqrt(1505) + 2),
+    )
     assert "from N = 13 on" in two.note
 
 
@@ -221,7 +236,9 @@ def test_parameters_grow_with_the_edits_at_any_depth():
     assert measured[2] / measured[0] > 4
 
 
-@pytest.mark.parametrize("arguments", [(0, 10), (11, 10), (2, 10, 1), (2, 10, 2, 0), (2.0, 10)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 10), (11, 10), (2, 10, 1), (2, 10, 2, 0), (2.0, 10)]
+)
 def test_bad_bounds_are_refused(arguments):
     with pytest.raises(ValueError, match="expected"):
         ftc_bounds(*arguments)

@@ -108,11 +108,18 @@ def test_a_side_trains_and_the_model_does_not(trained):
     nn.functional.cross_entropy(
         model(samples.inputs[:8]), torch.zeros(8, dtype=torch.int64)
     ).backward()
-    assert side.network[2].weight.grad is not None and side.network[2].weight.grad.abs().sum() > 0
+    assert (
+        side.network[2].weight.grad is not None
+        and side.network[2].weight.grad.abs().sum() > 0
+    )
     twin = copy.deepcopy(model)  # has a side of its own
     side.detach()
     model.zero_grad()
-    assert base_sha256(model) == before and twin[4]._forward_hooks and not model[4]._forward_hooks
+    assert (
+        base_sha256(model) == before
+        and twin[4]._forward_hooks
+        and not model[4]._forward_hooks
+    )
 
 
 def test_the_head_of_a_model_is_found():
@@ -120,7 +127,9 @@ def test_the_head_of_a_model_is_found():
     model.body, model.classifier = nn.Linear(4, 4), nn.Linear(4, 2)
     assert default_feature(model) == "classifier"
     assert (
-        default_feature(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1)))
+        default_feature(
+            nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1))
+        )
         == "2"
     )
     with pytest.raises(ValueError, match="no linear layer"):
@@ -130,7 +139,10 @@ def test_the_head_of_a_model_is_found():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: AdditiveSide(4, 2, layers=4, feature="0"), "layers is 4; expected 2 or 3"),
+        (
+            lambda m: AdditiveSide(4, 2, layers=4, feature="0"),
+            "layers is 4; expected 2 or 3",
+        ),
         (
             lambda m: AdditiveSide(4, 2, layers=3, width=1, feature="0"),
             "width is 1; expected at least 2",
@@ -142,7 +154,10 @@ def test_the_head_of_a_model_is_found():
         ),
         (
             lambda m: patch(
-                m, Samples(torch.ones(1, 64), torch.tensor([1])), mode="exact", method="slice"
+                m,
+                Samples(torch.ones(1, 64), torch.tensor([1])),
+                mode="exact",
+                method="slice",
             ),
             "only a side network can be constructed",
         ),
@@ -150,7 +165,10 @@ def test_the_head_of_a_model_is_found():
             lambda m: patch(m, Samples(torch.ones(1, 64), torch.tensor([1])), mode="magic"),
             "mode is 'magic'",
         ),
-        (lambda m: Samples(torch.ones(2, 3), torch.tensor([1])), "2 rows and there are 1 labels"),
+        (
+            lambda m: Samples(torch.ones(2, 3), torch.tensor([1])),
+            "2 rows and there are 1 labels",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:no keep set")
@@ -185,9 +203,14 @@ def test_an_exact_patch_keeps_every_bit_and_goes_away(trained, layers, tmp_path)
     made.save(tmp_path)
     patched = logits_bits(model, test.inputs)
     made.remove()
-    assert torch.equal(logits_bits(model, test.inputs), bits) and base_sha256(model) == before
+    assert (
+        torch.equal(logits_bits(model, test.inputs), bits) and base_sha256(model) == before
+    )
     again = load_patch(model, tmp_path)
-    assert torch.equal(logits_bits(model, test.inputs), patched) and again.report == made.report
+    assert (
+        torch.equal(logits_bits(model, test.inputs), patched)
+        and again.report == made.report
+    )
     again.remove()
     assert base_sha256(model) == before
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -239,11 +262,20 @@ def test_edits_alone_destroy_other_answers(trained):
     model, samples, test = trained
     edits, keep = edits_of(samples, 8)
     with pytest.warns(UserWarning, match="no keep set: nothing holds the other answers"):
-        alone = patch(model, edits, mode="train", method="side", size=32, held_out=keep, steps=1500)
+        alone = patch(
+            model, edits, mode="train", method="side", size=32, held_out=keep, steps=1500
+        )
     assert alone.report.efficacy == 1.0 and alone.report.locality is None
     alone.remove()
     held = patch(
-        model, edits, keep, mode="train", method="side", size=32, held_out=test.inputs, steps=3000
+        model,
+        edits,
+        keep,
+        mode="train",
+        method="side",
+        size=32,
+        held_out=test.inputs,
+        steps=3000,
     )
     held.remove()
     assert alone.report.held_out_flips > 0.25 > 0.1 > 1 - held.report.locality
@@ -253,7 +285,8 @@ def test_what_was_not_reached_is_said(trained):
     model, samples, _ = trained
     edits, keep = edits_of(samples, 40)
     with pytest.warns(
-        UserWarning, match="not everything asked for was reached|inputs to keep for 40 edits"
+        UserWarning,
+        match="not everything asked for was reached|inputs to keep for 40 edits",
     ):
         made = patch(model, edits, keep, mode="train", method="side", size=2, steps=5)
     assert not made.solved and made.report.efficacy < 1
@@ -290,7 +323,9 @@ def test_a_patch_is_signed_like_a_delta(trained, method, tmp_path):
 
     model, samples, _ = trained
     edits, keep = edits_of(samples, 2)
-    options = {"mode": "exact"} if method == "side" else {"mode": "train", **TRAINED["slice"]}
+    options = (
+        {"mode": "exact"} if method == "side" else {"mode": "train", **TRAINED["slice"]}
+    )
     made = patch(model, edits, keep, **options)
     made.save(tmp_path / "patch")
     made.remove()
@@ -301,7 +336,9 @@ def test_a_patch_is_signed_like_a_delta(trained, method, tmp_path):
     load_patch(model, tmp_path / "patch", ours).remove()
     with pytest.raises(signing.SignatureError):
         load_patch(model, tmp_path / "patch", theirs)
-    side = patch(model, *edits_of(samples, 3, seed=5))  # another patch under the same signature
+    side = patch(
+        model, *edits_of(samples, 3, seed=5)
+    )  # another patch under the same signature
     side.save(tmp_path / "patch")
     side.remove()
     with pytest.raises(signing.SignatureError):
@@ -317,7 +354,13 @@ def test_the_three_numbers_are_counts(trained):
     ).float()
     edits = Samples(x[:2], torch.tensor([0, 1]))  # answered 0 and 0 afterwards
     report = edit_report(
-        before, after, edits, keep=x[2:6], held_out=x[6:], perturb=lambda v, g: v + 4.0, draws=3
+        before,
+        after,
+        edits,
+        keep=x[2:6],
+        held_out=x[6:],
+        perturb=lambda v, g: v + 4.0,
+        draws=3,
     )
     assert report.efficacy == 0.5
     assert report.locality == 0.75  # 2 -> 0 flips; 3, 4, 5 stay
@@ -336,7 +379,9 @@ def test_the_three_numbers_are_counts(trained):
 def test_perturbed_encodings_lose_one_inner_token():
     ids = torch.tensor([[101, 7, 8, 9, 102, 0], [101, 5, 102, 0, 0, 0]])
     mask = (ids > 0).long()
-    result = perturbed({"input_ids": ids, "attention_mask": mask}, torch.Generator().manual_seed(0))
+    result = perturbed(
+        {"input_ids": ids, "attention_mask": mask}, torch.Generator().manual_seed(0)
+    )
     first = result["input_ids"][0][result["attention_mask"][0].bool()].tolist()
     assert first in ([101, 8, 9, 102], [101, 7, 9, 102], [101, 7, 8, 102])
     assert torch.equal(result["input_ids"][1], ids[1])  # one word: nothing to drop
@@ -352,7 +397,9 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
     pytest.importorskip("peft")
     model, samples, _ = trained
     sizes = {"slice": [32, 64], "lora": [2, 8], "side": [4, 16]}
-    points = ftc_curve(lambda: copy.deepcopy(model), samples, [4], sizes, config=HIDDEN, steps=600)
+    points = ftc_curve(
+        lambda: copy.deepcopy(model), samples, [4], sizes, config=HIDDEN, steps=600
+    )
     table = smallest(points)
     assert all(row["size"] is not None for row in table.values()), table
     # a slice of one layer is the least efficient memoriser by the number; sides and LoRA need a
@@ -366,7 +413,9 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
         }[point.method]
         assert point.parameters == expected and point.solved == (point.wrong == 0)
     with pytest.raises(ValueError, match="labels wrong before any edit"):
-        ftc_curve(lambda: copy.deepcopy(model), relabelled(samples, 2, 10, 0), [1], {"side": [4]})
+        ftc_curve(
+            lambda: copy.deepcopy(model), relabelled(samples, 2, 10, 0), [1], {"side": [4]}
+        )
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
@@ -382,10 +431,17 @@ def test_rho_is_the_least_norm_change_of_the_linearised_slice(trained, kind, con
     reference = copy.deepcopy(model).double().requires_grad_(False)
     layer = slicefine.SliceLinear.from_linear(copy.deepcopy(model[2]), config, "2")
     rows, cols = (None if i is None else i.clone() for i in (layer.rows, layer.cols))
-    weight, x, wanted = model[2].weight.detach().double(), edits.inputs.double(), edits.labels
+    weight, x, wanted = (
+        model[2].weight.detach().double(),
+        edits.inputs.double(),
+        edits.labels,
+    )
 
     def contrast(block):
-        index = (slice(None) if rows is None else rows, slice(None) if cols is None else cols)
+        index = (
+            slice(None) if rows is None else rows,
+            slice(None) if cols is None else cols,
+        )
         full = (
             torch.index_put(weight, (rows,), block)
             if cols is None
@@ -431,7 +487,9 @@ def test_rho_falls_with_the_slice_and_rises_with_the_edits(trained):
         rows = [
             [
                 p.rho
-                for p in predict_sizes(model, edits_of(samples, N)[0], [4, 8, 16, 32, 64], config)
+                for p in predict_sizes(
+                    model, edits_of(samples, N)[0], [4, 8, 16, 32, 64], config
+                )
             ]
             for N in (2, 8)
         ]

@@ -59,9 +59,9 @@ def place(tmp_path_factory):
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     transformers.BertModel(config).save_pretrained(folder / "base")
-    transformers.AutoTokenizer.from_pretrained(str(package.get_model_path())).save_pretrained(
-        folder / "base"
-    )
+    transformers.AutoTokenizer.from_pretrained(
+        str(package.get_model_path())
+    ).save_pretrained(folder / "base")
     with (folder / "reviews.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
@@ -89,12 +89,16 @@ def weights(folder):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[key], other[key]) for key in one
+    )
 
 
 def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
     shown = delta("show out/delta")
-    recorded = json.loads((here / "out" / "training.json").read_text())["metrics"]["accuracy"]
+    recorded = json.loads((here / "out" / "training.json").read_text())["metrics"][
+        "accuracy"
+    ]
     assert shown["info"]["evaluation"]["value"] == recorded and shown["info"]["steps"] == 12
     data = hashlib.sha256((here / "reviews.csv").read_bytes()).hexdigest()
     assert (
@@ -105,7 +109,9 @@ def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
     assert shown["weights"][0]["patches"][0]["columns"] == 32  # 4 positions of 8 columns
     delta("apply out/delta --model base --output merged")
     assert same(weights("merged"), weights("out"))
-    theirs, mine = (json.loads((here / f / "config.json").read_text()) for f in ("out", "merged"))
+    theirs, mine = (
+        json.loads((here / f / "config.json").read_text()) for f in ("out", "merged")
+    )
     assert theirs == mine and mine["id2label"] == {"0": "bad", "1": "good"}
     assert {p.name for p in (here / "merged").iterdir()} >= {
         "tokenizer.json",
@@ -132,7 +138,9 @@ def test_the_delta_of_a_run_makes_its_model_of_the_base_and_back(here):
     ]  # nothing left lying about
 
 
-def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(here, monkeypatch):
+def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(
+    here, monkeypatch
+):
     from slicefine.training.trainer import SliceTraining
 
     step = SliceTraining.training_step
@@ -162,9 +170,13 @@ def test_a_run_that_stopped_and_went_on_has_the_delta_of_one_that_never_stopped(
     for key, weight in two.weights.items():
         assert torch.equal(one.weights[key].patches[0].old, weight.patches[0].old), key
 
-    run(f"train --model base --data reviews.csv --output none {TRAIN} --config none.json", 2)
+    run(
+        f"train --model base --data reviews.csv --output none {TRAIN} --config none.json", 2
+    )
     (here / "none.json").write_text('{"keep_originals": false}')
-    printed = run(f"train --model base --data reviews.csv --output none {TRAIN} --config none.json")
+    printed = run(
+        f"train --model base --data reviews.csv --output none {TRAIN} --config none.json"
+    )
     assert not (here / "none" / "delta").exists() and "delta" not in printed
 
 
@@ -176,7 +188,8 @@ def test_another_base_is_refused_and_nothing_is_written(here):
     for output in ("--output merged", ""):
         said = run(f"delta apply out/delta --model other {output}", 2)
         assert (
-            "made for another base model" in said and "encoder.layer.1.output.dense.weight" in said
+            "made for another base model" in said
+            and "encoder.layer.1.output.dense.weight" in said
         )
     assert not (here / "merged").exists() and same(weights("other"), content)
     assert delta("verify out/delta --model other", 1)["ok"] is False
@@ -190,7 +203,11 @@ def test_another_base_is_refused_and_nothing_is_written(here):
 def test_audit_measures_again_and_logs_it(here):
     delta("save reviews out/delta")
     result = delta("audit reviews --tolerance 0")
-    assert result["passed"] and result["measured"] == result["recorded"] and result["rows"] == 5
+    assert (
+        result["passed"]
+        and result["measured"] == result["recorded"]
+        and result["rows"] == 5
+    )
     (event,) = [e for e in Store("slicefine-store").log().events if e["event"] == "audit"]
     assert event["measured"] == result["measured"] and event["passed"] is True
 
@@ -221,7 +238,10 @@ def test_audit_finds_a_model_that_has_become_worse(here):
     head = worse.whole["classifier.weight"]
     worse.whole["classifier.weight"] = dataclasses.replace(head, new=-head.new)
     worse.save(here / "worse")
-    assert abs(delta("audit ./worse", 1)["measured"] - delta("audit out/delta")["measured"]) > 0.1
+    assert (
+        abs(delta("audit ./worse", 1)["measured"] - delta("audit out/delta")["measured"])
+        > 0.1
+    )
 
 
 def test_revoked_deltas_and_stages(here):
@@ -244,7 +264,10 @@ def test_revoked_deltas_and_stages(here):
     assert same(weights("m"), weights("out"))
     delta("revert reviews --model m")  # out of a model it must come
     listed = delta("list")["deltas"]
-    assert [d["label"] if "label" in d else d["name"] for d in listed] == ["reviews", "alias"]
+    assert [d["label"] if "label" in d else d["name"] for d in listed] == [
+        "reviews",
+        "alias",
+    ]
     assert [d["revoked"] for d in listed] == ["not good"] * 2 and listed[0]["stages"] == []
     events = [e["event"] for e in Store("slicefine-store").log().events]
     assert events == ["save", "save", "promote", "revoke", "apply", "revert"]
@@ -259,7 +282,10 @@ def test_signed_deltas(here):
     )
     by = delta("sign reviews --key mine.pem")["key"]
     assert delta("list")["deltas"][0]["signed_by"] == [by]
-    assert f"signed by key {by}" in delta("verify reviews --public-key mine.pem.pub")["checked"]
+    assert (
+        f"signed by key {by}"
+        in delta("verify reviews --public-key mine.pem.pub")["checked"]
+    )
     assert delta("verify reviews --public-key other.pem.pub", 1)["ok"] is False
     assert delta("verify --public-key other.pem.pub", 1)["ok"] is False
     assert delta("verify --public-key mine.pem.pub")["ok"] is True
@@ -283,9 +309,9 @@ def test_lineage_differences_and_export(here):
     run("train --model base --data reviews.csv --output again " + TRAIN + " --seed 1")
     delta("save reviews again/delta --parent reviews:1")
     rows = delta("lineage reviews")
-    assert [row["label"] for row in rows] == ["reviews:2", "reviews:1"] and rows[0]["parents"] == [
-        rows[1]["delta"]
-    ]
+    assert [row["label"] for row in rows] == ["reviews:2", "reviews:1"] and rows[0][
+        "parents"
+    ] == [rows[1]["delta"]]
     compared = delta("diff reviews:1 reviews:2")
     one, two = Delta.load("out/delta"), Delta.load("again/delta")
     key = compared["keys"][0]["key"]
@@ -301,7 +327,9 @@ def test_lineage_differences_and_export(here):
 
     peft = pytest.importorskip("peft")
     assert delta("export reviews:1 --output lora")["error"] == 0
-    base = transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        "base", num_labels=2
+    )
     served = peft.PeftModel.from_pretrained(base, "lora").eval()
     merged = transformers.AutoModelForSequenceClassification.from_pretrained("out").eval()
     ids = torch.randint(1000, 20_000, (3, 7))
@@ -320,7 +348,9 @@ def test_lineage_differences_and_export(here):
     )
     assert (
         "relative error"
-        in run("delta export reviews:1 --output v --server vllm --leave-out --max-rank 8").lower()
+        in run(
+            "delta export reviews:1 --output v --server vllm --leave-out --max-rank 8"
+        ).lower()
     )
 
 
@@ -329,12 +359,18 @@ def test_what_goes_on_from_a_delta_or_is_merged_of_two_names_its_parents(here):
     from slicefine.deltas.merging import weighted
 
     def fresh():
-        return transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            "base", num_labels=2
+        )
 
     first = delta("save reviews out/delta")["sha256"]
-    SliceModel.from_pretrained(fresh(), "out/delta", is_trainable=True).save_pretrained("further")
+    SliceModel.from_pretrained(fresh(), "out/delta", is_trainable=True).save_pretrained(
+        "further"
+    )
     further = delta("save reviews ./further")
-    assert further["parents"] == [first] and [row["label"] for row in delta("lineage reviews")] == [
+    assert further["parents"] == [first] and [
+        row["label"] for row in delta("lineage reviews")
+    ] == [
         "reviews:2",
         "reviews:1",
     ]
@@ -342,7 +378,11 @@ def test_what_goes_on_from_a_delta_or_is_merged_of_two_names_its_parents(here):
     two.whole.clear()  # a head comes of one of them
     weighted([one, two], [0.5, 0.5]).save(here / "both")
     assert delta("save both ./both")["parents"] == [first, further["sha256"]]
-    assert [row["label"] for row in delta("lineage both")] == ["both:1", "reviews:1", "reviews:2"]
+    assert [row["label"] for row in delta("lineage both")] == [
+        "both:1",
+        "reviews:1",
+        "reviews:2",
+    ]
 
 
 def test_a_language_model_with_tied_embeddings(here):
@@ -361,7 +401,9 @@ def test_a_language_model_with_tied_embeddings(here):
     )
     transformers.LlamaForCausalLM(config).save_pretrained("llama")
     tokenizer.save_pretrained("llama")
-    lines = "".join(json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(24))
+    lines = "".join(
+        json.dumps({"text": f"the film was number {i}"}) + "\n" for i in range(24)
+    )
     (here / "text.jsonl").write_text(lines)
     (here / "eval.jsonl").write_text(lines[:200].rsplit("\n", 1)[0] + "\n")
     run(
@@ -398,7 +440,9 @@ def test_an_audit_of_images_looks_at_the_images(here):
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained("vit")
     rows = ["image,label"]
     for i in range(12):
-        image.new("RGB", (8, 8), (255, 0, 0) if i % 2 else (0, 0, 255)).save(here / f"{i}.png")
+        image.new("RGB", (8, 8), (255, 0, 0) if i % 2 else (0, 0, 255)).save(
+            here / f"{i}.png"
+        )
         rows.append(f"{i}.png,{'red' if i % 2 else 'blue'}")
     (here / "images.csv").write_text("\n".join(rows) + "\n")
     run(
@@ -423,7 +467,9 @@ def test_an_audit_of_images_looks_at_the_images(here):
 def test_wrong_names_say_what_there_is(here):
     assert "no delta store at slicefine-store" in run("delta list", 2)
     delta("save reviews out/delta")
-    assert "no delta 'review' in slicefine-store; it holds reviews:1" in run("delta show review", 2)
+    assert "no delta 'review' in slicefine-store; it holds reviews:1" in run(
+        "delta show review", 2
+    )
     assert "no delta at nothing" in run("delta show ./nothing", 2)
     assert "neither a path here nor a hub id" in run("delta show someone/nothing", 2)
     assert "no such folder" in run("delta apply reviews --model ./nowhere --output m", 2)
@@ -460,7 +506,8 @@ def test_a_base_and_its_tokenizer_by_their_hub_id(here):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        same(weights("merged"), weights("out")) and (here / "merged" / "tokenizer.json").is_file()
+        same(weights("merged"), weights("out"))
+        and (here / "merged" / "tokenizer.json").is_file()
     )
 
 
@@ -478,7 +525,8 @@ def test_without_the_signing_extra_the_rest_works_and_signing_says_what_to_insta
     said = done.stdout.splitlines()
     assert [line[0] for line in said] == ["0", "0", "2", "2"], done.stdout + done.stderr
     assert all(
-        "signatures need cryptography: pip install 'slicefine[sign]'" in line for line in said[2:]
+        "signatures need cryptography: pip install 'slicefine[sign]'" in line
+        for line in said[2:]
     )
 
 
@@ -495,8 +543,12 @@ def test_faq_10_compact_files_several_on_one_base_and_none_at_all(here):
         # twice the values that changed, and a header; the whole model is more than that by all it
         # leaves alone
         assert content.nbytes <= file.stat().st_size <= content.nbytes + 200 * 1024
-        assert file.stat().st_size < (here / folder / "model.safetensors").stat().st_size / 5
-    model = transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+        assert (
+            file.stat().st_size < (here / folder / "model.safetensors").stat().st_size / 5
+        )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        "base", num_labels=2
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model = SliceModel.from_pretrained(model, "out/delta", adapter_name="first")
     model.load_adapter("again/delta", "second")
@@ -537,7 +589,10 @@ class EvilModel(BertForSequenceClassification):
         ({"base": {"class": "pipeline"}}, "which transformers does not have"),
         ({"base": {"class": "utils.logging"}}, "which transformers does not have"),
         ({"base": {"class": "GPT2LMHeadModel"}}, "a model of type 'gpt2'"),
-        ({"info": {"model_config": {"trust_remote_code": True}}}, "trust_remote_code=True. Only"),
+        (
+            {"info": {"model_config": {"trust_remote_code": True}}},
+            "trust_remote_code=True. Only",
+        ),
         ({"info": {"model_config": {"device_map": "disk"}}}, "device_map='disk'. Only"),
         ({"info": {"model_config": {"dtype": "float64"}}}, "dtype='float64'. Only"),
         ({"info": {"model_config": {"num_labels": -3}}}, "num_labels=-3. Only"),
@@ -653,7 +708,10 @@ def test_a_store_that_may_only_be_read_can_be_used(here, monkeypatch):
     # root may write anywhere
     monkeypatch.setattr(Store, "writable", lambda self: False)
     printed = run("delta apply reviews --model base --output m")
-    assert "not recorded: slicefine-store may only be read here (apply of reviews:1)" in printed
+    assert (
+        "not recorded: slicefine-store may only be read here (apply of reviews:1)"
+        in printed
+    )
     assert "applied reviews:1" in printed and same(weights("m"), weights("out"))
     assert (here / "slicefine-store" / "index.jsonl").read_bytes() == lines
 
@@ -698,5 +756,7 @@ def test_the_page_about_deltas_does_what_it_says(here):
             continue
         for line in block.splitlines():
             run(line.removeprefix("slicefine "))
-    assert same(weights("merged"), weights("out")) and same(weights("merged-again"), weights("out"))
+    assert same(weights("merged"), weights("out")) and same(
+        weights("merged-again"), weights("out")
+    )
     assert names["model"].active_adapters == ["first"] and names["served"].peft_config

@@ -146,7 +146,8 @@ def test_diagnose_measures_every_layer_and_says_what_it_found(diagnosed):
     assert found["tangent"][-1]["outputs"] == 2 and found["tangent"][-1]["examples"] == 12
     assert "Newly initialised here" in found["notes"]["winning"]
     assert (
-        "13 linear layers, 13 of them used on this data" in said and "with random weights" in said
+        "13 linear layers, 13 of them used on this data" in said
+        and "with random weights" in said
     )
 
 
@@ -183,14 +184,16 @@ def test_the_library_call_gives_the_same(diagnosed, encoder, reviews):
 def test_advise_gives_a_config_that_trains(advised, encoder, reviews, tmp_path):
     said, found, folder = advised
     config = SliceConfig.from_dict(found["config"])
-    assert config == SliceConfig.load(folder / "config.json") and config.modules_to_save == [
-        "classifier"
-    ]
+    assert config == SliceConfig.load(
+        folder / "config.json"
+    ) and config.modules_to_save == ["classifier"]
     assert found["steps"] == 400 and config.switch_interval == 100
     assert [line["effect"] is None for line in found["lines"]][:2] == [False, False]
     costs = found["cost"]
     best = found["candidates"][0]
-    assert set(costs) >= {"default", "scattered"} and costs[best["name"]] <= costs["default"]
+    assert (
+        set(costs) >= {"default", "scattered"} and costs[best["name"]] <= costs["default"]
+    )
     assert all(c["planned_bytes"] == costs[c["name"]] > 0 for c in found["candidates"])
     assert (
         "Recommendation" in said
@@ -219,7 +222,8 @@ def test_advise_gives_a_config_that_trains(advised, encoder, reviews, tmp_path):
         16,
     )
     assert (
-        SliceConfig.load(tmp_path / "out" / "slice_config.json").rank_pattern == config.rank_pattern
+        SliceConfig.load(tmp_path / "out" / "slice_config.json").rank_pattern
+        == config.rank_pattern
     )
 
 
@@ -237,15 +241,21 @@ def in_a_browser(page_path):
     with sync_api.sync_playwright() as play:
         opened = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = opened.new_page(viewport={"width": 1280, "height": 900})
-        page.on("console", lambda message: messages.append(f"{message.type}: {message.text}"))
+        page.on(
+            "console", lambda message: messages.append(f"{message.type}: {message.text}")
+        )
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.on(
             "request",
             lambda request: (
-                None if request.url.startswith(("file:", "data:")) else messages.append(request.url)
+                None
+                if request.url.startswith(("file:", "data:"))
+                else messages.append(request.url)
             ),
         )
-        page.on("requestfailed", lambda request: messages.append(f"failed: {request.url[:60]}"))
+        page.on(
+            "requestfailed", lambda request: messages.append(f"failed: {request.url[:60]}")
+        )
         page.goto(page_path.as_uri())
         drawn = page.evaluate(
             "[...document.querySelectorAll('figure svg')].filter(s =>"
@@ -304,7 +314,10 @@ def test_images(tmp_path):
         tmp_path / "out.json",
     )
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["task"] == "image-classification" and "6 linear layers, 6 of them used" in said
+    assert (
+        found["task"] == "image-classification"
+        and "6 linear layers, 6 of them used" in said
+    )
     assert all(row["energy"]["aligned_k"] for row in found["layers"])
 
 
@@ -380,7 +393,8 @@ def test_the_real_decoder_is_diagnosed_within_five_minutes(tmp_path):
     assert spec is not None and spec.origin is not None
     (tmp_path / "text.jsonl").write_text(
         "".join(
-            json.dumps({"text": f"the film number {i} was good and long"}) + "\n" for i in range(16)
+            json.dumps({"text": f"the film number {i} was good and long"}) + "\n"
+            for i in range(16)
         )
     )
     start = time.perf_counter()
@@ -403,5 +417,9 @@ def test_the_real_decoder_is_diagnosed_within_five_minutes(tmp_path):
     )
     assert time.perf_counter() - start < 300
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["layers"]) == 210 and found["task"] == "causal-lm" and found["unused"] == []
+    assert (
+        len(found["layers"]) == 210
+        and found["task"] == "causal-lm"
+        and found["unused"] == []
+    )
     assert (tmp_path / "out.html").stat().st_size < 5e6

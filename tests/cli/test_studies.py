@@ -46,7 +46,10 @@ def write(path, rows):
 
 def sentences(count, start=0):
     return [
-        (f"{(GOOD if i % 2 else BAD)[i // 2 % 2]} number {start + i}", "good" if i % 2 else "bad")
+        (
+            f"{(GOOD if i % 2 else BAD)[i // 2 % 2]} number {start + i}",
+            "good" if i % 2 else "bad",
+        )
         for i in range(count)
     ]
 
@@ -60,9 +63,9 @@ def encoder(tmp_path_factory):
     del model.encoder.layer[1:]
     model.config.num_hidden_layers = 1
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(str(package.get_model_path())).save_pretrained(
-        folder
-    )
+    transformers.AutoTokenizer.from_pretrained(
+        str(package.get_model_path())
+    ).save_pretrained(folder)
     return folder
 
 
@@ -140,7 +143,9 @@ def test_patch_exactly_and_put_it_back(classifier, listed, tmp_path):
     assert (row["edits"], row["kept"], row["held_out"]) == (2, 32, 8) and 0 <= row[
         "generality"
     ] <= 1
-    assert "100.0 % of 2 edits answered as asked" in output and "does not generalise" in output
+    assert (
+        "100.0 % of 2 edits answered as asked" in output and "does not generalise" in output
+    )
     assert "Efficacy, locality, generality" in (tmp_path / "p.html").read_text()
     ask, model = asked(classifier)
     with edits.open(newline="") as file:
@@ -178,7 +183,9 @@ def test_patch_by_training(classifier, listed, tmp_path, method):
     )
     row = json.loads((tmp_path / "p.json").read_text())
     assert row["method"] == method and "is not exact" in output
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        classifier
+    ).eval()
     before = base_sha256(model)
     load_patch(model, tmp_path / "patch").remove()
     assert base_sha256(model) == before
@@ -189,7 +196,10 @@ def test_patch_by_training(classifier, listed, tmp_path, method):
     [
         (("--mode", "exact", "--method", "lora"), "only a side network can be constructed"),
         (("--mode", "magic"), "mode is 'magic'"),
-        (("--task", "causal-lm"), "expected one of text-classification, image-classification"),
+        (
+            ("--task", "causal-lm"),
+            "expected one of text-classification, image-classification",
+        ),
         (("--edits", "nothing.csv"), "no such file"),
         (("--feature", "nowhere"), "no module 'nowhere'"),
         (("--sign", "key.pem"), "--sign signs what --output holds"),
@@ -223,7 +233,10 @@ def test_continual_on_two_text_tasks(encoder, tmp_path):
     first = write(tmp_path / "films.csv", sentences(64))
     second = write(
         tmp_path / "sides.csv",
-        [(f"{'left' if i % 2 else 'up'} and {i}", "x" if i % 2 else "y") for i in range(64)],
+        [
+            (f"{'left' if i % 2 else 'up'} and {i}", "x" if i % 2 else "y")
+            for i in range(64)
+        ],
     )
     output = run(
         "continual",
@@ -255,15 +268,21 @@ def test_continual_on_two_text_tasks(encoder, tmp_path):
     for size in ("4", "8"):
         entry = content["by_mode"]["attach"][size]
         assert entry["AF"] == 0.0 and all(entry["proof"]["bit_equal_logits"].values())
-        assert entry["proof"]["base_sha256_at_first"] == entry["proof"]["base_sha256_at_last"]
+        assert (
+            entry["proof"]["base_sha256_at_first"] == entry["proof"]["base_sha256_at_last"]
+        )
     assert (
         "AF = 1/(T-1)" in output
-        and (tmp_path / "deltas" / "rank-8" / "films" / "adapter_model.safetensors").is_file()
+        and (
+            tmp_path / "deltas" / "rank-8" / "films" / "adapter_model.safetensors"
+        ).is_file()
     )
     assert "Accuracy matrices" in (tmp_path / "c.html").read_text()
 
 
-def test_continual_says_that_nothing_was_learned_instead_of_no_forgetting(encoder, tmp_path):
+def test_continual_says_that_nothing_was_learned_instead_of_no_forgetting(
+    encoder, tmp_path
+):
     """One step at a learning rate of nearly 0: an AF of 0.000 would read as a success."""
     paths = [write(tmp_path / f"{name}.csv", sentences(32)) for name in ("first", "second")]
     output = run(
@@ -287,8 +306,12 @@ def test_continual_says_that_nothing_was_learned_instead_of_no_forgetting(encode
         tmp_path / "c.html",
     )
     said = " ".join(output.split())
-    assert "same, rank 16: not learned: first, second." in said and "nothing to forget" in said
-    (row,) = [line.split() for line in output.splitlines() if line.strip().startswith("same ")]
+    assert (
+        "same, rank 16: not learned: first, second." in said and "nothing to forget" in said
+    )
+    (row,) = [
+        line.split() for line in output.splitlines() if line.strip().startswith("same ")
+    ]
     assert row[:2] == ["same", "16"] and row[3] == row[5] == "–" and "AF 0.000" not in row
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["by_mode"]["same"]["16"]["unlearned"] == ["first", "second"]
@@ -322,7 +345,16 @@ def test_the_table_of_continual_is_whole_at_80_columns(capsys, monkeypatch):
     _print(Sweep(["first", "second"], "rank", runs, TrainingOptions(), 0.01))
     lines = capsys.readouterr().out.splitlines()
     (row,) = [line.split() for line in lines if "disjoint" in line]
-    assert row == ["disjoint", "1024", "0.600", "0.500", "0.850", "-0.500", "–", "1,234,567,890"]
+    assert row == [
+        "disjoint",
+        "1024",
+        "0.600",
+        "0.500",
+        "0.850",
+        "-0.500",
+        "–",
+        "1,234,567,890",
+    ]
     assert len(row) == 3 + len(MEASURES) and "…" not in "".join(lines)
 
 
@@ -331,7 +363,10 @@ def test_the_table_of_continual_is_whole_at_80_columns(capsys, monkeypatch):
     [
         (("--sweep", "depth=3"), "expected rank=4,16,64 or width=16,128,1024"),
         (("--sweep", "rank=0"), "expected whole numbers, 1 or more"),
-        (("--modes", "same,other"), "--modes other: expected some of same, disjoint, attach"),
+        (
+            ("--modes", "same,other"),
+            "--modes other: expected some of same, disjoint, attach",
+        ),
         (("--tasks", "a.csv,b.csv"), "--model is missing"),
         (("--modes", "attach", "--replay", 5), ""),
         (("--seeds", "a"), "--seeds a: expected whole numbers"),
@@ -345,7 +380,9 @@ def test_continual_says_what_is_wrong(options, said):
         **dict(zip(options[::2], options[1::2], strict=True)),
     }
     output = run(
-        "continual", *(part for pair in arguments.items() for part in pair), code=2 if said else 0
+        "continual",
+        *(part for pair in arguments.items() for part in pair),
+        code=2 if said else 0,
     )
     assert said in output and "Traceback" not in output
 
@@ -353,7 +390,9 @@ def test_continual_says_what_is_wrong(options, said):
 def test_capacity_prints_bounds_and_predictions(classifier, listed, tmp_path):
     output = run("capacity", "--edits", 16, "--keep", 984, "--json", tmp_path / "b.json")
     assert "48 to 49" in output and "from N = 13" in " ".join(output.split())
-    assert [b["neurons"] for b in json.loads((tmp_path / "b.json").read_text())["bounds"]] == [
+    assert [
+        b["neurons"] for b in json.loads((tmp_path / "b.json").read_text())["bounds"]
+    ] == [
         [48, 49],
         [10, 43],
     ]
@@ -406,7 +445,9 @@ def test_all_rows_are_encoded():
         == list(range(1300))
         == images.inputs[:, 0].long().tolist()
     )
-    assert Numbers.tokenizer.padding_side == "right" and torch.equal(texts.labels, images.labels)
+    assert Numbers.tokenizer.padding_side == "right" and torch.equal(
+        texts.labels, images.labels
+    )
 
 
 def test_the_measured_run_on_the_real_encoder_kept_its_promise():
@@ -415,7 +456,9 @@ def test_the_measured_run_on_the_real_encoder_kept_its_promise():
     """
     root = Path(__file__).parents[2]
     result = json.loads(
-        (root / "benchmarks" / "results" / "studies" / "two-tasks-amd-epyc.json").read_text()
+        (
+            root / "benchmarks" / "results" / "studies" / "two-tasks-amd-epyc.json"
+        ).read_text()
     )
     [attach] = result["by_mode"]["attach"].values()
     [same] = result["by_mode"]["same"].values()

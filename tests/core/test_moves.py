@@ -121,7 +121,9 @@ def test_a_resumed_optimizer_without_the_slices_warns_once_right_after_a_move():
         optimizer.step()
         optimizer.step()
     assert [str(w.message)[:25] for w in caught] == ["SGD resumes at step 4, but"[:25]]
-    with pytest.raises(RuntimeError, match="SGD was resumed at step 4 without the state of the"):
+    with pytest.raises(
+        RuntimeError, match="SGD was resumed at step 4 without the state of the"
+    ):
         model.revert()
 
 

@@ -81,19 +81,25 @@ def test_clipping_sees_the_slices_and_only_them():
     expected = torch.stack([g.norm() for g in grads]).norm()
     assert len(grads) == 3 and norm > 0.5
     torch.testing.assert_close(norm, expected)
-    clipped = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    clipped = torch.stack(
+        [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    ).norm()
     torch.testing.assert_close(clipped, torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
 def test_a_scheduler_is_obeyed_at_every_step():
     model, (x, y) = make(), batch()
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.0 if s % 2 else 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.0 if s % 2 else 1.0
+    )
     for i in range(6):
         before = weights(model)
         step(model, optimizer, x, y)
         scheduler.step()
-        assert (i % 2 == 1) == all(torch.equal(before[n], w) for n, w in weights(model).items())
+        assert (i % 2 == 1) == all(
+            torch.equal(before[n], w) for n, w in weights(model).items()
+        )
 
 
 def test_groups_have_their_own_hyperparameters():
@@ -251,14 +257,18 @@ def test_an_optimizer_state_without_its_weights_is_refused():
         step(model, optimizer, x, y)
     other = make()
     SliceAdamW(other.parameters()).load_state_dict(optimizer.state_dict())
-    with pytest.raises(RuntimeError, match="Load the model's state dict of the same checkpoint"):
+    with pytest.raises(
+        RuntimeError, match="Load the model's state dict of the same checkpoint"
+    ):
         other(x)
 
 
 def test_a_state_of_other_slices_is_refused():
     model, other = make(), make("row")
     with pytest.raises(ValueError, match="(?i)build the model with the saved SliceConfig"):
-        SliceAdamW(other.parameters()).load_state_dict(SliceAdamW(model.parameters()).state_dict())
+        SliceAdamW(other.parameters()).load_state_dict(
+            SliceAdamW(model.parameters()).state_dict()
+        )
     trained = torch.optim.AdamW(model.parameters())
     step(model, trained, *batch())
     with pytest.raises(ValueError, match="no slice for parameter"):
@@ -272,7 +282,9 @@ def test_remembered_moments_come_back():
     optimizer = SliceAdamW(layer.parameters(), lr=1e-2)
     seen = []
     for i in range(8):
-        layer(torch.randn(5, 6, generator=torch.Generator().manual_seed(i))).sum().backward()
+        layer(
+            torch.randn(5, 6, generator=torch.Generator().manual_seed(i))
+        ).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         state = optimizer.state.get(layer.slice_weight, {})
@@ -305,12 +317,17 @@ class Twice(nn.Module):
     def __init__(self, dtype=torch.float64):
         super().__init__()
         torch.manual_seed(0)
-        self.inner, self.other = nn.Linear(10, 10, dtype=dtype), nn.Linear(10, 10, dtype=dtype)
+        self.inner, self.other = (
+            nn.Linear(10, 10, dtype=dtype),
+            nn.Linear(10, 10, dtype=dtype),
+        )
         self.other.weight = self.inner.weight
         self.out = nn.Linear(10, 4, dtype=dtype)
 
     def forward(self, x):
-        return self.out(torch.tanh(self.other(torch.tanh(self.inner(torch.tanh(self.inner(x)))))))
+        return self.out(
+            torch.tanh(self.other(torch.tanh(self.inner(torch.tanh(self.inner(x))))))
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
@@ -355,10 +372,14 @@ def test_in_bwd_is_not_disturbed_by_an_evaluation_in_between():
                 model(batch(5)[0])
             step(model, optimizer, *batch(16, seed=i))
     for name, value in weights(models[0]).items():
-        torch.testing.assert_close(models[1].state_dict()[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            models[1].state_dict()[name], value, rtol=1e-5, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("attempt", ["accumulate", "clip", "norm", "scale", "backward twice"])
+@pytest.mark.parametrize(
+    "attempt", ["accumulate", "clip", "norm", "scale", "backward twice"]
+)
 def test_in_bwd_refuses_what_it_cannot_do(attempt):
     model, (x, y) = make(), batch()
     optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=True)
@@ -417,7 +438,9 @@ def test_bad_hyperparameters(bad):
 
 
 @pytest.mark.parametrize("in_bwd", [False, True])
-@pytest.mark.parametrize("casts", [("float", "double"), ("double", "float"), ("float", "bfloat16")])
+@pytest.mark.parametrize(
+    "casts", [("float", "double"), ("double", "float"), ("float", "bfloat16")]
+)
 def test_the_state_follows_a_model_that_is_cast(casts, in_bwd):
     model = getattr(make(), casts[0])()
     optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=in_bwd)
@@ -449,14 +472,18 @@ def test_bfloat16_heads_move_at_a_small_learning_rate_and_resume():
     assert_equal_states(weights(model), weights(other))
 
 
-@pytest.mark.parametrize("config", [{"switch_mode": "fixed"}, {"r": 10, "target_modules": ["0"]}])
+@pytest.mark.parametrize(
+    "config", [{"switch_mode": "fixed"}, {"r": 10, "target_modules": ["0"]}]
+)
 def test_a_move_to_the_same_place_changes_nothing(config):
     """A slice that stays keeps its moments and the bits of its master."""
 
     def run(interval):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4)).bfloat16()
-        model = get_slice_model(net, SliceConfig(**{"r": 3, **config, "switch_interval": interval}))
+        model = get_slice_model(
+            net, SliceConfig(**{"r": 3, **config, "switch_interval": interval})
+        )
         optimizer = SliceAdamW(model.parameters(), lr=1e-4)
         for i in range(20):
             step(model, optimizer, *batch(dtype=torch.bfloat16, seed=i))
@@ -482,11 +509,14 @@ def test_in_bwd_updates_only_when_the_slices_gradient_is_asked_for():
 def test_in_bwd_zero_grad_drops_what_waits():
     models = [
         get_slice_model(
-            Twice(), SliceConfig(r=3, tied_weights="share", target_modules=["inner", "other"])
+            Twice(),
+            SliceConfig(r=3, tied_weights="share", target_modules=["inner", "other"]),
         )
         for _ in range(2)
     ]
-    optimizers = [SliceAdamW(m.parameters(), lr=1e-2, optimizer_in_bwd=True) for m in models]
+    optimizers = [
+        SliceAdamW(m.parameters(), lr=1e-2, optimizer_in_bwd=True) for m in models
+    ]
     x, y = batch(16, torch.float64)
     (100 * models[0](x)).sum().backward()  # a batch that is thrown away
     optimizers[0].zero_grad()
@@ -499,7 +529,9 @@ def test_in_bwd_zero_grad_drops_what_waits():
 def test_gradient_scores_of_a_skipped_step_are_forgotten():
     torch.manual_seed(0)
     layers = [
-        SliceLinear(12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1))
+        SliceLinear(
+            12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1)
+        )
         for _ in range(2)
     ]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -531,8 +563,13 @@ def test_a_state_of_another_schedule_is_refused(change):
             **{k: v for k, v in change.items() if k != "switch_interval"},
         ),
     )
-    saved, optimizer = SliceAdamW(model.parameters()).state_dict(), SliceAdamW(other.parameters())
-    with pytest.raises(ValueError, match=rf"differ from this layer's in .*{next(iter(change))}"):
+    saved, optimizer = (
+        SliceAdamW(model.parameters()).state_dict(),
+        SliceAdamW(other.parameters()),
+    )
+    with pytest.raises(
+        ValueError, match=rf"differ from this layer's in .*{next(iter(change))}"
+    ):
         optimizer.load_state_dict(saved)
 
 
@@ -544,14 +581,17 @@ def test_a_copied_optimizer_goes_on(in_bwd):
     optimizer.zero_grad()
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     for i in range(4):
-        assert step(model, optimizer, *batch(seed=i)) == step(twin, twin_optimizer, *batch(seed=i))
+        assert step(model, optimizer, *batch(seed=i)) == step(
+            twin, twin_optimizer, *batch(seed=i)
+        )
     assert_equal_states(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_shared_slice_trains_as_one_dense_weight(contiguous):
     model = get_slice_model(
-        Twice(), SliceConfig(r=3, tied_weights="share", contiguous=contiguous, switch_interval=2)
+        Twice(),
+        SliceConfig(r=3, tied_weights="share", contiguous=contiguous, switch_interval=2),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
     for i in range(5):
@@ -563,18 +603,24 @@ def test_a_shared_slice_trains_as_one_dense_weight(contiguous):
         (model(x) - y).square().mean().backward()
         cols = model.inner.slice_cols
         assert torch.equal(cols, model.other.slice_cols)
-        torch.testing.assert_close(model.inner.slice_weight.grad, dense.inner.weight.grad[:, cols])
+        torch.testing.assert_close(
+            model.inner.slice_weight.grad, dense.inner.weight.grad[:, cols]
+        )
         optimizer.step()
     model.load_state_dict(model.state_dict(), assign=True)
     assert model.inner.weight is model.other.weight
     model.to(torch.float32)
     step(model, optimizer, *batch(16))
-    assert torch.equal(model.inner.slice_weight, model.inner.weight[:, model.inner.slice_cols])
+    assert torch.equal(
+        model.inner.slice_weight, model.inner.weight[:, model.inner.slice_cols]
+    )
 
 
 def test_a_shared_slice_needs_one_r():
     with pytest.raises(ValueError, match="give them the same r in rank_pattern"):
-        get_slice_model(Twice(), SliceConfig(r=3, tied_weights="share", rank_pattern={"other": 2}))
+        get_slice_model(
+            Twice(), SliceConfig(r=3, tied_weights="share", rank_pattern={"other": 2})
+        )
 
 
 def test_another_optimizer_that_resumes_without_the_slices_state_warns():
@@ -585,7 +631,8 @@ def test_another_optimizer_that_resumes_without_the_slices_state_warns():
     resumed = torch.optim.AdamW(other.parameters())
     resumed.load_state_dict(trained.state_dict())
     with pytest.warns(
-        UserWarning, match="AdamW resumes at step 2, but the slices start at their first position"
+        UserWarning,
+        match="AdamW resumes at step 2, but the slices start at their first position",
     ):
         step(other, resumed, *batch())
 

@@ -26,7 +26,9 @@ def make_net(dtype: torch.dtype) -> nn.Sequential:
 
 def batches(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(4)
-    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
     return [(make(2, 9, 13), make(2, 9, 7)) for _ in range(5)]
 
 
@@ -149,19 +151,28 @@ def test_chosen_positions_train_as_the_oracle_does(slice_type, mode, policy, con
 
 
 # largest difference of losses, and of weights as a share of how far they have moved
-LOW = {torch.float32: (3e-5, 0.01), torch.bfloat16: (1e-2, 0.15), torch.float16: (2e-3, 0.05)}
+LOW = {
+    torch.float32: (3e-5, 0.01),
+    torch.bfloat16: (1e-2, 0.15),
+    torch.float16: (2e-3, 0.05),
+}
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
-def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(slice_type, dtype, backend):
+def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(
+    slice_type, dtype, backend
+):
     config = SliceConfig(r=4, slice_type=slice_type, switch_interval=10)
     original = make_net(dtype)
     plain, model = copy.deepcopy(original), get_slice_model(copy.deepcopy(original), config)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     specs = {n: m.spec for n, m in model.named_modules() if isinstance(m, SliceLinear)}
     oracle = DenseOracle(
-        layers, lambda n, move: features_by_hand(specs[n], n, move, "ascending"), 10, lr=1e-2
+        layers,
+        lambda n, move: features_by_hand(specs[n], n, move, "ascending"),
+        10,
+        lr=1e-2,
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     data = batches(dtype)
@@ -178,13 +189,20 @@ def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(slice_ty
     for name in layers:
         visited = torch.zeros(original.get_submodule(name).weight.shape, dtype=torch.bool)
         for move in range(-(-steps // 10)):
-            visited |= mask_of(visited, features_by_hand(specs[name], name, move, "ascending"))
-        before, after = original.get_submodule(name).weight, model.get_submodule(name).weight
+            visited |= mask_of(
+                visited, features_by_hand(specs[name], name, move, "ascending")
+            )
+        before, after = (
+            original.get_submodule(name).weight,
+            model.get_submodule(name).weight,
+        )
         if not bool(visited.all()):
             assert torch.equal(after[~visited], before[~visited])
         should = layers[name].weight.detach()
         moved = (should - before)[visited].double().norm()
-        assert moved > 0 and (after - should)[visited].double().norm() < LOW[dtype][1] * moved
+        assert (
+            moved > 0 and (after - should)[visited].double().norm() < LOW[dtype][1] * moved
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["foreach", "fused", "sgd", "in_bwd"])
@@ -194,7 +212,9 @@ def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
     config = SliceConfig(r=4, slice_type=slice_type, switch_interval=INTERVAL)
     plain, model = make_net(torch.float64), get_slice_model(make_net(torch.float64), config)
     make = {
-        "foreach": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.0, foreach=True),
+        "foreach": lambda ps: torch.optim.AdamW(
+            ps, lr=1e-2, weight_decay=0.0, foreach=True
+        ),
         "fused": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.0, fused=True),
         "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9),
         "in_bwd": lambda ps: SliceAdamW(ps, lr=1e-2, optimizer_in_bwd=True),
@@ -219,7 +239,9 @@ def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
         move = step // INTERVAL
         for name, layer in layers.items():
             layer.weight.grad.mul_(
-                mask_of(layer.weight, features_by_hand(specs[name], name, move, "ascending"))
+                mask_of(
+                    layer.weight, features_by_hand(specs[name], name, move, "ascending")
+                )
             )
         dense.step()
         slices.step()
@@ -234,7 +256,9 @@ def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
 
 def test_gradient_mode_goes_to_the_strongest_gradient():
     torch.manual_seed(0)
-    layer = SliceLinear(12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1))
+    layer = SliceLinear(
+        12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1)
+    )
     optimizer = SliceAdamW(layer.parameters(), lr=0.0)
     x, target = (
         torch.randn(20, 12) * torch.tensor([1.0, 2.0, 8.0, 4.0]).repeat_interleave(3),
@@ -255,7 +279,9 @@ def test_gradient_mode_goes_to_the_strongest_gradient():
 
 
 def test_magnitude_mode_goes_to_the_largest_weights():
-    layer = SliceLinear(12, 5, config=SliceConfig(r=3, switch_mode="magnitude", switch_interval=1))
+    layer = SliceLinear(
+        12, 5, config=SliceConfig(r=3, switch_mode="magnitude", switch_interval=1)
+    )
     with torch.no_grad():
         layer.weight.copy_(
             torch.ones(5, 12) * torch.tensor([1.0, 2.0, 8.0, 4.0]).repeat_interleave(3)

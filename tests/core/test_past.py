@@ -81,10 +81,16 @@ def test_all_linear_leaves_them_out_and_says_so_once():
 
 
 def test_naming_such_a_layer_is_an_error_unless_it_is_called_too():
-    with pytest.raises(ValueError, match=r"^0.read is not called: Reads.forward reads its weight"):
+    with pytest.raises(
+        ValueError, match=r"^0.read is not called: Reads.forward reads its weight"
+    ):
         list_targets(nn.Sequential(Reads()), SliceConfig(r=2, target_modules=["read"]))
-    with pytest.warns(UserWarning, match="0.either may train only at times: Reads.forward also"):
-        model = get_slice_model(nn.Sequential(Reads()), SliceConfig(r=2, target_modules=["either"]))
+    with pytest.warns(
+        UserWarning, match="0.either may train only at times: Reads.forward also"
+    ):
+        model = get_slice_model(
+            nn.Sequential(Reads()), SliceConfig(r=2, target_modules=["either"])
+        )
     assert isinstance(model.get_submodule("0.either"), SliceLinear)
 
 
@@ -170,7 +176,9 @@ def test_a_forward_that_is_linear_becomes_a_slice(kind, bias):
 @pytest.mark.parametrize("kind", [Doubled, Clipped, Dropping, NoBias, Scaled, TwoInputs])
 def test_a_forward_that_computes_something_else_is_named(kind):
     assert not linear_forward(kind(6, 4))
-    with pytest.raises(ValueError, match=f"0 is a {kind.__name__} with a forward of its own"):
+    with pytest.raises(
+        ValueError, match=f"0 is a {kind.__name__} with a forward of its own"
+    ):
         list_targets(nn.Sequential(kind(6, 4)), SliceConfig(r=2, target_modules=["0"]))
     model = nn.Sequential(kind(6, 4), nn.Linear(4, 4))
     skipped = {row.name: row.skipped for row in list_targets(model, SliceConfig(r=2))}

@@ -23,7 +23,9 @@ def both(tmp_path_factory):
 def attention() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-    return get_slice_model(nn.TransformerDecoder(layer, 2), SliceConfig(r=4, switch_interval=2))
+    return get_slice_model(
+        nn.TransformerDecoder(layer, 2), SliceConfig(r=4, switch_interval=2)
+    )
 
 
 def experts(count: int = 4) -> nn.Module:
@@ -37,7 +39,9 @@ def experts(count: int = 4) -> nn.Module:
     return get_slice_model(
         model,
         SliceConfig(
-            r=4, switch_interval=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+            r=4,
+            switch_interval=2,
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         ),
     )
 
@@ -66,7 +70,8 @@ def trained(make: Any, sharded: bool) -> dict[str, torch.Tensor]:
         loss.backward()
         optimizer.step()
     return {
-        key: value.full_tensor() if sharded else value for key, value in model.state_dict().items()
+        key: value.full_tensor() if sharded else value
+        for key, value in model.state_dict().items()
     }
 
 
@@ -90,5 +95,6 @@ def uneven() -> str:
 
 def test_experts_that_do_not_divide_are_refused(both):
     assert all(
-        "experts shard only where their number divides" in message for message in both(uneven)
+        "experts shard only where their number divides" in message
+        for message in both(uneven)
     )

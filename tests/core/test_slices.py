@@ -87,13 +87,19 @@ def test_planned_coverage_is_what_happens(spec, mode, interval, steps):
     )
 
 
-@pytest.mark.parametrize("mode", ["ascending", "descending", "random", "gradient", "magnitude"])
+@pytest.mark.parametrize(
+    "mode", ["ascending", "descending", "random", "gradient", "magnitude"]
+)
 def test_every_sweep_visits_each_position_once(mode):
-    schedule = SliceSchedule(SliceSpec(10, 23, "column", 4, seed=3), mode, 1, start_position=2)
+    schedule = SliceSchedule(
+        SliceSpec(10, 23, "column", 4, seed=3), mode, 1, start_position=2
+    )
     order = [schedule.position["column"]]
     for i in range(17):
         schedule.step(trained=True)
-        schedule.move(lambda axis, i=i: torch.rand(6, generator=torch.Generator().manual_seed(i)))
+        schedule.move(
+            lambda axis, i=i: torch.rand(6, generator=torch.Generator().manual_seed(i))
+        )
         order.append(schedule.position["column"])
     assert order[0] == 2
     for sweep in range(3):
@@ -145,11 +151,17 @@ def test_a_schedule_round_trips():
             if schedule.step(trained=True):
                 schedule.move(lambda axis: torch.zeros(1))
     two.load_state_dict(one.state_dict())
-    assert (two.axis, two.position, two.coverage()) == (one.axis, one.position, one.coverage())
+    assert (two.axis, two.position, two.coverage()) == (
+        one.axis,
+        one.position,
+        one.coverage(),
+    )
     with pytest.raises(
         ValueError, match=r"differ from this layer's in slice_type \(saved 3, here 0\)"
     ):
-        SliceSchedule(SliceSpec(10, 23, "column", 4), "random", 2).load_state_dict(one.state_dict())
+        SliceSchedule(SliceSpec(10, 23, "column", 4), "random", 2).load_state_dict(
+            one.state_dict()
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,8 +173,14 @@ def test_a_schedule_round_trips():
         ),
         (lambda: SliceSpec(5, 6, "column", 7), "it has 6 input features"),
         (lambda: SliceSpec(5, 6, "block", 2, r_out=6), "it has 5 output features"),
-        (lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), "spiral"), "switch_mode is 'spiral'"),
-        (lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), interval=0), "switch_interval is 0"),
+        (
+            lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), "spiral"),
+            "switch_mode is 'spiral'",
+        ),
+        (
+            lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), interval=0),
+            "switch_interval is 0",
+        ),
         (
             lambda: SliceSchedule(SliceSpec(5, 6, "column", 2), start_position=3),
             "has positions 0 to 2",

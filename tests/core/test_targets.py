@@ -27,7 +27,9 @@ def llama():
 def gpt2():
     transformers = pytest.importorskip("transformers")
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20)
+        transformers.GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20
+        )
     )
 
 
@@ -40,7 +42,11 @@ CASES = [
     {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
     {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"},
     {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]},
-    {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {
+        "target_modules": ["q_proj", "o_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
     {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
     {
         "target_modules": ["q_proj", "v_proj"],
@@ -131,14 +137,18 @@ def test_a_pattern_that_leaves_nothing():
             " model.layers.0.self_attn.q_proj"
         ),
     ):
-        find_targets(llama(), SliceConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+        find_targets(
+            llama(), SliceConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])
+        )
 
 
 def test_the_dry_run_lists_shapes_and_changes_nothing():
     model = llama()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     rows = list_targets(model, SliceConfig(r=4, target_modules=["q_proj", "k_proj"]))
-    assert [(m.name, m.out_features, m.in_features, m.r, m.parameters) for m in rows[:2]] == [
+    assert [
+        (m.name, m.out_features, m.in_features, m.r, m.parameters) for m in rows[:2]
+    ] == [
         ("model.layers.0.self_attn.q_proj", 16, 16, 4, 64),
         ("model.layers.0.self_attn.k_proj", 8, 16, 4, 32),
     ]
@@ -181,10 +191,14 @@ def test_layers_that_would_never_train_are_refused_or_skipped():
 
 def test_quantised_and_meta_weights_are_named():
     quantised = nn.Sequential(nn.Linear(4, 4))
-    quantised[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    quantised[0].weight = nn.Parameter(
+        torch.zeros(4, 4, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(ValueError, match="0 is a Linear with a quantised weight"):
         find_targets(quantised, SliceConfig(r=2))
-    with pytest.raises(ValueError, match="meta device, without values; load the weights first"):
+    with pytest.raises(
+        ValueError, match="meta device, without values; load the weights first"
+    ):
         find_targets(nn.Sequential(nn.Linear(4, 4, device="meta")), SliceConfig(r=2))
 
 
@@ -217,7 +231,9 @@ def test_layers_of_a_list_at_the_root_are_counted_too():
 
 def test_a_rank_for_what_is_no_target_warns():
     config = SliceConfig(r=2, target_modules=["fc"], rank_pattern={"other": 4})
-    with pytest.warns(UserWarning, match="rank_pattern names 'other', and other is no target"):
+    with pytest.warns(
+        UserWarning, match="rank_pattern names 'other', and other is no target"
+    ):
         find_targets(Layered(), config)
 
 
@@ -245,11 +261,15 @@ def test_layer_numbers_in_every_form_that_peft_takes(layers, pattern):
 
 
 def test_excluding_a_module_around_layers_is_pointed_out():
-    with pytest.warns(UserWarning, match="exclude_modules names 'body', which is no layer that"):
+    with pytest.warns(
+        UserWarning, match="exclude_modules names 'body', which is no layer that"
+    ):
         names_of(exclude_modules=["body"])
 
 
 def test_a_pattern_in_modules_to_save_still_matches():
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "layer1", "layer2")})
-    get_slice_model(model, SliceConfig(r=2, target_modules=["a"], modules_to_save=[r"layer\d"]))
+    get_slice_model(
+        model, SliceConfig(r=2, target_modules=["a"], modules_to_save=[r"layer\d"])
+    )
     assert model.layer1.weight.requires_grad and model.layer2.weight.requires_grad

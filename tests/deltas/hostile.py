@@ -97,9 +97,9 @@ def damaged(rng: random.Random, good: bytes) -> bytes:
         other = rng.randrange(len(data))
         data[where], data[other] = data[other], data[where]
     elif kind == 5:
-        data[:8] = rng.choice([0, 1, len(data), 1 << 31, 1 << 63, rng.randrange(5000)]).to_bytes(
-            8, "little"
-        )
+        data[:8] = rng.choice(
+            [0, 1, len(data), 1 << 31, 1 << 63, rng.randrange(5000)]
+        ).to_bytes(8, "little")
     else:
         data += rng.randbytes(rng.randrange(1, 64))
     return bytes(data)
@@ -123,7 +123,9 @@ def mutate(rng: random.Random, content: Any) -> None:
     if kind == 0:
         del inside[key]
     elif kind == 1 and isinstance(inside, dict):
-        inside[rng.choice(["weights", "0.weight", "a/0", "__class__", ""])] = inside.pop(key)
+        inside[rng.choice(["weights", "0.weight", "a/0", "__class__", ""])] = inside.pop(
+            key
+        )
     elif kind == 2 and isinstance(inside[key], int):
         inside[key] += rng.choice([-1, 1, 7, 10**9])
     else:
@@ -176,7 +178,9 @@ def cases(folder: Path, count: int) -> dict[str, Any]:
             continue
         said["harmless"] += 1
         state = model.state_dict()
-        assert all(torch.equal(v, after[k]) for k, v in state.items()), f"case {number} applied"
+        assert all(torch.equal(v, after[k]) for k, v in state.items()), (
+            f"case {number} applied"
+        )
         model.load_state_dict(before)
     return {**said, "grew": peak() - start}
 
@@ -185,7 +189,9 @@ def bombs() -> dict[str, bytes]:
     """Small files that say that they are large, and files of nothing but header."""
     one = torch.zeros(1, 1)
     values = bytes(8)
-    header = json.loads(_header(["w/0/new", "w/0/old"], {"w/0/new": one, "w/0/old": one}, {}))
+    header = json.loads(
+        _header(["w/0/new", "w/0/old"], {"w/0/new": one, "w/0/old": one}, {})
+    )
     del header["__metadata__"]
     record = {"base": {}, "config": {}, "info": {}, "whole": {}, "tensors": {}}
     record |= {"format": "slicefine-delta", "version": 1}

@@ -16,7 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel, get_slice_model
+from slicefine import (
+    Delta,
+    DeltaError,
+    SliceAdamW,
+    SliceConfig,
+    SliceModel,
+    get_slice_model,
+)
 from slicefine.deltas.delta import CONFIG_FILE, FILE
 from slicefine.layer import SliceLayer
 from slicefine.model import named_slice_layers
@@ -28,7 +35,9 @@ SLICE_TYPES = ["column", "row", "block", "row_column"]
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7), nn.BatchNorm1d(7))
+        self.body = nn.Sequential(
+            nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7), nn.BatchNorm1d(7)
+        )
         self.classifier = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +117,9 @@ def test_save_revert_and_load_are_bit_exact(tmp_path, slice_type, contiguous, dt
     model.revert()
     assert same(state(model), before)
     assert model.delta().weights.keys() == {"body.0.weight", "body.2.weight"}
-    assert all(torch.equal(p.old, p.new) for w in model.delta().weights.values() for p in w.patches)
+    assert all(
+        torch.equal(p.old, p.new) for w in model.delta().weights.values() for p in w.patches
+    )
 
 
 @pytest.mark.parametrize("slice_type", SLICE_TYPES)
@@ -142,7 +153,9 @@ def test_a_delta_is_as_large_as_its_values(tmp_path):
         wide(torch.randn(2, 512)).sum().backward()
         optimizer.step()
     wide.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
-    values = 2 * 4 * 16 * 512 * 4  # old and new, four positions (the last just begun), float32
+    values = (
+        2 * 4 * 16 * 512 * 4
+    )  # old and new, four positions (the last just begun), float32
     assert values < (tmp_path / FILE).stat().st_size < 1.1 * values
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["peft_type"] == "SLICEFINE"
     assert "library_name: slicefine" in (tmp_path / "README.md").read_text()
@@ -173,7 +186,10 @@ def test_statistics_that_training_moves_are_part_of_the_delta(tmp_path):
 
 def test_disabled_slices_have_no_gradient_and_cannot_be_stepped():
     before, model = trained()
-    after, masters = state(model), [m.slice_weight.clone() for _, m in named_slice_layers(model)]
+    after, masters = (
+        state(model),
+        [m.slice_weight.clone() for _, m in named_slice_layers(model)],
+    )
     x = torch.randn(4, 12)
     expected = base()(x)
     optimizer = SliceAdamW(model.parameters())
@@ -191,7 +207,9 @@ def test_disabled_slices_have_no_gradient_and_cannot_be_stepped():
             ),
         ):
             optimizer.step()
-        with pytest.raises(RuntimeError, match="loading weights while the slices are disabled"):
+        with pytest.raises(
+            RuntimeError, match="loading weights while the slices are disabled"
+        ):
             model.load_state_dict(before)
         optimizer.zero_grad()
         model(x).sum().backward()
@@ -270,7 +288,9 @@ def test_weights_loaded_before_training_are_the_originals():
     model.load_state_dict(other)
     train(model)
     model.revert()
-    assert all(torch.equal(state(model)[k], other[k]) for k in ("body.0.weight", "body.2.weight"))
+    assert all(
+        torch.equal(state(model)[k], other[k]) for k in ("body.0.weight", "body.2.weight")
+    )
 
 
 def test_copies_and_pickles_know_their_base():
@@ -288,7 +308,8 @@ def test_a_cast_model_goes_back_to_the_cast_base():
     model.float()
     model.revert()
     assert same(
-        state(model), {k: v.float() if v.is_floating_point() else v for k, v in before.items()}
+        state(model),
+        {k: v.float() if v.is_floating_point() else v for k, v in before.items()},
     )
 
 
@@ -305,7 +326,9 @@ def test_training_goes_on_from_a_delta(tmp_path):
     second.apply_to(fresh)
     assert same(state(fresh), state(again))
     again.revert()
-    assert all(torch.equal(state(again)[k], before[k]) for k in before if "classifier" not in k)
+    assert all(
+        torch.equal(state(again)[k], before[k]) for k in before if "classifier" not in k
+    )
 
 
 def test_conv1d_and_tied_weights(tmp_path):
@@ -335,7 +358,10 @@ def test_conv1d_and_tied_weights(tmp_path):
     after = state(model)
     model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     delta = Delta.load(tmp_path)
-    assert delta.weights.keys() == {"a.weight", "c.weight"} and delta.weights["c.weight"].transposed
+    assert (
+        delta.weights.keys() == {"a.weight", "c.weight"}
+        and delta.weights["c.weight"].transposed
+    )
     delta.apply_to(plain)
     assert same(state(plain), after) and isinstance(plain.c, Conv1D)
     delta.revert_from(plain)
@@ -436,7 +462,9 @@ def test_overlapping_deltas_are_refused_or_stacked(tmp_path):
 def test_slices_in_training_are_an_adapter_too(tmp_path):
     before, a, _ = two_deltas(tmp_path, 2)
     model = get_slice_model(
-        base(), SliceConfig(r=3, start_position=2, target_modules=["body.0"]), adapter_name="mine"
+        base(),
+        SliceConfig(r=3, start_position=2, target_modules=["body.0"]),
+        adapter_name="mine",
     )
     assert model.adapters == ["mine"]
     train(model, 3)
@@ -444,14 +472,18 @@ def test_slices_in_training_are_an_adapter_too(tmp_path):
     model.load_adapter(tmp_path / "a", "a")
     model.set_adapter("a")
     assert same(state(model), a)
-    with pytest.raises(DeltaError, match=r"the slices in training \('mine'\) are not applied"):
+    with pytest.raises(
+        DeltaError, match=r"the slices in training \('mine'\) are not applied"
+    ):
         model.delta("mine")
     with pytest.raises(RuntimeError, match="the slices in training are switched off"):
         model.merge_and_unload()
     with pytest.raises(DeltaError, match="they must be the last"):
         model.set_adapter(["mine", "a"])
     model.set_adapter(["a", "mine"])
-    assert same(state(model), {k: torch.where(a[k] != before[k], a[k], mine[k]) for k in before})
+    assert same(
+        state(model), {k: torch.where(a[k] != before[k], a[k], mine[k]) for k in before}
+    )
     model.set_adapter("mine")
     assert same(state(model), mine)
 
@@ -475,14 +507,19 @@ def test_a_second_task_on_top_of_a_first(tmp_path):
     """Slices made on a model with an applied delta: their base is what they started from."""
     _, a, _ = two_deltas(tmp_path, 1)
     model = SliceModel.from_pretrained(base(), tmp_path / "a", "a")
-    get_slice_model(model, SliceConfig(r=3, target_modules=["body.0"]), adapter_name="second")
+    get_slice_model(
+        model, SliceConfig(r=3, target_modules=["body.0"]), adapter_name="second"
+    )
     train(model, 3)
     both = state(model)
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     delta = Delta.load(tmp_path / "second")
-    assert delta.info["parents"] == [{"name": "a", "sha256": Delta.load(tmp_path / "a").sha256}]
+    assert delta.info["parents"] == [
+        {"name": "a", "sha256": Delta.load(tmp_path / "a").sha256}
+    ]
     with pytest.raises(
-        DeltaError, match="trained on top of 'a', which is not loaded: load_adapter them first"
+        DeltaError,
+        match="trained on top of 'a', which is not loaded: load_adapter them first",
     ):
         SliceModel.from_pretrained(base(), tmp_path / "second")
     again = SliceModel.from_pretrained(base(), tmp_path / "a", "first")
@@ -515,7 +552,9 @@ def test_weighted_merging_is_a_copy_where_it_can_be(tmp_path):
     model.load_adapter(tmp_path / "b", "b")
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
     model.set_adapter("both")
-    assert same(state(model), {k: torch.where(a[k] != before[k], a[k], b[k]) for k in before})
+    assert same(
+        state(model), {k: torch.where(a[k] != before[k], a[k], b[k]) for k in before}
+    )
     model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "mixed")
     model.set_adapter("mixed")
     for key, value in state(model).items():
@@ -553,7 +592,9 @@ def test_another_base_is_refused_and_nothing_changes(tmp_path):
     _, model = trained()
     model.save_pretrained(tmp_path)
     cases = {
-        "another base model: 2 tensors differ, such as body.0.weight, body.2.weight": base(seed=1),
+        "another base model: 2 tensors differ, such as body.0.weight, body.2.weight": base(
+            seed=1
+        ),
         r"body.0.weight is bfloat16 \(20, 12\) in the model; the delta was made for float32 .* dtype=torch.float32": base(
             dtype=torch.bfloat16
         ),
@@ -580,7 +621,9 @@ def test_another_base_is_refused_and_nothing_changes(tmp_path):
 def test_names_and_missing_things_are_told(tmp_path):
     _, model = trained()
     model.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"expected a file, or a folder with {FILE}"):
+    with pytest.raises(
+        FileNotFoundError, match=f"expected a file, or a folder with {FILE}"
+    ):
         Delta.load(tmp_path / "nowhere")
     with pytest.raises(DeltaError, match="no adapter 'x'; there are 'default'"):
         model.set_adapter("x")
@@ -645,16 +688,16 @@ def test_a_thousand_corruptions_and_none_loads(tmp_path):
         broken.write_bytes(bytes(data))
         with pytest.raises(DeltaError, match="broken.safetensors is damaged") as error:
             Delta.load(broken)
-        named += "the values of body." in str(error.value) or "the values of classifier." in str(
+        named += "the values of body." in str(
             error.value
-        )
+        ) or "the values of classifier." in str(error.value)
     assert named > 100  # flips in the values name their module
     flipped = bytearray(good)
     flipped[-1] ^= 1
     broken.write_bytes(bytes(flipped))
-    names = {entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest()["weights"]} | set(
-        Delta.load(tmp_path).whole
-    )
+    names = {
+        entry.split("/")[0] for entry in Delta.load(tmp_path)._manifest()["weights"]
+    } | set(Delta.load(tmp_path).whole)
     with pytest.raises(DeltaError) as error:
         Delta.load(broken)
     assert any(f"the values of {name} " in str(error.value) for name in names)

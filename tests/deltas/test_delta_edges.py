@@ -94,7 +94,9 @@ def test_any_run_reverts_to_its_base(tmp_path, seed):
                 [model, optimizer][i].load_state_dict(saved[i])
         elif event < 0.12:
             model.save_pretrained(tmp_path)
-            model = SliceModel.from_pretrained(copy.deepcopy(pristine), tmp_path, is_trainable=True)
+            model = SliceModel.from_pretrained(
+                copy.deepcopy(pristine), tmp_path, is_trainable=True
+            )
             optimizer = SliceAdamW(model.parameters(), lr=0.1)
     after = state(model)
     assert not same(after, before)
@@ -121,7 +123,9 @@ def test_a_ledger_stays_small():
                 originals.record(read_slice(weight, rows, cols), rows, cols)
         originals.join()
         assert len(originals.slices) == (16 if slice_type == "block" else 2)
-        assert originals.nbytes <= weight.numel() * 4 * (1 if slice_type == "block" else 31 / 16)
+        assert originals.nbytes <= weight.numel() * 4 * (
+            1 if slice_type == "block" else 31 / 16
+        )
         assert originals.holds(weight)
 
 
@@ -165,7 +169,9 @@ def test_loading_weights_into_a_run_that_goes_on_from_a_delta_keeps_its_base(tmp
     again = SliceModel.from_pretrained(base(), tmp_path, is_trainable=True)
     again.load_state_dict(again.state_dict())
     again.revert()
-    assert all(torch.equal(state(again)[k], before[k]) for k in before if "classifier" not in k)
+    assert all(
+        torch.equal(state(again)[k], before[k]) for k in before if "classifier" not in k
+    )
 
 
 def test_a_resume_without_the_slices_own_state_does_not_take_the_checkpoint_for_the_base():
@@ -179,10 +185,13 @@ def test_a_resume_without_the_slices_own_state_does_not_take_the_checkpoint_for_
     resumed.load_state_dict(model.state_dict())
     other = torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad])
     other.load_state_dict(optimizer.state_dict())
-    with pytest.warns(UserWarning, match="what the base was is lost: load_slice_state_dict"):
+    with pytest.warns(
+        UserWarning, match="what the base was is lost: load_slice_state_dict"
+    ):
         train(resumed, 1, optimizer=other)
     with pytest.raises(
-        RuntimeError, match="original values were not kept .* resume with the slices' own state"
+        RuntimeError,
+        match="original values were not kept .* resume with the slices' own state",
     ):
         resumed.delta()
 
@@ -289,7 +298,9 @@ def test_an_update_in_backward_is_refused_while_disabled():
     loss = model(torch.randn(4, 6)).square().sum()
     with (
         model.disable_adapter(),
-        pytest.raises(RuntimeError, match="an update in backward while the slices are disabled"),
+        pytest.raises(
+            RuntimeError, match="an update in backward while the slices are disabled"
+        ),
     ):
         loss.backward()
     optimizer.zero_grad()
@@ -305,7 +316,9 @@ def on_top(tmp_path) -> SliceModel:
     two_deltas(tmp_path, 1)
     model = SliceModel.from_pretrained(base(), tmp_path / "a", "a")
     get_slice_model(
-        model, SliceConfig(r=3, switch_interval=1, target_modules=["body.0"]), adapter_name="second"
+        model,
+        SliceConfig(r=3, switch_interval=1, target_modules=["body.0"]),
+        adapter_name="second",
     )
     train(model, 5)
     return model
@@ -324,7 +337,8 @@ def test_an_adapter_below_slices_cannot_be_pulled_out(tmp_path):
     model = on_top(tmp_path)
     both = state(model)
     with pytest.raises(
-        DeltaError, match="started from other values than are there with no adapter below them"
+        DeltaError,
+        match="started from other values than are there with no adapter below them",
     ):
         model.delete_adapter("a")
     assert model.adapters == ["second", "a"] and same(state(model), both)
@@ -366,7 +380,9 @@ def test_deleting_inside_disable_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", range(1, 7))
-def test_an_error_in_the_middle_of_a_switch_leaves_what_was(tmp_path, fails_at, monkeypatch):
+def test_an_error_in_the_middle_of_a_switch_leaves_what_was(
+    tmp_path, fails_at, monkeypatch
+):
     """Such as running out of memory: every write of the switch fails once, the ones that repair do
     not.
     """
@@ -458,7 +474,9 @@ def test_merging_deltas_of_blocks(tmp_path):
 # Files
 
 
-def one_patch(rows: list[int] | None, cols: list[int] | None, old: Tensor, new: Tensor) -> Delta:
+def one_patch(
+    rows: list[int] | None, cols: list[int] | None, old: Tensor, new: Tensor
+) -> Delta:
     index = [None if i is None else torch.tensor(i) for i in (rows, cols)]
     return Delta(
         {
@@ -535,7 +553,10 @@ def forge(delta: Delta, path: Path) -> None:
     [{"weights": []}, {"weights": None}, {"base": None}, {"info": 3}, {"whole": {"a": {}}}],
 )
 def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkeypatch):
-    delta, manifest = one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1)), Delta._manifest
+    delta, manifest = (
+        one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1)),
+        Delta._manifest,
+    )
     monkeypatch.setattr(Delta, "_manifest", lambda self: {**manifest(self), **content})
     delta.save(tmp_path)
     with pytest.raises(DeltaError, match="is whole but no well-formed delta"):
@@ -545,7 +566,8 @@ def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkey
 def test_ranges_too_long_for_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
     delta = one_patch(None, [1], torch.zeros(20, 1), torch.ones(20, 1))
     monkeypatch.setattr(
-        "slicefine.deltas.delta.to_runs", lambda index: None if index is None else [[0, 10**13]]
+        "slicefine.deltas.delta.to_runs",
+        lambda index: None if index is None else [[0, 10**13]],
     )
     delta.save(tmp_path)
     with pytest.raises(DeltaError, match=r"the run of features \[0, 10000000000000\]"):
@@ -566,9 +588,9 @@ def test_ranges_too_long_for_memory_are_refused_before_they_are_made(tmp_path, m
     ],
 )
 def test_keys_that_are_no_tensors_are_refused(tmp_path, key):
-    Delta({}, {key: FullDelta(torch.zeros(2), torch.ones(2), True)}, base={"sha256": "x"}).save(
-        tmp_path
-    )
+    Delta(
+        {}, {key: FullDelta(torch.zeros(2), torch.ones(2), True)}, base={"sha256": "x"}
+    ).save(tmp_path)
     with pytest.raises(DeltaError, match="which the delta changes"):
         Delta.load(tmp_path).apply_to(base())
 
@@ -576,8 +598,14 @@ def test_keys_that_are_no_tensors_are_refused(tmp_path, key):
 def test_info_is_checked_and_kept(tmp_path):
     _, model = trained()
     for info, message in (
-        ({"loss": torch.tensor(1.0)}, r"info\['loss'\] is a Tensor, which JSON cannot hold"),
-        ({"by": [{"x": {1: 2}}]}, r"info\['by'\]\[0\]\['x'\] has the key 1; JSON has strings"),
+        (
+            {"loss": torch.tensor(1.0)},
+            r"info\['loss'\] is a Tensor, which JSON cannot hold",
+        ),
+        (
+            {"by": [{"x": {1: 2}}]},
+            r"info\['by'\]\[0\]\['x'\] has the key 1; JSON has strings",
+        ),
     ):
         with pytest.raises(TypeError, match=message):
             model.save_pretrained(tmp_path, info=info)
@@ -618,7 +646,8 @@ def test_a_folder_may_be_called_anything(tmp_path):
     _, model = trained()
     model.save_pretrained(tmp_path / "run.safetensors")
     assert same(
-        state(SliceModel.from_pretrained(base(), tmp_path / "run.safetensors")), state(model)
+        state(SliceModel.from_pretrained(base(), tmp_path / "run.safetensors")),
+        state(model),
     )
 
 
@@ -642,7 +671,9 @@ def test_files_have_the_umask_and_nobody_elses(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os,
         "umask",
-        lambda mask: pytest.fail("the umask is the whole process's, other threads' files too"),
+        lambda mask: pytest.fail(
+            "the umask is the whole process's, other threads' files too"
+        ),
     )
     (tmp_path / "plain").write_text("")
     _, model = trained()

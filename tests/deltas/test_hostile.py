@@ -67,14 +67,18 @@ def old_base() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():
         for n, p in enumerate(model.parameters()):
-            p.copy_(torch.arange(p.numel()).reshape(p.shape).remainder(11).sub(5 + n).div(16))
+            p.copy_(
+                torch.arange(p.numel()).reshape(p.shape).remainder(11).sub(5 + n).div(16)
+            )
     return model
 
 
 def test_a_delta_of_an_earlier_version_loads(tmp_path):
     """Written by commit 3805d7a: columns and rows of one weight, statistics, a head."""
     delta = Delta.load(OLD)
-    assert delta.sha256 == "0cbe81dcffbc100539dffb308fc78ebe8fb7629d11f5efce2013cb37441daec3"
+    assert (
+        delta.sha256 == "0cbe81dcffbc100539dffb308fc78ebe8fb7629d11f5efce2013cb37441daec3"
+    )
     assert [p.rows is None for p in delta.weights["0.weight"].patches] == [True, False]
     assert delta.info["evaluation"] == {"metric": "loss", "value": 0.5}
     model = old_base()
@@ -83,11 +87,16 @@ def test_a_delta_of_an_earlier_version_loads(tmp_path):
     with safe_open(OLD, "pt") as file:
         assert torch.equal(model[3].bias, file.get_tensor("3.bias/new"))
         columns = file.get_tensor("0.weight/0/new")
-    assert torch.equal(model[0].weight[:, :4], columns) and int(model[1].num_batches_tracked) == 3
+    assert (
+        torch.equal(model[0].weight[:, :4], columns)
+        and int(model[1].num_batches_tracked) == 3
+    )
     delta.revert_from(model)
     state = model.state_dict()
     # a head was not there before
-    assert all(torch.equal(state[k], v) for k, v in before.items() if not k.startswith("3."))
+    assert all(
+        torch.equal(state[k], v) for k, v in before.items() if not k.startswith("3.")
+    )
     # written again it is the same file, byte for byte
     assert delta.save(tmp_path / "again.safetensors") == delta.sha256
     assert (tmp_path / "again.safetensors").read_bytes() == OLD.read_bytes()
@@ -102,10 +111,14 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
                 tensors[f"{name}/é\n{n}"] = torch.ones(n, 2, 3).to(dtype)
     save_file(tensors, tmp_path / "a.safetensors", {"k": 'v"\\\u20ac\U0001f600\x01'})
     container.write(tmp_path / "b.safetensors", tensors, {"k": 'v"\\\u20ac\U0001f600\x01'})
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "a.safetensors").read_bytes() == (
+        tmp_path / "b.safetensors"
+    ).read_bytes()
     read = container.read(tmp_path / "a.safetensors").tensors
     assert read.keys() == tensors.keys()
-    assert all(read[k].dtype == t.dtype and torch.equal(read[k], t) for k, t in tensors.items())
+    assert all(
+        read[k].dtype == t.dtype and torch.equal(read[k], t) for k, t in tensors.items()
+    )
 
 
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path):
@@ -134,7 +147,9 @@ def test_without_hashes_of_the_base_biases_and_buffers_are_compared_too():
         with torch.no_grad():
             tensor(other).add_(7.0)
         before = copy.deepcopy(other.state_dict())
-        with pytest.raises(DeltaError, match="made for another base model: 1 tensors differ"):
+        with pytest.raises(
+            DeltaError, match="made for another base model: 1 tensors differ"
+        ):
             delta.apply_to(other, verify=False)
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
@@ -163,13 +178,22 @@ def one(**changes) -> Delta:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"info": {"loss": float("nan")}}, r"info\['loss'\] is nan, which JSON cannot hold"),
+        (
+            {"info": {"loss": float("nan")}},
+            r"info\['loss'\] is nan, which JSON cannot hold",
+        ),
         ({"info": {"a": [float("inf")]}}, r"info\['a'\]\[0\] is inf"),
         ({"base": {"on": 3}}, "base.on is no list"),
         ({"base": {"on": [{"name": "up", "sha256": None}]}}, "'up', which was never saved"),
         ({"base": {"class": 3}}, "base.class is no string"),
-        ({"whole": {"a/0": FullDelta(torch.zeros(1), torch.ones(1), True)}}, "the same values"),
-        ({"whole": {"a": FullDelta(torch.zeros(1), torch.ones(1), True)}}, "the same values"),
+        (
+            {"whole": {"a/0": FullDelta(torch.zeros(1), torch.ones(1), True)}},
+            "the same values",
+        ),
+        (
+            {"whole": {"a": FullDelta(torch.zeros(1), torch.ones(1), True)}},
+            "the same values",
+        ),
     ],
 )
 def test_a_writer_refuses_what_its_reader_would(tmp_path, changes, problem):

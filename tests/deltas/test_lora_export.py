@@ -52,7 +52,8 @@ def trained(model, steps=7, seed=0, **config):
 
 def product(adapter, name):
     A, B = (
-        adapter.tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB"
+        adapter.tensors[f"base_model.model.{name}.lora_{side}.weight"].double()
+        for side in "AB"
     )
     return B @ A
 
@@ -73,7 +74,10 @@ SLICES = [
 def test_the_product_is_the_change_and_the_rank_is_what_changed(options, steps):
     base, merged, delta = trained(Small(), steps, exclude_modules=["head"], **options)
     adapter = to_lora(delta, dtype=torch.float64)
-    assert {m.name for m in adapter.modules} == {"proj", "inner.proj"} and adapter.error == 0
+    assert {m.name for m in adapter.modules} == {
+        "proj",
+        "inner.proj",
+    } and adapter.error == 0
     for module in adapter.modules:
         change = (
             merged.get_submodule(module.name).weight.double()
@@ -103,12 +107,14 @@ def test_peft_computes_what_the_merged_model_computes(options, tmp_path):
     expected = copy.deepcopy(merged).double()(x.double())
     for dtype, bound in ((torch.float32, 1e-7), (torch.float64, 1e-14)):
         to_lora(delta, dtype=dtype).save(tmp_path / str(dtype))
-        exact = peft.PeftModel.from_pretrained(copy.deepcopy(base).double(), tmp_path / str(dtype))(
-            x.double()
-        )
+        exact = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base).double(), tmp_path / str(dtype)
+        )(x.double())
         assert (exact - expected).abs().max() < bound
     unloaded = loaded.merge_and_unload()
-    torch.testing.assert_close(unloaded.proj.weight, merged.proj.weight, rtol=2e-7, atol=1e-9)
+    torch.testing.assert_close(
+        unloaded.proj.weight, merged.proj.weight, rtol=2e-7, atol=1e-9
+    )
 
 
 def test_only_what_trained_is_hit_however_names_end(tmp_path):
@@ -126,7 +132,9 @@ def test_only_what_trained_is_hit_however_names_end(tmp_path):
 
 
 def test_a_head_goes_to_modules_to_save(tmp_path):
-    base, merged, delta = trained(Small(), exclude_modules=["head"], modules_to_save=["head"])
+    base, merged, delta = trained(
+        Small(), exclude_modules=["head"], modules_to_save=["head"]
+    )
     adapter = to_lora(delta)
     assert adapter.config["modules_to_save"] == ["head"]
     adapter.save(tmp_path)
@@ -152,7 +160,8 @@ def test_faq_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
     base = copy.deepcopy(model).eval()
     whole = ["classifier", "pooler"]
     get_slice_model(
-        model, SliceConfig(r=16, switch_interval=2, exclude_modules=whole, modules_to_save=whole)
+        model,
+        SliceConfig(r=16, switch_interval=2, exclude_modules=whole, modules_to_save=whole),
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(1000, 20_000, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -206,7 +215,9 @@ def test_faq_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
             {k: w.new for k, w in delta.whole.items()}, strict=False
         )  # the head in the base
         padded = (
-            peft.PeftModel.from_pretrained(body, tmp_path / "vllm").eval()(input_ids=ids).logits
+            peft.PeftModel.from_pretrained(body, tmp_path / "vllm")
+            .eval()(input_ids=ids)
+            .logits
         )
     assert (padded.double() - oracle).abs().max() < 8 * rounding
 
@@ -278,13 +289,17 @@ def test_beyond_vllms_largest_rank():
         @ torch.randn(520, 600, generator=generator)
         * 1e-2
     )
-    weight = WeightDelta((530, 640), False, "", [SliceValues(None, torch.arange(600), old, new)])
+    weight = WeightDelta(
+        (530, 640), False, "", [SliceValues(None, torch.arange(600), old, new)]
+    )
     adapter = to_lora(Delta({"lin.weight": weight}), server="vllm")
     assert adapter.config["r"] == 512 and adapter.modules[0].exact_rank == 530
     change = torch.zeros(530, 640, dtype=torch.float64)
     change[:, :600] = new.double() - old.double()
     error = (change - product(adapter, "lin")).norm() / change.norm()
-    assert adapter.error == pytest.approx(float(error), rel=1e-3) and 0 < adapter.error < 0.1
+    assert (
+        adapter.error == pytest.approx(float(error), rel=1e-3) and 0 < adapter.error < 0.1
+    )
     exact = to_lora(Delta({"lin.weight": weight}))
     assert exact.modules[0].rank == 530 and exact.error == 0
 
@@ -297,7 +312,9 @@ def test_vllm_ranks_are_the_next_legal_ones(changed):
     )
     r = to_lora(Delta({"lin.weight": weight}), server="vllm").config["r"]
     assert (
-        r in VLLM_RANKS and r >= changed and not any(changed <= legal < r for legal in VLLM_RANKS)
+        r in VLLM_RANKS
+        and r >= changed
+        and not any(changed <= legal < r for legal in VLLM_RANKS)
     )
 
 
@@ -305,9 +322,14 @@ def test_bfloat16_differences_are_exact_in_float32():
     base, merged, delta = trained(Small().bfloat16(), 20, exclude_modules=["head"])
     adapter = to_lora(delta)
     for module in adapter.modules:
-        old, new = base.get_submodule(module.name).weight, merged.get_submodule(module.name).weight
+        old, new = (
+            base.get_submodule(module.name).weight,
+            merged.get_submodule(module.name).weight,
+        )
         assert not torch.equal(old, new)
-        assert torch.equal((old.double() + product(adapter, module.name)).to(torch.bfloat16), new)
+        assert torch.equal(
+            (old.double() + product(adapter, module.name)).to(torch.bfloat16), new
+        )
 
 
 def test_what_lora_cannot_hold_is_refused_or_left_out(tmp_path):
@@ -364,11 +386,14 @@ def test_attention_that_uses_its_weights_itself_is_refused(tmp_path):
     ]
     assert delta.weights.keys() == {*refused, "out.weight"}
     with pytest.raises(
-        DeltaError, match="4 weights, such as layer.*nn.MultiheadAttention.*export the merged model"
+        DeltaError,
+        match="4 weights, such as layer.*nn.MultiheadAttention.*export the merged model",
     ):
         to_lora(delta)
     adapter = to_lora(delta, leave_out=True)
-    assert sorted(adapter.left_out) == refused and [m.name for m in adapter.modules] == ["out"]
+    assert sorted(adapter.left_out) == refused and [m.name for m in adapter.modules] == [
+        "out"
+    ]
     adapter.save(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     partly = copy.deepcopy(base)
@@ -381,7 +406,9 @@ def test_attention_that_uses_its_weights_itself_is_refused(tmp_path):
         config = peft.LoraConfig(
             r=2, target_modules=["linear1", "out_proj"], init_lora_weights=False
         )
-        assert torch.equal(peft.get_peft_model(copy.deepcopy(base), config).eval()(x), base(x))
+        assert torch.equal(
+            peft.get_peft_model(copy.deepcopy(base), config).eval()(x), base(x)
+        )
 
 
 def test_experts_are_refused():
@@ -397,7 +424,10 @@ def test_a_head_whose_name_ends_anothers_is_refused():
     """
     head = FullDelta(torch.zeros(2, 4), torch.ones(2, 4), False)
     weight = WeightDelta(
-        (4, 4), False, "", [SliceValues(None, torch.arange(1), torch.zeros(4, 1), torch.ones(4, 1))]
+        (4, 4),
+        False,
+        "",
+        [SliceValues(None, torch.arange(1), torch.zeros(4, 1), torch.ones(4, 1))],
     )
     delta = Delta({"pre_classifier.weight": weight}, {"classifier.weight": head})
     with pytest.raises(DeltaError, match="classifier would replace pre_classifier too"):

@@ -55,7 +55,9 @@ def test_versions_stages_and_references(store, tmp_path):
         and other.parents == [first.sha256]
     )
     assert (
-        store.find(first.sha256[:8]) == first and first.note == "a first try" and first.nbytes == 64
+        store.find(first.sha256[:8]) == first
+        and first.note == "a first try"
+        and first.nbytes == 64
     )
     store.promote("reviews:1", "production")
     assert store.find("reviews@production").label == "reviews:1"
@@ -81,7 +83,9 @@ def test_versions_stages_and_references(store, tmp_path):
     assert store.verify() == []
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a b", "a@b", "a:1", "deadbeef01", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["", "../up", "a b", "a@b", "a:1", "deadbeef01", ".hidden"]
+)
 def test_names_that_would_be_something_else_are_refused(store, name):
     with pytest.raises(StoreError, match="expected letters, digits"):
         store.save(name, small(1.0))
@@ -111,7 +115,9 @@ def test_every_changed_byte_of_the_log_is_found(store):
         if place == len(content) - 1:  # the last line break: a torn line
             assert ["is torn" in p for p in store.verify()] == [True]
             continue
-        with pytest.raises(StoreError, match=r"index.jsonl, line \d+ is not as it was written"):
+        with pytest.raises(
+            StoreError, match=r"index.jsonl, line \d+ is not as it was written"
+        ):
             store.log()
         with pytest.raises(StoreError, match="line"):
             store.save("b", small(9))  # nothing is built on a log that does not hold
@@ -123,7 +129,9 @@ def test_a_removed_moved_or_inserted_line_is_found(store, lost):
     index = store.path / "index.jsonl"
     index.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
     assert f"line {lost + 1} is not" in store.verify()[0]
-    index.write_bytes(b"".join([*lines[:lost], lines[lost + 1], lines[lost], *lines[lost + 2 :]]))
+    index.write_bytes(
+        b"".join([*lines[:lost], lines[lost + 1], lines[lost], *lines[lost + 2 :]])
+    )
     assert f"line {lost + 1} is not" in store.verify()[0]
     index.write_bytes(b"".join([*lines[: lost + 1], *lines[lost:]]))
     assert f"line {lost + 2} is not" in store.verify()[0]
@@ -216,7 +224,8 @@ def test_two_writers_and_kill_9_lose_nothing(store):
         told.append([process.stdout.readline().strip() for _ in range(4)])
     deadline = time.monotonic() + 20
     while (
-        sum(1 for _ in store.path.glob("blobs/*.safetensors")) < 40 and time.monotonic() < deadline
+        sum(1 for _ in store.path.glob("blobs/*.safetensors")) < 40
+        and time.monotonic() < deadline
     ):
         time.sleep(0.02)
     for process in processes:
@@ -226,8 +235,12 @@ def test_two_writers_and_kill_9_lose_nothing(store):
     assert all(len(lines) > 3 for lines in told)
     entries = store.entries()
     assert {sha for lines in told for sha in lines} <= {e.sha256 for e in entries}
-    assert [e.version for e in entries] == list(range(1, len(entries) + 1))  # no version twice
-    problems = [p for p in store.verify() if "named by no event" not in p and "is torn" not in p]
+    assert [e.version for e in entries] == list(
+        range(1, len(entries) + 1)
+    )  # no version twice
+    problems = [
+        p for p in store.verify() if "named by no event" not in p and "is torn" not in p
+    ]
     assert problems == []
     store.save("a", small(-1.0))  # goes on, and clears what the dead have left
     assert not list(store.path.glob("blobs/.*")) and not store.log().torn
@@ -284,9 +297,7 @@ def test_a_kill_before_every_call_of_a_save_loses_nothing(store):
     assert sum("killed" in line for line in lines) >= 10 and all(
         line.endswith("[]") for line in lines
     ), done.stdout
-    entries = (
-        store.entries()
-    )  # all that lived, and those that died after the event was written, before they could say so
+    entries = store.entries()  # all that lived, and those that died after the event was written, before they could say so
     assert 5 <= len(entries) < 5 + len(lines) and [e.version for e in entries] == list(
         range(1, len(entries) + 1)
     )
@@ -306,8 +317,12 @@ def test_differences_are_counted_by_entry():
         full[:, patch.cols] = patch.new
     both = ~dense[0].isnan() & ~dense[1].isnan()
     gap = (dense[0] - dense[1])[both].abs()
-    assert (row.entries, row.other_entries, row.shared) == (8, 8, int(both.sum())) == (8, 8, 4)
-    assert (row.conflicts, row.largest) == (int((gap > 0).sum()), float(gap.max())) == (4, 1.0)
+    assert (
+        (row.entries, row.other_entries, row.shared) == (8, 8, int(both.sum())) == (8, 8, 4)
+    )
+    assert (
+        (row.conflicts, row.largest) == (int((gap > 0).sum()), float(gap.max())) == (4, 1.0)
+    )
     assert difference(one, one)[0].conflicts == 0
     rows = small(0.0)
     rows.weights = {
@@ -338,15 +353,21 @@ def test_signatures(tmp_path):
         signing.verify(tmp_path / "d", mine)
     by = signing.sign(tmp_path / "d", tmp_path / "mine.pem")
     assert signing.verify(tmp_path / "d", mine) == by
-    with pytest.raises(signing.SignatureError, match=rf"no signature .* claim to be of {by}"):
+    with pytest.raises(
+        signing.SignatureError, match=rf"no signature .* claim to be of {by}"
+    ):
         signing.verify(tmp_path / "d", other)
     with pytest.raises(signing.SignatureError, match="cannot be read as a private key"):
         signing.sign(tmp_path / "d", tmp_path / "other.pem", "wrong")
     signing.sign(tmp_path / "d", tmp_path / "other.pem", "secret")
     signing.sign(tmp_path / "d", tmp_path / "mine.pem")
     assert len(signing.read(tmp_path / "d")) == 2  # one each
-    assert signing.verify(tmp_path / "d", other) != signing.verify(tmp_path / "d", mine) == by
-    small(2.0).save(tmp_path / "d")  # another delta in its place: the signature is of the first
+    assert (
+        signing.verify(tmp_path / "d", other) != signing.verify(tmp_path / "d", mine) == by
+    )
+    small(2.0).save(
+        tmp_path / "d"
+    )  # another delta in its place: the signature is of the first
     with pytest.raises(signing.SignatureError, match="no signature"):
         signing.verify(tmp_path / "d", mine)
     with pytest.raises(FileExistsError, match="never written over"):
@@ -396,16 +417,19 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "model"
     with atomic.replacing_folder(target) as fresh:
         (fresh / "a").write_text("1")
-    with pytest.raises(RuntimeError, match="half"), atomic.replacing_folder(target) as fresh:
+    with (
+        pytest.raises(RuntimeError, match="half"),
+        atomic.replacing_folder(target) as fresh,
+    ):
         (fresh / "a").write_text("2")
         raise RuntimeError("half way")
     assert (target / "a").read_text() == "1"
     with atomic.replacing_folder(target) as fresh:
         (fresh / "b").write_text("3")
         assert (target / "a").read_text() == "1"
-    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == [
-        "model"
-    ]
+    assert [p.name for p in target.iterdir()] == ["b"] and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["model"]
     (tmp_path / "link").symlink_to(target)
     with atomic.replacing_folder(tmp_path / "link") as fresh:
         (fresh / "c").write_text("4")
@@ -444,7 +468,9 @@ for when in ("before", "after"):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="folders are exchanged in one step on Linux"
+)
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(
@@ -453,7 +479,9 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
         text=True,
         env=environment,
     )
-    assert done.stdout.splitlines() == ["before a=old b=old", "after a=new b=new"], done.stderr
+    assert done.stdout.splitlines() == ["before a=old b=old", "after a=new b=new"], (
+        done.stderr
+    )
 
 
 def test_a_store_that_is_not_there_is_named(tmp_path):

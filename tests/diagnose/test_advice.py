@@ -46,7 +46,9 @@ class Net(nn.Module):
 def setting():
     torch.manual_seed(0)
     teacher, model = nn.Linear(48, 3), Net()
-    make = lambda: (lambda x: {"x": x, "labels": teacher(x.tanh()).argmax(1)})(torch.randn(32, 48))
+    make = lambda: (lambda x: {"x": x, "labels": teacher(x.tanh()).argmax(1)})(
+        torch.randn(32, 48)
+    )
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch["x"]), batch["labels"])
     return model, [make() for _ in range(12)], [make() for _ in range(4)], loss
 
@@ -55,7 +57,9 @@ def test_a_short_training_is_that_of_slice_adamw_and_is_taken_back():
     model, batches, held, loss = setting()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    config = SliceConfig(r=4, modules_to_save=["classifier"], contiguous=False, switch_interval=2)
+    config = SliceConfig(
+        r=4, modules_to_save=["classifier"], contiguous=False, switch_interval=2
+    )
     recipe = TrialOptions(head_lr=3e-3, warmup=0.2, clip=0.5)
     run = short_training(model, config, batches, 2e-3, 10, held, recipe, loss)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -65,11 +69,15 @@ def test_a_short_training_is_that_of_slice_adamw_and_is_taken_back():
     # the same by hand
     get_slice_model(
         model,
-        SliceConfig(r=4, modules_to_save=["classifier"], contiguous=False, switch_interval=None),
+        SliceConfig(
+            r=4, modules_to_save=["classifier"], contiguous=False, switch_interval=None
+        ),
     )
     head = list(model.classifier.parameters())
     slices = [p for n, p in model.named_parameters() if n.endswith("slice_weight")]
-    optimizer = SliceAdamW([{"params": slices, "lr": 2e-3}, {"params": head, "lr": 3e-3}], lr=1)
+    optimizer = SliceAdamW(
+        [{"params": slices, "lr": 2e-3}, {"params": head, "lr": 3e-3}], lr=1
+    )
     losses = []
     for step in range(10):
         factor = (step + 1) / 2 if step < 2 else (10 - step) / 8
@@ -102,10 +110,16 @@ def test_an_error_in_a_short_training_leaves_the_model_as_it_was():
 
     with pytest.raises(RuntimeError, match="the data"):
         short_training(
-            model, SliceConfig(r=4, modules_to_save=["classifier"]), batches, 1e-2, 10, loss=breaks
+            model,
+            SliceConfig(r=4, modules_to_save=["classifier"]),
+            batches,
+            1e-2,
+            10,
+            loss=breaks,
         )
     assert (
-        all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and type(model) is Net
+        all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        and type(model) is Net
     )
 
 
@@ -136,7 +150,10 @@ def test_a_range_is_read_from_a_curve():
     assert found.suggested == pytest.approx(found.high / 10)
     rising = read_range(lrs, [1 + i for i in range(50)], True)
     assert not rising.usable and "never fell" in rising.notes[0]
-    assert "the upper end is not known" in read_range(lrs, losses[:20] + [1.0] * 30, False).notes[0]
+    assert (
+        "the upper end is not known"
+        in read_range(lrs, losses[:20] + [1.0] * 30, False).notes[0]
+    )
 
 
 def test_the_range_test_separates_rates_that_train_from_rates_that_do_not():
@@ -146,7 +163,9 @@ def test_the_range_test_separates_rates_that_train_from_rates_that_do_not():
     found = lr_range_test(model, config, batches, 1e-5, 30.0, 60, loss=loss)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert found.usable and found.low < found.high and found.lrs[0] == pytest.approx(1e-5)
-    after = lambda lr: short_training(model, config, batches, lr, 30, held, loss=loss).held_loss
+    after = lambda lr: (
+        short_training(model, config, batches, lr, 30, held, loss=loss).held_loss
+    )
     assert after(found.suggested) < after(1e-6) and after(found.suggested) < after(30.0)
     with pytest.raises(ValueError, match="at least 10 steps"):
         lr_range_test(model, config, batches, steps=5, loss=loss)
@@ -157,8 +176,12 @@ def test_allocation_costs_no_more_than_r_everywhere():
     for _ in range(20):
         names = [f"layer.{i}" for i in range(12)]
         weights = {n: float(10 ** (2 * torch.rand((), generator=generator))) for n in names}
-        heights = {n: (384, 1536)[int(torch.randint(2, (), generator=generator))] for n in names}
-        widths = {n: (384, 1536)[int(torch.randint(2, (), generator=generator))] for n in names}
+        heights = {
+            n: (384, 1536)[int(torch.randint(2, (), generator=generator))] for n in names
+        }
+        widths = {
+            n: (384, 1536)[int(torch.randint(2, (), generator=generator))] for n in names
+        }
         found = allocate(weights, heights, widths, 16)
         assert sum(found.values()) <= 16 * 12 and sum(
             found[n] * heights[n] for n in names
@@ -205,11 +228,19 @@ def test_a_survey_has_every_quantity(surveyed):
     assert [row["name"] for row in found["tangent"]][-1] == "all of these together" and len(
         found["tangent"]
     ) == 4
-    assert found["tangent"][-1]["invisible_by_examples"].keys() == {"2", "4", "8", "16", "32", "48"}
+    assert found["tangent"][-1]["invisible_by_examples"].keys() == {
+        "2",
+        "4",
+        "8",
+        "16",
+        "32",
+        "48",
+    }
     invisible = list(found["tangent"][-1]["invisible_by_examples"].values())
     assert invisible == sorted(invisible, reverse=True) and invisible[0] > invisible[-1]
     assert (
-        found["coverage"]["share"] == sorted(found["coverage"]["share"]) and found["unused"] == []
+        found["coverage"]["share"] == sorted(found["coverage"]["share"])
+        and found["unused"] == []
     )
     assert found["coverage"]["share"][-1] == pytest.approx(4 / 64, rel=0.5)
 
@@ -256,9 +287,10 @@ def test_a_survey_keeps_to_its_bound_of_memory():
 def test_layers_are_chosen_over_depth_and_kinds():
     from slicefine.diagnose.capture import Layer
 
-    assert kind_of("model.layers.12.self_attn.q_proj") == ("self_attn.q_proj", 12) and kind_of(
-        "pooler"
-    ) == (
+    assert kind_of("model.layers.12.self_attn.q_proj") == (
+        "self_attn.q_proj",
+        12,
+    ) and kind_of("pooler") == (
         "pooler",
         -1,
     )
@@ -281,14 +313,27 @@ def test_advice_is_ranked_loads_and_costs_no_more(surveyed):
         1000 + (5 if config.rank_pattern else 0)
     )  # pretend that r by layer needs more
     advice = advise(
-        model, found, batches, held, base, steps_in_all=2400, trial_steps=12, cost=cost, loss=loss
+        model,
+        found,
+        batches,
+        held,
+        base,
+        steps_in_all=2400,
+        trial_steps=12,
+        cost=cost,
+        loss=loss,
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     config = SliceConfig.from_dict(advice.to_dict()["config"])
-    assert config == advice.config and config.switch_interval == 200 and not config.rank_pattern
+    assert (
+        config == advice.config
+        and config.switch_interval == 200
+        and not config.rank_pattern
+    )
     left_out = [c["name"] for c in advice.candidates if "left_out" in c]
     assert (
-        left_out == [n for n in candidates_of(found, base) if n.startswith("scattered, r by")]
+        left_out
+        == [n for n in candidates_of(found, base) if n.startswith("scattered, r by")]
         and left_out
     )
     tried = [c["held_loss"] for c in advice.candidates if c["held_loss"] is not None]
@@ -321,7 +366,9 @@ def test_advice_is_ranked_loads_and_costs_no_more(surveyed):
         loss=loss,
     )
     assert again.held_loss == pytest.approx(advice.candidates[0]["held_loss"], rel=1e-6)
-    short = advise(model, found, batches, held, base, steps_in_all=150, trial_steps=10, loss=loss)
+    short = advise(
+        model, found, batches, held, base, steps_in_all=150, trial_steps=10, loss=loss
+    )
     assert short.config.switch_interval is None and "fewer than two intervals" in next(
         line.evidence for line in short.lines if line.setting == "switch interval"
     )
@@ -364,7 +411,10 @@ def test_the_benchmarks_judge_as_they_say():
     assert found["gradient"]["against_random"] == 1.0 and found["gradient"][
         "standard_error"
     ] == pytest.approx(1.0)  # differences 0 and 2
-    assert not found["gradient"]["beats_random"] and found["magnitude"]["against_random"] == -0.75
+    assert (
+        not found["gradient"]["beats_random"]
+        and found["magnitude"]["against_random"] == -0.75
+    )
     run = lambda arm, accuracy, peak: {
         "arm": arm,
         "accuracy": accuracy,
@@ -380,7 +430,9 @@ def test_the_benchmarks_judge_as_they_say():
     ]
     judged = summary({"runs": runs})
     assert (
-        judged["advised"]["mean"] == 81 and judged["as_accurate"] and not judged["no_more_memory"]
+        judged["advised"]["mean"] == 81
+        and judged["as_accurate"]
+        and not judged["no_more_memory"]
     )
 
 
@@ -407,4 +459,7 @@ def test_the_docs_have_the_figures_of_the_committed_runs():
     ].values():
         config, lr = arms_of(task["advice"])["advised"]
         assert config.r == 16 and f"{lr:.1e} (" in docs
-        assert task["advice"]["cost"]["default"] >= task["advice"]["candidates"][0]["planned_bytes"]
+        assert (
+            task["advice"]["cost"]["default"]
+            >= task["advice"]["candidates"][0]["planned_bytes"]
+        )

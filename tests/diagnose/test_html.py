@@ -44,7 +44,8 @@ def page_with_two_figures():
     page.heading("Section")
     page.text('a < b & "c"')
     page.table(
-        [{"layer": "x<y", "share": 0.123456, "n": 12345}, {"layer": "z", "ok": True}], "rows"
+        [{"layer": "x<y", "share": 0.123456, "n": 12345}, {"layer": "z", "ok": True}],
+        "rows",
     )
     for _ in range(2):
         figure, ax = new_figure(4, 2)

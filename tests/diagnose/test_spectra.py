@@ -30,7 +30,9 @@ def digits():
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for epoch in range(30):
-        for rows in torch.randperm(1200, generator=torch.Generator().manual_seed(epoch)).split(64):
+        for rows in torch.randperm(
+            1200, generator=torch.Generator().manual_seed(epoch)
+        ).split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
@@ -43,7 +45,8 @@ def by_numpy(weight, groups):
     decomposition of each.
     """
     spectra = [
-        np.linalg.svd(part, compute_uv=False) ** 2 for part in np.array_split(weight, groups)
+        np.linalg.svd(part, compute_uv=False) ** 2
+        for part in np.array_split(weight, groups)
     ]
     shares = [s / s.sum() for s in spectra]
     half = min(map(len, shares)) // 2
@@ -57,12 +60,16 @@ def by_numpy(weight, groups):
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_statistics_equal_a_singular_value_decomposition(axis):
-    weight = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(
+        40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
     weight *= torch.linspace(1, 3, 40 if axis == "row" else 24).view(
         (-1, 1) if axis == "row" else (1, -1)
     )
     found = spectral_balance(weight, axis, groups=4, draws=20)
-    energies, ranks, profile = by_numpy((weight if axis == "row" else weight.t()).numpy(), 4)
+    energies, ranks, profile = by_numpy(
+        (weight if axis == "row" else weight.t()).numpy(), 4
+    )
     np.testing.assert_allclose(found.energies, energies, rtol=1e-10)
     np.testing.assert_allclose(found.effective_ranks, ranks, rtol=1e-8)
     assert found.profile_ratio == pytest.approx(profile, rel=1e-8)
@@ -76,7 +83,9 @@ def test_z_is_exact_under_a_shuffle():
         0.5, 2, 48, dtype=torch.float64
     ).unsqueeze(1)
     drawn = [
-        spectral_balance(weight[torch.randperm(48)], groups=6, draws=1, gaussian=NULL).energy_z
+        spectral_balance(
+            weight[torch.randperm(48)], groups=6, draws=1, gaussian=NULL
+        ).energy_z
         for _ in range(700)
     ]
     z = torch.tensor(drawn, dtype=torch.float64)
@@ -158,14 +167,18 @@ def test_errors_of_spectral_balance():
 @pytest.mark.parametrize(("n", "d"), [(60, 20), (20, 60)])
 def test_the_curve_equals_principal_components_by_numpy(n, d):
     features = (
-        torch.randn(n, d, dtype=torch.float64) * torch.linspace(3, 0.1, d, dtype=torch.float64) + 5
+        torch.randn(n, d, dtype=torch.float64)
+        * torch.linspace(3, 0.1, d, dtype=torch.float64)
+        + 5
     )
     found = task_energy(features)
     x = features.numpy() - features.numpy().mean(0)
     energy = np.linalg.svd(x, compute_uv=False) ** 2
     curve = np.cumsum(energy) / energy.sum()
     np.testing.assert_allclose(found.curve, curve, rtol=1e-9)
-    assert found.k == {tau: int(np.argmax(curve >= tau - 1e-12)) + 1 for tau in (0.9, 0.95, 0.99)}
+    assert found.k == {
+        tau: int(np.argmax(curve >= tau - 1e-12)) + 1 for tau in (0.9, 0.95, 0.99)
+    }
 
 
 def test_label_alignment_equals_a_regression():
@@ -181,7 +194,9 @@ def test_label_alignment_equals_a_regression():
     targets = nn.functional.one_hot(labels).double().numpy()
     targets = targets - targets.mean(0)
     for k in (1, 4, 12):
-        fitted = linear.LinearRegression().fit(scores[:, :k], targets).predict(scores[:, :k])
+        fitted = (
+            linear.LinearRegression().fit(scores[:, :k], targets).predict(scores[:, :k])
+        )
         assert found.aligned[k - 1] == pytest.approx(
             (fitted**2).sum() / (targets**2).sum(), rel=1e-9
         )
@@ -201,7 +216,9 @@ def test_trained_digits_features_are_narrow_against_random_ones(digits):
     with torch.no_grad():
         expected = model[:4](x)
     torch.testing.assert_close(trained.means, expected)
-    assert sorted(map(tuple, trained.rows.tolist())) == sorted(map(tuple, expected.tolist()))
+    assert sorted(map(tuple, trained.rows.tolist())) == sorted(
+        map(tuple, expected.tolist())
+    )
     own = task_energy(trained.rows, labels=y, label_features=trained.means)
     null = task_energy(random.rows, labels=y, label_features=random.means)
     assert 4 <= own.k[0.9] <= 9 and 10 <= own.k[0.99] <= 24
@@ -232,7 +249,11 @@ class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.full((6,), 2.0))
-        self.first, self.second, self.unused = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 5)
+        self.first, self.second, self.unused = (
+            nn.Linear(6, 5),
+            nn.Linear(6, 5),
+            nn.Linear(6, 5),
+        )
         self.norm = nn.LayerNorm(5)
 
     def forward(self, x, attention_mask=None):
@@ -250,7 +271,9 @@ def test_hidden_positions_are_left_out_and_shared_inputs_taken_once():
     assert set(found) == {"first", "second"}
     assert found["first"] is found["second"]
     visible = (2 * x)[mask.bool()]
-    assert sorted(map(tuple, found["first"].rows.tolist())) == sorted(map(tuple, visible.tolist()))
+    assert sorted(map(tuple, found["first"].rows.tolist())) == sorted(
+        map(tuple, visible.tolist())
+    )
     torch.testing.assert_close(found["first"].means[1], 2 * x[1, :3].mean(0))
 
 
@@ -260,11 +283,17 @@ def test_random_weights_leave_the_model_as_it_was_and_need_one_module_at_a_time(
     model, x = nn.Sequential(*[nn.Linear(200, 200) for _ in range(8)]), torch.randn(2, 200)
     before, output = {k: v.clone() for k, v in model.state_dict().items()}, model(x)
     parameters = [id(p) for p in model.parameters()]
-    with torch.no_grad(), track_memory(model=model) as report, capture.random_weights(model):
+    with (
+        torch.no_grad(),
+        track_memory(model=model) as report,
+        capture.random_weights(model),
+    ):
         first, second = model(x), model(x)
     assert torch.equal(first, second) and not torch.equal(first, output)
     assert report.peak_bytes - report.bytes_before < 1.1 * 4 * 200 * 201
-    assert [id(p) for p in model.parameters()] == parameters and torch.equal(model(x), output)
+    assert [id(p) for p in model.parameters()] == parameters and torch.equal(
+        model(x), output
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(RuntimeError), capture.random_weights(model):
         model(torch.randn(2, 3))

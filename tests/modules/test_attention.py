@@ -72,7 +72,9 @@ def masks(kind: str, length: int) -> dict[str, Any]:
             "key_padding_mask": padding.double() * -3,
         },
         "causal hint": {
-            "attn_mask": torch.full((L, length), float("-inf"), dtype=torch.float64).triu(1),
+            "attn_mask": torch.full((L, length), float("-inf"), dtype=torch.float64).triu(
+                1
+            ),
             "is_causal": True,
         },
     }[kind]
@@ -86,7 +88,9 @@ def same(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str
+    "options",
+    [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "mask", ["none", "padding", "boolean", "float, per head, with padding", "causal hint"]
@@ -105,7 +109,10 @@ def test_the_outputs_are_those_of_pytorch(kind, mask, options):
         ):
             for module in (plain, model):
                 module.train()
-            same(model(q, k, v, **arguments, **weights), plain(q, k, v, **arguments, **weights))
+            same(
+                model(q, k, v, **arguments, **weights),
+                plain(q, k, v, **arguments, **weights),
+            )
             with torch.no_grad():
                 same(
                     model.eval()(q, k, v, **arguments, **weights),
@@ -121,7 +128,8 @@ def test_unbatched_input_and_separate_widths():
     model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
     names = {n for n, m in model.named_modules() if isinstance(m, SliceLayer)}
     assert names == {
-        f"attention.{n}" for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
+        f"attention.{n}"
+        for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
     }
     same(model(*inputs("three", kdim=8, vdim=10)), plain(*inputs("three", kdim=8, vdim=10)))
 
@@ -236,7 +244,9 @@ def test_it_is_nn_multihead_attention_before_while_and_after():
         )  # its own, not the original's
     same(model(*inputs("self")), trained)
     fresh = get_slice_model(Net(), SliceConfig(r=4))
-    assert str(fresh.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
+    assert (
+        str(fresh.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
+    )
     same(fresh(*inputs("self")), trained)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(
@@ -254,7 +264,9 @@ def test_it_is_nn_multihead_attention_before_while_and_after():
         list(merged.state_dict()) == keys
         and merged.attention.__dict__.keys() == Net().attention.__dict__.keys()
     )
-    assert all(torch.equal(a, b) for a, b in zip(merged(*inputs("self")), trained, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(merged(*inputs("self")), trained, strict=True)
+    )
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -309,7 +321,9 @@ def _saved(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"optim_bits": 8}, {"optimizer_in_bwd": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"optim_bits": 8}, {"optimizer_in_bwd": True}], ids=str
+)
 def test_interrupted_training_goes_on_bit_for_bit(options):
     make = lambda: get_slice_model(
         Net().float(), SliceConfig(r=4, switch_interval=2, state_on_switch="remember")
@@ -332,7 +346,9 @@ def test_interrupted_training_goes_on_bit_for_bit(options):
     steps(rest, resumed, 4)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True)
+        for a, b in zip(
+            whole.state_dict().values(), rest.state_dict().values(), strict=True
+        )
     )
 
 
@@ -351,7 +367,9 @@ def test_a_delta_goes_to_a_file_and_back(slice_type, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = SliceModel.from_pretrained(Net(), tmp_path)
     again = SliceModel.from_pretrained(Net(), tmp_path, is_trainable=True)
-    same = lambda a, b: sorted(a) == sorted(b) and all(torch.equal(a[key], b[key]) for key in a)
+    same = lambda a, b: (
+        sorted(a) == sorted(b) and all(torch.equal(a[key], b[key]) for key in a)
+    )
     for twin in (loaded, again):
         assert same(twin.state_dict(), trained) and same(twin.unload().state_dict(), before)
     model.revert()
@@ -386,7 +404,9 @@ def test_a_single_attention_and_one_that_trains_whole():
 def test_casting_and_names():
     model = get_slice_model(Net(), SliceConfig(r=4)).to(torch.bfloat16)
     child = model.attention.slice_of("in_proj_weight")
-    assert child.weight.dtype == torch.bfloat16 and child.slice_weight.dtype == torch.float32
+    assert (
+        child.weight.dtype == torch.bfloat16 and child.slice_weight.dtype == torch.float32
+    )
     x = torch.randn(L, N, E, dtype=torch.bfloat16)
     model(x, x, x)[0].float().sum().backward()
     assert child.slice_weight.grad.shape == (3 * E, 4)
@@ -394,7 +414,10 @@ def test_casting_and_names():
         m.name: (m.out_features, m.in_features, m.r)
         for m in list_targets(Net(), SliceConfig(r=4, rank_pattern={"out_proj": 2}))
     }
-    assert rows == {"attention.in_proj_weight": (3 * E, E, 4), "attention.out_proj": (E, E, 2)}
+    assert rows == {
+        "attention.in_proj_weight": (3 * E, E, 4),
+        "attention.out_proj": (E, E, 2),
+    }
     sliced = lambda **names: {
         m.name for m in list_targets(Net(), SliceConfig(r=4, **names)) if m.skipped is None
     }
@@ -451,7 +474,10 @@ def test_the_fast_paths_of_the_encoder_do_not_bypass_slices(excluded):
     slice does.
     """
     plain = encoder().eval()
-    x, padding = torch.randn(N, L, E, dtype=torch.float64), torch.zeros(N, L, dtype=torch.bool)
+    x, padding = (
+        torch.randn(N, L, E, dtype=torch.float64),
+        torch.zeros(N, L, dtype=torch.bool),
+    )
     padding[1, 3:] = True
     exclude = {
         None: None,
@@ -461,7 +487,8 @@ def test_the_fast_paths_of_the_encoder_do_not_bypass_slices(excluded):
     model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4, exclude_modules=exclude))
     layers = [m for m in model.modules() if isinstance(m, SliceLayer)]
     assert (
-        len(layers) == {None: 8, "self_attn": 4, "layers.0": 4}[excluded[0] if excluded else None]
+        len(layers)
+        == {None: 8, "self_attn": 4, "layers.0": 4}[excluded[0] if excluded else None]
     )
     for arguments in ({}, {"src_key_padding_mask": padding}):
         model.zero_grad()

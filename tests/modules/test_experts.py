@@ -44,10 +44,14 @@ def make_experts(
             self.num_experts, self.act_fn = EXPERTS, nn.SiLU()
             inner = 2 * INNER if gate else INNER
             name = "gate_up_proj" if gate else "up_proj"
-            self.register_parameter(name, nn.Parameter(torch.randn(EXPERTS, inner, WIDTH) * 0.3))
+            self.register_parameter(
+                name, nn.Parameter(torch.randn(EXPERTS, inner, WIDTH) * 0.3)
+            )
             self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) * 0.3)
             if bias:
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, inner)))
+                self.register_parameter(
+                    f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, inner))
+                )
                 self.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
             if norm:
                 self.post_expert_norm = nn.LayerNorm(WIDTH)
@@ -84,11 +88,15 @@ def make_experts(
     return model.double()
 
 
-def routed(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and their experts; expert 2 gets none."""
     generator = torch.Generator().manual_seed(seed)
     choice = torch.tensor([0, 1, 3])
-    index = torch.stack([choice[torch.randperm(3, generator=generator)[:K]] for _ in range(TOKENS)])
+    index = torch.stack(
+        [choice[torch.randperm(3, generator=generator)[:K]] for _ in range(TOKENS)]
+    )
     return (
         torch.randn(TOKENS, WIDTH, generator=generator).to(dtype),
         index,
@@ -97,7 +105,9 @@ def routed(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("mode", ["ascending", "gradient", "magnitude"])
-@pytest.mark.parametrize("options", [{}, {"gate": False}, {"bias": True}, {"norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": False}, {"bias": True}, {"norm": True}], ids=str
+)
 def test_it_trains_as_the_masked_gradient_of_a_plain_loop_does(options, mode):
     plain = make_experts(**options)
     first = "gate_up_proj" if options.get("gate", True) else "up_proj"
@@ -112,13 +122,18 @@ def test_it_trains_as_the_masked_gradient_of_a_plain_loop_does(options, mode):
         bias="slice_only",
     )
     get_slice_model(model, config)
-    experts, layers = model.experts, {n: model.experts.slice_of(n) for n in (first, "down_proj")}
+    experts, layers = (
+        model.experts,
+        {n: model.experts.slice_of(n) for n in (first, "down_proj")},
+    )
     weights = {n: plain.experts.get_parameter(n) for n in layers}
     biases = [p for n, p in plain.experts.named_parameters() if n.endswith("proj_bias")]
     dense = torch.optim.AdamW([*weights.values(), *biases], lr=1e-2, weight_decay=0.0)
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     before = copy.deepcopy(plain.state_dict())
-    visited = {n: torch.zeros(WIDTH if n == first else INNER, dtype=torch.bool) for n in weights}
+    visited = {
+        n: torch.zeros(WIDTH if n == first else INNER, dtype=torch.bool) for n in weights
+    }
     where = set()
     for step in range(7):
         cols = {n: layer.cols.clone() for n, layer in layers.items()}
@@ -223,7 +238,8 @@ def test_autocast_and_checkpointing():
     )
     enable = "activation_checkpointing_enable"  # transformers' new name
     getattr(
-        checkpointed, enable if hasattr(checkpointed, enable) else "gradient_checkpointing_enable"
+        checkpointed,
+        enable if hasattr(checkpointed, enable) else "gradient_checkpointing_enable",
     )()
     assert train(reference) == train(checkpointed)
 
@@ -247,7 +263,9 @@ def test_no_gradient_of_all_experts_exists():
         )
         model.requires_grad_(False)
         if slices:
-            get_slice_model(model, SliceConfig(r=4, target_modules=[], target_parameters=NAMES))
+            get_slice_model(
+                model, SliceConfig(r=4, target_modules=[], target_parameters=NAMES)
+            )
         else:
             for name in NAMES:
                 model.get_parameter(f"model.layers.0.mlp.{name}").requires_grad_(True)
@@ -305,7 +323,8 @@ def test_what_is_refused():
             SliceConfig(r=4, target_modules=[], target_parameters=["down_proj"]),
         )
     with pytest.raises(
-        TypeError, match="target_parameters is 'experts'; expected a list of parameter names"
+        TypeError,
+        match="target_parameters is 'experts'; expected a list of parameter names",
     ):
         SliceConfig(target_parameters="experts")  # pyright: ignore[reportArgumentType]
     parallel = get_slice_model(
@@ -317,7 +336,9 @@ def test_what_is_refused():
     parallel.experts._is_expert_parallel = False
     hidden, index, shares = routed()
     index[0, 0] = EXPERTS
-    with pytest.raises(RuntimeError, match="a token asks for expert 4; there are experts 0 to 3"):
+    with pytest.raises(
+        RuntimeError, match="a token asks for expert 4; there are experts 0 to 3"
+    ):
         parallel.experts(hidden, index, shares)
 
 
@@ -329,12 +350,15 @@ def test_experts_that_no_entry_names_are_pointed_out():
     with pytest.warns(UserWarning, match=message):
         get_slice_model(qwen3(), SliceConfig(r=4))
     with pytest.warns(UserWarning, match=r"target_parameters=\['experts.gate_up_proj'\]"):
-        model = get_slice_model(qwen3(), SliceConfig(r=4, target_parameters=["experts.down_proj"]))
+        model = get_slice_model(
+            qwen3(), SliceConfig(r=4, target_parameters=["experts.down_proj"])
+        )
     assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
     assert train(model)[-1] < train(get_slice_model(qwen3(), CONFIG), 1)[0]
     for deliberate in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["experts"]}):
         get_slice_model(qwen3(), SliceConfig(r=4, **deliberate))  # no warning
     rows = {
-        m.name: (m.out_features, m.in_features, m.parameters) for m in list_targets(qwen3(), CONFIG)
+        m.name: (m.out_features, m.in_features, m.parameters)
+        for m in list_targets(qwen3(), CONFIG)
     }
     assert rows["model.layers.0.mlp.experts.down_proj"] == (4 * 16, 16, 4 * 16 * 4)

@@ -57,7 +57,9 @@ def program(tmp_path_factory):
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return (
+        tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    )
 
 
 @pytest.mark.parametrize("kind", ["column", "block"])
@@ -92,7 +94,9 @@ def test_the_ops_on_aarch64(program, dtype, kind):
         return data[position - size : position]
 
     exact = reference.slice_grad(dy.double(), x.double(), rows)
-    torch.testing.assert_close(numbers(R * K).view(R, K).double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        numbers(R * K).view(R, K).double(), exact, rtol=1e-5, atol=1e-4
+    )
     expected = [t.double() for t in state]
     place = (weight.double(), rows, cols, torch.tensor(3.0))
     active = AdamWSlice(expected[0], None, *expected[1:], *place)
@@ -102,7 +106,9 @@ def test_the_ops_on_aarch64(program, dtype, kind):
         found = [numbers(R * K).view(R, K) for _ in range(3)]
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=1e-5)
-        written = torch.frombuffer(bytearray(take(weight.nbytes)), dtype=dtype).view(out, width)
+        written = torch.frombuffer(bytearray(take(weight.nbytes)), dtype=dtype).view(
+            out, width
+        )
         seed = 1234567 if dtype == torch.bfloat16 else None
         after = weight.clone()
         write_slice(after, rows, cols, reference.round_to(found[0], dtype, seed, 0))

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=str(cpu.unav
 def said(code: str) -> list[str]:
     """The lines that code prints in a process of its own, which must end well."""
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
@@ -127,7 +130,9 @@ def test_a_layers_own_index_buffer_that_was_overwritten():
     layer = SliceLinear.from_linear(nn.Linear(64, 8), SliceConfig(r=4))
     layer(torch.randn(3, 64)).sum().backward()
     layer.slice_cols[2] = 10**11
-    with pytest.raises(IndexError, match="cols holds 100000000000; there are features 0 to 63"):
+    with pytest.raises(
+        IndexError, match="cols holds 100000000000; there are features 0 to 63"
+    ):
         layer(torch.randn(3, 64))
 
 
@@ -172,7 +177,9 @@ def test_a_weight_that_is_no_matrix_is_refused():
     p = torch.zeros(3, 2)
     place = (torch.zeros(3, 4, 5), None, torch.arange(2), torch.tensor(1.0))
     options = AdamWOptions(1e-3, 0.9, 0.99, 1e-8, 0.0)
-    with pytest.raises(ValueError, match=r"weight has shape \(3, 4, 5\); expected \(out, in\)"):
+    with pytest.raises(
+        ValueError, match=r"weight has shape \(3, 4, 5\); expected \(out, in\)"
+    ):
         ops.slice_adamw([AdamWSlice(p, p, p, p, *place)], options)
     with pytest.raises(TypeError, match=r"cols is torch.int64 of shape \(1, 2\)"):
         place = (torch.zeros(3, 4), None, torch.arange(2).view(1, 2), torch.tensor(1.0))

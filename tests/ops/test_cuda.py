@@ -30,7 +30,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 H100, ONE = 132, 1  # processors: with one, no tile is split
 
 
-def build(folder: Path, source: Path, units: tuple[str, ...] = cuda_resources.UNITS) -> Path:
+def build(
+    folder: Path, source: Path, units: tuple[str, ...] = cuda_resources.UNITS
+) -> Path:
     """_CUDA for the host: the .cu files by g++ through the emulator, and the bindings as they are."""
     common = ["g++", "-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{source}"]
     python = [
@@ -47,7 +49,15 @@ def build(folder: Path, source: Path, units: tuple[str, ...] = cuda_resources.UN
         )
     for unit in units:
         subprocess.run(
-            [*common, "-O1", *emulator, "-c", source / f"{unit}.cu", "-o", folder / f"{unit}.o"],
+            [
+                *common,
+                "-O1",
+                *emulator,
+                "-c",
+                source / f"{unit}.cu",
+                "-o",
+                folder / f"{unit}.o",
+            ],
             check=True,
         )
     module = folder / f"_CUDA{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -113,7 +123,9 @@ def gpu(host_module, monkeypatch):
 def surrounded(values: torch.Tensor, pad: int, offset: int) -> torch.Tensor:
     """The same values with a longer row stride, NaN all around."""
     buffer = torch.full(
-        (values.shape[0] + 2, values.shape[1] + pad + offset), float("nan"), dtype=values.dtype
+        (values.shape[0] + 2, values.shape[1] + pad + offset),
+        float("nan"),
+        dtype=values.dtype,
     )
     view = buffer[1:-1, offset : offset + values.shape[1]]
     return view.copy_(values)
@@ -144,23 +156,33 @@ def test_slice_grad(gpu, dtype, shape, strides):
     grad_output, input = torch.randn(n, out).to(dtype), torch.randn(n, width).to(dtype)
     if strides != "dense":  # surrounded: still 16-byte aligned where the width is
         pad, offset = (64, 8) if strides == "surrounded" else (3, 1)
-        grad_output, input = surrounded(grad_output, pad, offset), surrounded(input, pad, offset)
+        grad_output, input = (
+            surrounded(grad_output, pad, offset),
+            surrounded(input, pad, offset),
+        )
     exact = reference.slice_grad(grad_output.double(), input.double(), rows)
     plain = reference.slice_grad(grad_output, input, rows)
-    test_ops.assert_as_good_as_torch(cuda.slice_grad(grad_output, input, rows), exact, plain)
+    test_ops.assert_as_good_as_torch(
+        cuda.slice_grad(grad_output, input, rows), exact, plain
+    )
     gpu.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_tokens_give_zeros(gpu, dtype):
-    result = cuda.slice_grad(torch.empty(0, 40, dtype=dtype), torch.empty(0, 3, dtype=dtype))
+    result = cuda.slice_grad(
+        torch.empty(0, 40, dtype=dtype), torch.empty(0, 3, dtype=dtype)
+    )
     assert torch.equal(result, torch.zeros(40, 3))
 
 
 @pytest.mark.parametrize("width", [16, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_blocks_and_threads_changes_no_bit(gpu, dtype, width, monkeypatch):
-    grad_output, input = torch.randn(1000, 200).to(dtype), torch.randn(1000, width).to(dtype)
+    grad_output, input = (
+        torch.randn(1000, 200).to(dtype),
+        torch.randn(1000, width).to(dtype),
+    )
     result = cuda.slice_grad(grad_output, input)
     assert gpu.splits_were_added()
     exact, plain = (
@@ -193,7 +215,9 @@ def test_any_number_of_tokens_and_processors(gpu, dtype, n, out, width, processo
     gpu.processors = processors
     grad_output, input = torch.randn(n, out).to(dtype), torch.randn(n, width).to(dtype)
     exact = reference.slice_grad(grad_output.double(), input.double())
-    bound = n * 2**-24 * reference.slice_grad(grad_output.double().abs(), input.double().abs())
+    bound = (
+        n * 2**-24 * reference.slice_grad(grad_output.double().abs(), input.double().abs())
+    )
     assert ((cuda.slice_grad(grad_output, input) - exact).abs() <= bound).all()
     gpu.check()
 
@@ -259,7 +283,9 @@ def test_8bit_codes_are_the_nearest_like_every_backend(gpu):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slice_grad_adamw_like_every_backend(gpu, dtype, slice_type):
     for transposed in (False, True):
-        test_ops.test_slice_grad_adamw_against_float64("cuda", dtype, slice_type, transposed)
+        test_ops.test_slice_grad_adamw_against_float64(
+            "cuda", dtype, slice_type, transposed
+        )
     test_ops.test_slice_grad_adamw_is_the_two_others_in_one("cuda", dtype, slice_type)
     gpu.check()
 
@@ -271,7 +297,9 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
     apart; rounding by the oracle's bits.
     """
     features = (
-        (None, torch.randperm(150)[:16]) if slice_type == "column" else (torch.arange(8, 24), None)
+        (None, torch.randperm(150)[:16])
+        if slice_type == "column"
+        else (torch.arange(8, 24), None)
     )
     grad_output, input = torch.randn(700, 140).to(dtype), torch.randn(700, 150).to(dtype)
     input = input if features[1] is None else input[:, features[1]].contiguous()
@@ -287,7 +315,9 @@ def test_slice_grad_adamw_over_many_splits(gpu, dtype, slice_type, monkeypatch):
         cuda.slice_grad_adamw(grad_output, input, active, options)
         assert gpu.splits_were_added()
         gpu.check()
-        assert torch.equal(read_slice(weight, *features), reference.round_to(master, dtype, 77, 0))
+        assert torch.equal(
+            read_slice(weight, *features), reference.round_to(master, dtype, 77, 0)
+        )
         write_slice(weight, *features, read_slice(before, *features))
         assert torch.equal(weight, before)  # nothing outside the slice
         results.append((master, moment, square))
@@ -338,7 +368,9 @@ def test_8bit_is_the_same_bits_in_every_order_and_at_every_address(gpu, monkeypa
         cuda.slice_adamw_8bit([active], book, options)
         results.append([t.clone() for t in (master, m, v, ms, vs, weight)])
         for buffer, t in zip(buffers, (master, grad, m, v, ms, vs), strict=True):
-            assert (buffer[:offset] == 77).all() and (buffer[offset + t.numel() :] == 77).all()
+            assert (buffer[:offset] == 77).all() and (
+                buffer[offset + t.numel() :] == 77
+            ).all()
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -359,7 +391,8 @@ def test_8bit_zeros_stay_zeros_and_a_nan_shows(gpu):
         active = AdamWSlice8bit(torch.ones(3, 256), grad, *codes, *scales, *place)
         module.slice_adamw_8bit([active], book, AdamWOptions(**test_ops.HYPERPARAMETERS))
         states[module] = [
-            reference.dequantize_blockwise(*pair) for pair in zip(codes, scales, book, strict=True)
+            reference.dequantize_blockwise(*pair)
+            for pair in zip(codes, scales, book, strict=True)
         ]
     for mine, theirs in zip(states[cuda], states[reference], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0, equal_nan=True)
@@ -372,7 +405,8 @@ def test_8bit_zeros_stay_zeros_and_a_nan_shows(gpu):
 def test_a_failed_launch_names_the_op_and_the_call(gpu, monkeypatch):
     monkeypatch.setenv("SLICEFINE_EMULATOR_FAIL", "1")
     with pytest.raises(
-        RuntimeError, match="slice_grad: kernel launch failed: invalid configuration argument"
+        RuntimeError,
+        match="slice_grad: kernel launch failed: invalid configuration argument",
     ):
         cuda.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
 
@@ -394,7 +428,11 @@ ANY = AdamWOptions(1.0, 0.0, 0.0, 0.0, 0.0)
 
 def adamw_8bit(codebook: torch.Tensor | None = None, **states: torch.Tensor) -> None:
     """slice_adamw_8bit of one 4 x 4 slice, of good tensors but for those that are named."""
-    two, codes, scale = torch.randn(4, 4), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1)
+    two, codes, scale = (
+        torch.randn(4, 4),
+        torch.zeros(4, 4, dtype=torch.uint8),
+        torch.zeros(1),
+    )
     good = {
         "exp_avg": codes,
         "exp_avg_sq": codes,
@@ -427,11 +465,13 @@ def test_types_and_strides_are_refused_before_a_launch(no_launch, monkeypatch):
     monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
     two, one = torch.randn(4, 4), torch.tensor(1.0)
     with pytest.raises(
-        TypeError, match=r"grad_output is torch\.float64; the cuda backend takes torch\.float32"
+        TypeError,
+        match=r"grad_output is torch\.float64; the cuda backend takes torch\.float32",
     ):
         cuda.slice_grad(two.double(), two.double())
     with pytest.raises(
-        ValueError, match=r"rows is torch\.int32 with strides \(1,\); expected a contiguous int64"
+        ValueError,
+        match=r"rows is torch\.int32 with strides \(1,\); expected a contiguous int64",
     ):
         cuda.slice_grad(two, two, torch.arange(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"rows is torch\.int64 with strides \(2,\)"):
@@ -458,7 +498,9 @@ def test_types_and_strides_are_refused_before_a_launch(no_launch, monkeypatch):
         ValueError, match=r"exp_avg_scale is torch\.float64 .* expected contiguous float32"
     ):
         adamw_8bit(exp_avg_scale=torch.zeros(1).double())
-    with pytest.raises(ValueError, match=r"the codebook has shape \(256,\); expected \(2, 256\)"):
+    with pytest.raises(
+        ValueError, match=r"the codebook has shape \(256,\); expected \(2, 256\)"
+    ):
         adamw_8bit(codebook=torch.zeros(256))
     with pytest.raises(ValueError, match=r"codebook is torch\.float64 on cpu"):
         adamw_8bit(codebook=torch.zeros(2, 256).double())
@@ -584,7 +626,9 @@ def test_the_8bit_tests_would_notice(gpu, fault, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_emulator_would_notice(gpu, fault, tmp_path, monkeypatch):
-    faulty = build_with(FAULTS[fault], "slice_grad", tmp_path, Path(gpu.module.__file__).parent)
+    faulty = build_with(
+        FAULTS[fault], "slice_grad", tmp_path, Path(gpu.module.__file__).parent
+    )
     monkeypatch.setenv("SLICEFINE_EMULATOR_SEED", "4")
     grad_output, input = torch.randn(500, 160).bfloat16(), torch.randn(500, 16).bfloat16()
     healthy = cuda.slice_grad(grad_output, input)
@@ -624,7 +668,10 @@ def test_no_kernel_spills():
 
 def test_kernel_names_are_short():
     symbol = "_ZN9slicefine4cuda43_GLOBAL__N__7b9f15gradient_kernelINS0_7HalfMmaINS_4bf16EEELi16ENS0_13StoreGradientEEEvNS0_13GradArgumentsET1_"
-    assert cuda_resources.describe(symbol, "slice_grad") == ("slice_grad", "bf16 mma, 128x16")
+    assert cuda_resources.describe(symbol, "slice_grad") == (
+        "slice_grad",
+        "bf16 mma, 128x16",
+    )
     assert cuda_resources.describe(
         "_ZN9slicefine4cudaL18slice_adamw_kernelENS0_10SliceTableE", "slice_adamw"
     ) == (

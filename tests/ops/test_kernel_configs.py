@@ -30,7 +30,12 @@ def test_tiles_are_powers_of_two_that_tl_dot_takes(R, K, size):
     )
 
 
-@given(st.integers(0, 10**6), st.integers(1, 1000), st.integers(1, 200), st.sampled_from([32, 64]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 1000),
+    st.integers(1, 200),
+    st.sampled_from([32, 64]),
+)
 def test_splits_cover_the_tokens_and_fit_the_workspace(tokens, tiles, processors, block_t):
     splits, each = token_splits(tokens, tiles, processors, block_t)
     assert (
@@ -47,7 +52,9 @@ def test_splits_cover_the_tokens_and_fit_the_workspace(tokens, tiles, processors
 
 def test_a_measured_configuration_comes_before_the_default(monkeypatch):
     default = grad_config(4096, 16, 2, "sm_90")
-    monkeypatch.setitem(tuned.GRAD, ("sm_90", *tile_class(4096, 16, 2)), (64, 16, 128, 8, 4))
+    monkeypatch.setitem(
+        tuned.GRAD, ("sm_90", *tile_class(4096, 16, 2)), (64, 16, 128, 8, 4)
+    )
     assert grad_config(4096, 16, 2, "sm_90") == GradConfig(64, 16, 128, 8, 4) != default
     assert grad_config(4096, 16, 2, "sm_80") == default  # of another architecture
     assert grad_config(16, 4096, 2, "sm_90") != grad_config(4096, 16, 2, "sm_90")

@@ -21,8 +21,13 @@ def compiled(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
     """Run benchmarks/aot.py (or code) in a process of its own: here Triton interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, *(["-c", code] if code else ["-m", "benchmarks.aot", *arguments])]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        *(["-c", code] if code else ["-m", "benchmarks.aot", *arguments]),
+    ]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=ROOT
+    )
 
 
 @pytest.mark.slow
@@ -35,13 +40,22 @@ def test_no_configuration_spills(target, tmp_path):
     print("\n" + result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes"} == set(
-        rows[0]
-    )
+    assert {
+        "kernel",
+        "config",
+        "target",
+        "registers",
+        "spill_bytes",
+        "shared_bytes",
+    } == set(rows[0])
     for dtype in ("bf16", "fp16", "fp32"):
         mine = [r for r in rows if f"{dtype}" in r["config"]]
-        assert len(mine) >= 21  # (9 shapes + 1 unaligned) x 2 gradient kernels + slice_adamw
-    assert [r for r in rows if r["spill_bytes"] or r["shared_bytes"] > 1024 * limits[target]] == []
+        assert (
+            len(mine) >= 21
+        )  # (9 shapes + 1 unaligned) x 2 gradient kernels + slice_adamw
+    assert [
+        r for r in rows if r["spill_bytes"] or r["shared_bytes"] > 1024 * limits[target]
+    ] == []
 
 
 @pytest.mark.slow

@@ -19,7 +19,13 @@ from slicefine.backends.operands import AdamWOptions, AdamWSlice
 from slicefine.slices import read_slice, write_slice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HYPERPARAMETERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+HYPERPARAMETERS = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+}
 relaxed = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -29,7 +35,9 @@ def assert_as_good_as_torch(result, exact, plain, factor=2.0):
     """
     error, allowed = (result.double() - exact).abs(), (plain.double() - exact).abs()
     bound = (
-        factor * allowed.max().item() + 1e-6 * exact.abs().max().item() if exact.numel() else 0.0
+        factor * allowed.max().item() + 1e-6 * exact.abs().max().item()
+        if exact.numel()
+        else 0.0
     )
     if exact.numel() and error.max().item() > bound:
         worst = divmod(int(error.argmax()), error.shape[-1])
@@ -140,9 +148,9 @@ def make_slices(dtype, features, shape=(21, 33)):
             len(rows) if rows is not None else shape[0],
             (len(cols) if cols is not None else shape[1]),
         )
-        random = lambda R=R, K=K: torch.randn(R, K, generator=generator, dtype=torch.float64).to(
-            precise
-        )
+        random = lambda R=R, K=K: torch.randn(
+            R, K, generator=generator, dtype=torch.float64
+        ).to(precise)
         masters.append(random())
         grads.append(random())
         moments.append(0.1 * random())
@@ -168,7 +176,9 @@ def check_adamw(module, dtype, features, seed, maximize=False, shape=(21, 33)):
     mine = together(masters, grads, moments, squares, weights, rows, cols, steps)
     module.slice_adamw(mine, dataclasses.replace(nearest, seed=seed))
     tolerance = (
-        {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-7}
+        {"rtol": 1e-12, "atol": 1e-12}
+        if dtype == torch.float64
+        else {"rtol": 3e-6, "atol": 3e-7}
     )
     for i, weight in enumerate(weights):
         for mine, theirs in zip(
@@ -181,7 +191,9 @@ def check_adamw(module, dtype, features, seed, maximize=False, shape=(21, 33)):
         else:
             assert torch.equal(written, masters[i].to(dtype))
         outside = torch.ones(weight.shape, dtype=torch.bool)
-        write_slice(outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool))
+        write_slice(
+            outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool)
+        )
         assert torch.equal(weight[outside], before[i][outside])
         base = weight._base
         assert (
@@ -205,7 +217,9 @@ FEATURES = [
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_slice_adamw(name, dtype, seed):
     if name == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error")
+        pytest.skip(
+            "Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error"
+        )
     module, reason = select.BACKENDS[name].load()
     assert module is not None, reason
     features = [f if f[0] is None else (f[0].contiguous(), f[1]) for f in FEATURES]
@@ -216,14 +230,19 @@ def test_slice_adamw(name, dtype, seed):
 @st.composite
 def some_slices(draw):
     """(shape of W, [(rows, cols), ...]): widths from 1 to full, anywhere, in any order."""
-    shape = (draw(st.sampled_from([1, 2, 31, 64, 129])), draw(st.sampled_from([1, 3, 16, 63, 130])))
+    shape = (
+        draw(st.sampled_from([1, 2, 31, 64, 129])),
+        draw(st.sampled_from([1, 3, 16, 63, 130])),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
     def index(features):
         width = draw(st.sampled_from([0, 1, features // 2, features]))
         return torch.randperm(features, generator=generator)[:width] if width else None
 
-    return shape, [(index(shape[0]), index(shape[1])) for _ in range(draw(st.integers(1, 3)))]
+    return shape, [
+        (index(shape[0]), index(shape[1])) for _ in range(draw(st.integers(1, 3)))
+    ]
 
 
 @relaxed
@@ -296,7 +315,9 @@ def test_slice_grad_adamw_is_the_two_others_in_one(name, dtype, slice_type):
 
 @pytest.mark.parametrize("slice_type", ["column", "row", "block"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(monkeypatch, dtype, slice_type):
+def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(
+    monkeypatch, dtype, slice_type
+):
     """Three splits of each tile, poisoned workspace: the gradient is right, the update follows it,
     the tickets end at zero.
     """
@@ -349,7 +370,8 @@ def test_stochastic_rounding_is_unbiased_and_only_picks_neighbours():
     assert abs((rounded > 1).float().mean().item() - 0.3) < 0.01  # four standard errors
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
     assert torch.equal(
-        reference.round_to(special, torch.bfloat16, seed=5)[1:], special[1:].to(torch.bfloat16)
+        reference.round_to(special, torch.bfloat16, seed=5)[1:],
+        special[1:].to(torch.bfloat16),
     )
 
 
@@ -367,11 +389,22 @@ def test_opcheck(rows):
     weight, cols, step = torch.randn(5, 9), torch.arange(4), torch.tensor(1.0)
     torch.library.opcheck(
         torch.ops.slicefine.slice_grad_adamw,
-        (grad_output, input, *tensors(), weight, rows, cols, step, *HYPERPARAMETERS.values()),
+        (
+            grad_output,
+            input,
+            *tensors(),
+            weight,
+            rows,
+            cols,
+            step,
+            *HYPERPARAMETERS.values(),
+        ),
     )
     p, m, v = tensors()
     lists = ([p], [torch.rand(R, 4)], [m], [v], [weight], [rows], [cols], [step])
-    torch.library.opcheck(torch.ops.slicefine.slice_adamw, (*lists, *HYPERPARAMETERS.values()))
+    torch.library.opcheck(
+        torch.ops.slicefine.slice_adamw, (*lists, *HYPERPARAMETERS.values())
+    )
 
 
 def test_a_write_is_seen_by_autograd():
@@ -387,7 +420,9 @@ def test_a_write_is_seen_by_autograd():
 
 
 def test_errors_name_what_was_given_and_expected():
-    with pytest.raises(ValueError, match=r"grad_output has shape \(3, 4\) and input \(2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"grad_output has shape \(3, 4\) and input \(2, 5\)"
+    ):
         ops.slice_grad(torch.randn(3, 4), torch.randn(2, 5))
     with pytest.raises(TypeError, match="expected one dtype"):
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5).half())
@@ -448,7 +483,9 @@ def test_a_forced_backend_never_falls_back(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", "it was not built")
     with (
         ops.use_backend("cpu"),
-        pytest.raises(RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"),
+        pytest.raises(
+            RuntimeError, match=r"'cpu' was asked for.*\n.*\n  cpu: it was not built"
+        ),
     ):
         ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5))
     assert ops.slice_grad(torch.randn(3, 4), torch.randn(3, 5)).shape == (
@@ -476,7 +513,9 @@ def test_the_environment_variable_chooses(environment):
 def test_arguments_that_would_be_memory_faults_are_refused(name):
     p, w, step = torch.zeros(3, 2), torch.zeros(3, 4), torch.tensor(1.0)
     options = AdamWOptions(**HYPERPARAMETERS)
-    update = lambda cols: ops.slice_adamw([AdamWSlice(p, p, p, p, w, None, cols, step)], options)
+    update = lambda cols: ops.slice_adamw(
+        [AdamWSlice(p, p, p, p, w, None, cols, step)], options
+    )
     with ops.use_backend(name):
         with pytest.raises(
             TypeError,
@@ -484,13 +523,19 @@ def test_arguments_that_would_be_memory_faults_are_refused(name):
         ):
             update(torch.arange(2, dtype=torch.int32))
         with pytest.raises(TypeError, match=r"rows is torch\.int32"):
-            ops.slice_grad(torch.randn(5, 3), torch.randn(5, 2), torch.arange(2, dtype=torch.int32))
+            ops.slice_grad(
+                torch.randn(5, 3), torch.randn(5, 2), torch.arange(2, dtype=torch.int32)
+            )
         with pytest.raises(ValueError, match=r"input: only the columns of the slice"):
-            active = AdamWSlice(p, None, p.clone(), p.clone(), w, None, torch.arange(2), step)
+            active = AdamWSlice(
+                p, None, p.clone(), p.clone(), w, None, torch.arange(2), step
+            )
             ops.slice_grad_adamw(torch.randn(5, 3), torch.randn(5, 4), active, options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+)
 @pytest.mark.parametrize("cols", [[0], [7, 8, 9], [12, 13], [1, 4, 11], list(range(14))])
 @pytest.mark.parametrize("layout", ["whole", "rows", "transposed", "empty"])
 def test_columns_are_taken_bit_for_bit(dtype, cols, layout):
@@ -549,6 +594,8 @@ def test_available_backends_gives_none_or_the_reason(monkeypatch):
     assert found.keys() == {"reference", "cpu", "triton", "cuda"}
     assert found["reference"] is None and found["cpu"] is None
     if not torch.cuda.is_available():
-        assert found["cuda"] is not None and ("GPU" in found["cuda"] or "_CUDA" in found["cuda"])
+        assert found["cuda"] is not None and (
+            "GPU" in found["cuda"] or "_CUDA" in found["cuda"]
+        )
     monkeypatch.setattr(cpu, "unavailable", "it was not built")
     assert available_backends()["cpu"] == "it was not built"

@@ -29,9 +29,14 @@ def test_the_codebook_is_dynamic():
     signed, unsigned = reference.dynamic_codebook()
     for book in (signed, unsigned):
         assert (
-            len(book) == 256 and bool((book.diff() > 0).all()) and 0.0 in book and book[-1] == 1.0
+            len(book) == 256
+            and bool((book.diff() > 0).all())
+            and 0.0 in book
+            and book[-1] == 1.0
         )
-    assert torch.equal(signed[:127], -signed[128:255].flip(0))  # the one value without a twin is 1
+    assert torch.equal(
+        signed[:127], -signed[128:255].flip(0)
+    )  # the one value without a twin is 1
     # within a decade the spacing is constant and finer decades have fewer values
     count = lambda low, high: int(((unsigned > low) & (unsigned < high)).sum())
     assert [count(10.0**-e, 10.0 ** (1 - e)) for e in range(1, 5)] == [128, 64, 32, 16]
@@ -88,7 +93,9 @@ def check_8bit(name, dtype, features, seed, maximize=False, shape=(21, 61)):
     with ops.use_backend(name):
         ops.slice_adamw_8bit(slices, book, dataclasses.replace(nearest, seed=seed))
     for i, weight in enumerate(weights):
-        torch.testing.assert_close(masters[i].double(), expected[0][i], rtol=3e-6, atol=3e-7)
+        torch.testing.assert_close(
+            masters[i].double(), expected[0][i], rtol=3e-6, atol=3e-7
+        )
         for codes, scales, values, values_book in (
             (m[i], ms[i], expected[2][i], book[0]),
             (v[i], vs[i], expected[3][i], book[1]),
@@ -96,12 +103,16 @@ def check_8bit(name, dtype, features, seed, maximize=False, shape=(21, 61)):
             nearest, exact_scales = reference.quantize_blockwise(values, values_book)
             torch.testing.assert_close(scales, exact_scales, rtol=1e-5, atol=0)
             apart = (codes.int() - nearest.int()).abs()
-            assert apart.max() <= 1 and int((apart > 0).sum()) <= max(1, apart.numel() // 100)
+            assert apart.max() <= 1 and int((apart > 0).sum()) <= max(
+                1, apart.numel() // 100
+            )
         written = read_slice(weight, rows[i], cols[i])
         stochastic = seed if dtype == torch.bfloat16 else None
         assert torch.equal(written, reference.round_to(masters[i], dtype, stochastic, i))
         outside = torch.ones(weight.shape, dtype=torch.bool)
-        write_slice(outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool))
+        write_slice(
+            outside, rows[i], cols[i], torch.zeros(masters[i].shape, dtype=torch.bool)
+        )
         assert torch.equal(weight[outside], before[i][outside])
         base = weight._base  # NaN around the weight
         assert base is not None and int(base.isnan().sum()) == base.numel() - weight.numel()
@@ -145,7 +156,11 @@ def test_codes_are_the_nearest_over_the_whole_range(name):
     apart = (
         codes[name] - codes["reference"]
     ).abs()  # a rounding of the last bit may fall on either side of a midpoint
-    assert apart.max() <= 1 and apart[0].float().mean() < 1e-4 and apart[1].float().mean() < 1e-3
+    assert (
+        apart.max() <= 1
+        and apart[0].float().mean() < 1e-4
+        and apart[1].float().mean() < 1e-3
+    )
 
 
 def train(

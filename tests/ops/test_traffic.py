@@ -43,7 +43,11 @@ def counting():
         count["flops"] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return before[2](self, a, b, *rest)
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = load, store, dot
+    builder.create_masked_load, builder.create_masked_store, builder.create_dot = (
+        load,
+        store,
+        dot,
+    )
     try:
         with ops.use_backend("triton"):
             yield count
@@ -65,7 +69,9 @@ def readme(op: str, column: str, **sizes: int) -> float:
         if line.startswith(f"| `{op}` |")
     )
     formula = row[header.index(column)]
-    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), {"__builtins__": {}}, sizes)
+    return eval(
+        re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), {"__builtins__": {}}, sizes
+    )
 
 
 SHAPES = [
@@ -89,17 +95,26 @@ def test_slice_grad_moves_the_bytes_of_the_model(kind, n, R, K, dtype):
     dy, x, rows = operands(kind, n, R, K, dtype)
     e, config = dtype.itemsize, grad_config(R, K, dtype.itemsize, "cpu")
     tiles_r, tiles_k = -(-R // config.BLOCK_R), -(-K // config.BLOCK_K)
-    splits, _ = token_splits(n, tiles_r * tiles_k, launch.processors(dy.device), config.BLOCK_T)
+    splits, _ = token_splits(
+        n, tiles_r * tiles_k, launch.processors(dy.device), config.BLOCK_T
+    )
     with counting() as count:
         ops.slice_grad(dy, x, rows)
     compulsory = readme("slice_grad", "bytes", n=n, R=R, K=K, e=e)
     again = (
         e * n * (R * (tiles_k - 1) + K * (tiles_r - 1))
     )  # a tile's operands, once more for each tile beside it
-    partials = 8 * splits * tiles_r * tiles_k * config.BLOCK_R * config.BLOCK_K if splits > 1 else 0
+    partials = (
+        8 * splits * tiles_r * tiles_k * config.BLOCK_R * config.BLOCK_K
+        if splits > 1
+        else 0
+    )
     indices = 0 if rows is None else 8 * R * tiles_k * splits
     tickets = 4 * tiles_r * tiles_k if splits > 1 else 0
-    assert count["loaded"] + count["stored"] == compulsory + again + partials + indices + tickets
+    assert (
+        count["loaded"] + count["stored"]
+        == compulsory + again + partials + indices + tickets
+    )
     assert min(tiles_r, tiles_k) == 1  # the wide operand is read once
     padded = readme(
         "slice_grad",
@@ -125,14 +140,18 @@ def test_slice_grad_adamw_moves_no_gradient(kind, n, R, K, dtype):
     cols = None if kind == "row" else torch.arange(K)
     state = [torch.rand(R, K) for _ in range(3)]
     weight = torch.randn(dy.shape[1], K + 3 if cols is not None else K).to(dtype)
-    splits, _ = token_splits(n, tiles_r * tiles_k, launch.processors(dy.device), config.BLOCK_T)
+    splits, _ = token_splits(
+        n, tiles_r * tiles_k, launch.processors(dy.device), config.BLOCK_T
+    )
     with counting() as count:
         place = (weight, rows, cols, torch.tensor(1.0))
         ops.slice_grad_adamw(dy, x, AdamWSlice(state[0], None, *state[1:], *place), ADAMW)
     compulsory = readme("slice_grad_adamw", "bytes", n=n, R=R, K=K, e=e)
     again = e * n * (R * (tiles_k - 1) + K * (tiles_r - 1))
     partials = (
-        (8 * config.BLOCK_R * config.BLOCK_K + 0) * splits * tiles_r * tiles_k if splits > 1 else 0
+        (8 * config.BLOCK_R * config.BLOCK_K + 0) * splits * tiles_r * tiles_k
+        if splits > 1
+        else 0
     )
     tickets = 4 * tiles_r * tiles_k if splits > 1 else 0
     small = 4 * tiles_r * tiles_k  # the step count, read by whoever updates
@@ -165,7 +184,8 @@ def test_slice_adamw_moves_the_bytes_of_the_model(dtype):
 def test_write_slices_moves_the_bytes_of_the_model(dtype):
     R, K, layers = 70, 33, 3
     slices = [
-        SliceWrite(torch.rand(R, K), torch.randn(R, K).to(dtype), None, None) for _ in range(layers)
+        SliceWrite(torch.rand(R, K), torch.randn(R, K).to(dtype), None, None)
+        for _ in range(layers)
     ]
     with counting() as count:
         ops.write_slices(slices)
@@ -178,7 +198,9 @@ def test_write_slices_moves_the_bytes_of_the_model(dtype):
 def test_slice_adamw_8bit_moves_the_bytes_of_the_model(dtype):
     R, K, layers = 64, 36, 3  # nine scales, a program for four
     masters, grads = ([torch.rand(R, K) for _ in range(layers)] for _ in range(2))
-    codes = [[torch.zeros(R, K, dtype=torch.uint8) for _ in range(layers)] for _ in range(2)]
+    codes = [
+        [torch.zeros(R, K, dtype=torch.uint8) for _ in range(layers)] for _ in range(2)
+    ]
     scales = [[torch.ones(R * K // 256) for _ in range(layers)] for _ in range(2)]
     weights = [torch.randn(R, K).to(dtype) for _ in range(layers)]
     nothing, steps = [None] * layers, [torch.tensor(1.0)] * layers

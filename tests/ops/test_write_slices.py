@@ -32,7 +32,8 @@ def check_writes(name, dtype, features, shape=(21, 33)):
     masters, _, _, _, weights = make_slices(dtype, features, shape)
     before = [w.clone() for w in weights]
     slices = [
-        SliceWrite(*t) for t in zip(masters, weights, *zip(*features, strict=True), strict=True)
+        SliceWrite(*t)
+        for t in zip(masters, weights, *zip(*features, strict=True), strict=True)
     ]
     with ops.use_backend(name):
         ops.write_slices(slices)
@@ -41,14 +42,18 @@ def check_writes(name, dtype, features, shape=(21, 33)):
         write_slice(s.weight, s.rows, s.cols, read_slice(old, s.rows, s.cols))
         assert torch.equal(s.weight, old)  # nothing outside the slice
         base = s.weight._base
-        assert base is not None and int(base.isnan().sum()) == base.numel() - s.weight.numel()
+        assert (
+            base is not None and int(base.isnan().sum()) == base.numel() - s.weight.numel()
+        )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_write_slices(name, dtype):
     if name == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error")
+        pytest.skip(
+            "Triton takes no float64; test_a_dtype_that_a_backend_lacks checks the error"
+        )
     check_writes(name, dtype, FEATURES)
 
 
@@ -81,7 +86,9 @@ def test_write_slices_as_a_registered_op():
     ops.write_slices([SliceWrite(torch.ones(3, 2), weight, None, cols)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-    with pytest.raises(ValueError, match=r"write_slices: the slice of weight \(3, 4\) has shape"):
+    with pytest.raises(
+        ValueError, match=r"write_slices: the slice of weight \(3, 4\) has shape"
+    ):
         ops.write_slices([SliceWrite(torch.ones(2, 2), weight, None, cols)])
     ops.write_slices([])
 
@@ -146,13 +153,18 @@ def test_prepared_slices_take_the_same_steps(name, dtype, watched):
                 [s._replace(grad=g) for s, g in zip(theirs, grads, strict=True)], options
             )
             assert_same(
-                [s._replace(grad=None) for s in mine], [s._replace(grad=None) for s in theirs]
+                [s._replace(grad=None) for s in mine],
+                [s._replace(grad=None) for s in theirs],
             )
 
 
 @pytest.mark.parametrize("name", [None, "reference"])
 def test_prepared_slices_with_8_bits_take_the_same_steps(name):
-    mine, theirs, book = eight_bit_slices(), eight_bit_slices(), reference.dynamic_codebook()
+    mine, theirs, book = (
+        eight_bit_slices(),
+        eight_bit_slices(),
+        reference.dynamic_codebook(),
+    )
     prepared = ops.PreparedAdamW(mine, book)
     with ops.use_backend(name):
         for count in range(1, 4):
@@ -161,7 +173,9 @@ def test_prepared_slices_with_8_bits_take_the_same_steps(name):
                 s.step.fill_(count)
             prepared.step(grads, OPTIONS)
             ops.slice_adamw_8bit(
-                [s._replace(grad=g) for s, g in zip(theirs, grads, strict=True)], book, OPTIONS
+                [s._replace(grad=g) for s, g in zip(theirs, grads, strict=True)],
+                book,
+                OPTIONS,
             )
             assert_same(
                 [s._replace(grad=g) for s, g in zip(mine, grads, strict=True)],
@@ -181,7 +195,9 @@ def test_prepared_slices_follow_their_tensors_to_other_memory():
     for first in range(4):
         cols.copy_(torch.arange(first, first + 2))
         update.step([torch.ones(8, 2)], OPTIONS)
-        assert torch.equal(weight[:, first : first + 2], master) and bool((master != 0).all())
+        assert torch.equal(weight[:, first : first + 2], master) and bool(
+            (master != 0).all()
+        )
         for t in (weight, master):
             t.data = torch.zeros(t.shape)
         gc.collect()
@@ -207,12 +223,16 @@ def test_a_prepared_step_is_seen_by_autograd_and_refuses_what_does_not_fit():
     )
     with pytest.raises(ValueError, match="1 gradients for 7 slices"):
         prepared.step(grads[:1], OPTIONS)
-    writes = ops.PreparedWrites([SliceWrite(s.master, s.weight, s.rows, s.cols) for s in slices])
+    writes = ops.PreparedWrites(
+        [SliceWrite(s.master, s.weight, s.rows, s.cols) for s in slices]
+    )
     writes.write()
     before = [s.weight.clone() for s in slices]
     slices[-3].cols[0] = 10**9
     for call in (lambda: prepared.step(grads, OPTIONS), writes.write):
-        with pytest.raises(IndexError, match=r"cols holds 1000000000; there are features 0 to 32"):
+        with pytest.raises(
+            IndexError, match=r"cols holds 1000000000; there are features 0 to 32"
+        ):
             call()
     assert all(torch.equal(s.weight, b) for s, b in zip(slices, before, strict=True))
     bad = slices[0]._replace(exp_avg=torch.zeros(2, 2))

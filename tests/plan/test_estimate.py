@@ -60,7 +60,8 @@ def test_the_tracker_counts_what_the_allocator_gives(slice_type):
         optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     else:
         get_slice_model(
-            net, SliceConfig(r=16, slice_type=slice_type, target_modules=["0", "2", "4", "6"])
+            net,
+            SliceConfig(r=16, slice_type=slice_type, target_modules=["0", "2", "4", "6"]),
         )
         optimizer = SliceAdamW(net.parameters())
     x = torch.randn(512, 256)
@@ -136,7 +137,9 @@ def test_a_compiled_estimate_equals_what_the_allocator_gives(tmp_path, method):
     made = modes.with_compile(workload(tiny(tmp_path, num_hidden_layers=1), torch.float32))
     chosen = {"floor": methods.floor(), "column": methods.slices(16)}[method]
     guess = plan.estimate(made, chosen, 4, 96)
-    with pytest.raises(ValueError, match="checkpointing is not planned under torch.compile"):
+    with pytest.raises(
+        ValueError, match="checkpointing is not planned under torch.compile"
+    ):
         modes.with_compile(modes.with_checkpointing(made))
     assert guess.mode == "compiled" and sum(guess.breakdown.values()) == guess.peak_bytes
     model = AutoModelForCausalLM.from_config(
@@ -162,7 +165,11 @@ def test_a_compiled_estimate_equals_what_the_allocator_gives(tmp_path, method):
         model.zero_grad()
 
     step()
-    state = [] if optimizer is None else [v for s in optimizer.state.values() for v in s.values()]
+    state = (
+        []
+        if optimizer is None
+        else [v for s in optimizer.state.values() for v in s.values()]
+    )
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *state, ids))
     real = allocator_peak(step) + held
     torch._dynamo.reset()
@@ -215,7 +222,11 @@ def test_faq_13_ceilings_on_llama_3_2_3b():
     assert floor < column <= 1.01 * floor
     assert peak(methods.slices(16, in_bwd=True)) <= 1.01 * floor
     low_lora = peak(peft.method("LoRA", 16, float32=False))
-    for name in ("LoRA", "LoRA-FA", "MiSS"):  # in peft's default precision, which is ours: float32
+    for name in (
+        "LoRA",
+        "LoRA-FA",
+        "MiSS",
+    ):  # in peft's default precision, which is ours: float32
         assert column < peak(peft.method(name, 16))
     assert column < low_lora and row <= low_lora
     assert max(column, row, peak(methods.masked(16))) < peak(methods.full())
@@ -237,8 +248,12 @@ def test_shira_needs_more_on_a_real_model(tmp_path):
             get_slice_model(model, SliceConfig(r=8))
             optimizer = SliceAdamW(model.parameters())
         else:
-            model = peft.get_peft_model(model, peft.ShiraConfig(r=8, target_modules="all-linear"))
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+            model = peft.get_peft_model(
+                model, peft.ShiraConfig(r=8, target_modules="all-linear")
+            )
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad]
+            )
         for _ in range(2):
             with track_memory([ids], model=model, optimizer=optimizer) as report:
                 model(input_ids=ids, labels=ids).loss.backward()
@@ -265,7 +280,12 @@ def test_what_fits_is_found_where_memory_grows_linearly(budget, expected):
 
 @pytest.mark.parametrize(
     ("budget", "mode", "batch", "bytes_"),
-    [(400, "plain", 4, 400), (399, "less", 4, 204), (160, "less", 3, 153), (50, "less", 0, 51)],
+    [
+        (400, "plain", 4, 400),
+        (399, "less", 4, 204),
+        (160, "less", 3, 153),
+        (50, "less", 0, 51),
+    ],
 )
 def test_the_first_way_that_fits_is_chosen(budget, mode, batch, bytes_):
     peak = lambda mode, batch: 100 * batch if mode == "plain" else 51 * batch
@@ -318,12 +338,23 @@ def test_the_command(tmp_path, monkeypatch):
         "full",
     } <= rows.keys()
     column, full = rows["slice column r=16"], rows["full"]
-    assert {"model", "method", "targets", "r", "peak_bytes", "mode", *KINDS} <= column.keys()
+    assert {
+        "model",
+        "method",
+        "targets",
+        "r",
+        "peak_bytes",
+        "mode",
+        *KINDS,
+    } <= column.keys()
     assert (
-        column["largest_batch"] > full["largest_batch"] > 0 and column["longest_sequence"] % 64 == 0
+        column["largest_batch"] > full["largest_batch"] > 0
+        and column["longest_sequence"] % 64 == 0
     )
     said = " ".join(result.output.split())
-    assert "Leanest trained method: slice" in said and "not counted: the CUDA context" in said
+    assert (
+        "Leanest trained method: slice" in said and "not counted: the CUDA context" in said
+    )
     assert "…" not in result.output
     table = result.output[: result.output.index("made of: ")]
     assert max(map(len, table.splitlines())) <= 80
@@ -348,7 +379,9 @@ def test_bad_requests_are_answered(arguments, said):
     from slicefine.cli.app import app
 
     result = typer.CliRunner().invoke(app, ["plan", *arguments])
-    assert result.exit_code == 2 and said in " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and said in " ".join(
+        result.output.replace("│", " ").split()
+    )
 
 
 def test_timm_models_are_planned():
@@ -361,7 +394,9 @@ def test_timm_models_are_planned():
         for m in (methods.floor(), methods.slices(8), methods.full())
     )
     assert floor < column < 1.05 * floor < full
-    with pytest.raises(ValueError, match="timm has no model 'vit_minuscule'; some like it: "):
+    with pytest.raises(
+        ValueError, match="timm has no model 'vit_minuscule'; some like it: "
+    ):
         workload("vit_minuscule", torch.float32)
 
 

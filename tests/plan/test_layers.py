@@ -82,12 +82,16 @@ def test_a_model_of_medium_size(tmp_path):
         torch.bfloat16,
     )
     for method in (methods.slices(16), methods.full()):
-        found, full = (estimate(made, method, 4, 256, whole=whole) for whole in (False, True))
+        found, full = (
+            estimate(made, method, 4, 256, whole=whole) for whole in (False, True)
+        )
         assert found.row() == full.row()
 
 
 def test_stacks_that_differ_are_run_as_they_are():
     made = stacked("Gemma2Config", num_key_value_heads=2, head_dim=16)
     assert identical_layers(made.build()) is None
-    found, full = (estimate(made, methods.floor(), 2, 32, whole=whole) for whole in (False, True))
+    found, full = (
+        estimate(made, methods.floor(), 2, 32, whole=whole) for whole in (False, True)
+    )
     assert found.row() == full.row()

@@ -29,7 +29,10 @@ class LargestAllocation(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tree_iter(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+            if (
+                isinstance(t, torch.Tensor)
+                and t.untyped_storage().data_ptr() not in self.known
+            ):
                 elements = t.untyped_storage().nbytes() // t.element_size()
                 if elements > self.largest:
                     self.largest, self.by = elements, str(func)
@@ -113,7 +116,12 @@ def training_peak(model, parameters, x, in_bwd=None) -> int:
 
     one_step()  # optimizer state exists from here on
     optimizer.zero_grad()
-    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    state = [
+        v
+        for s in optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    ]
     return peak(one_step, [*model.parameters(), *state]) + sum(t.nbytes for t in state)
 
 

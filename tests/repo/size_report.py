@@ -129,9 +129,14 @@ def total(folders: Iterable[str]) -> Size:
 
 def largest_files() -> list[Named]:
     """Sources of every language, the longest first."""
-    paths = [*python_files(("slicefine", "kernels", "benchmarks")), *(ROOT / "csrc").iterdir()]
+    paths = [
+        *python_files(("slicefine", "kernels", "benchmarks")),
+        *(ROOT / "csrc").iterdir(),
+    ]
     sizes = [
-        Named(len(path.read_text(encoding="utf-8").splitlines()), str(path.relative_to(ROOT)))
+        Named(
+            len(path.read_text(encoding="utf-8").splitlines()), str(path.relative_to(ROOT))
+        )
         for path in paths
     ]
     return sorted(sizes, key=lambda entry: entry.size, reverse=True)
@@ -219,7 +224,9 @@ def folder_circles() -> list[tuple[str, str]]:
     pairs = {(top(a), top(b)) for a, others in graph.items() for b in others}
     names = sorted({name for pair in pairs for name in pair})
     return [
-        (a, b) for a, b in itertools.combinations(names, 2) if (a, b) in pairs and (b, a) in pairs
+        (a, b)
+        for a, b in itertools.combinations(names, 2)
+        if (a, b) in pairs and (b, a) in pairs
     ]
 
 
@@ -232,7 +239,9 @@ def readme() -> tuple[int, int]:
 def report() -> str:
     """The figures, a line each."""
     core, tests, all_files = total(CORE), total(("tests",)), total(EVERYTHING)
-    names = lambda entries: ", ".join(f"{entry.name} {entry.size}" for entry in entries[:10])
+    names = lambda entries: ", ".join(
+        f"{entry.name} {entry.size}" for entry in entries[:10]
+    )
     lines, pictures = readme()
     return "\n".join(
         (

@@ -80,7 +80,10 @@ def test_imports_point_down():
                 continue
             if not any(there in layer for layer in LAYERS):
                 continue  # a public name of the package
-            allowed = layer_of(there) < layer_of(here) or there.split(".")[0] == here.split(".")[0]
+            allowed = (
+                layer_of(there) < layer_of(here)
+                or there.split(".")[0] == here.split(".")[0]
+            )
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
@@ -91,7 +94,9 @@ def test_the_core_needs_torch_and_nothing_else():
     for path in files:
         outside = {i.split(".")[0] for i in imports_of(path)} - set(sys.stdlib_module_names)
         extra = optional.get(path.relative_to(ROOT / "slicefine").as_posix(), set())
-        assert outside <= {"torch", "safetensors", "slicefine"} | extra, f"{path} imports {outside}"
+        assert outside <= {"torch", "safetensors", "slicefine"} | extra, (
+            f"{path} imports {outside}"
+        )
 
 
 def test_diagnose_needs_nothing_but_matplotlib_and_numpy_and_those_when_drawing():
@@ -131,7 +136,9 @@ def test_one_op_one_name_in_every_place():
     from slicefine.backends import cpu, cuda, reference
 
     for op in ("slice_grad", "slice_adamw", "slice_adamw_8bit", "slice_grad_adamw"):
-        assert (ROOT / "csrc" / f"{op}.cpp").exists() and (ROOT / "csrc" / f"{op}.cu").exists()
+        assert (ROOT / "csrc" / f"{op}.cpp").exists() and (
+            ROOT / "csrc" / f"{op}.cu"
+        ).exists()
         assert (ROOT / "kernels" / "slicefine_kernels" / f"{op}.py").exists()
         assert all(callable(getattr(module, op)) for module in (reference, cpu, cuda))
         assert f"`{op}`" in (ROOT / "kernels" / "README.md").read_text()
@@ -163,7 +170,9 @@ def test_the_public_names():
     }
     assert set(slicefine.__all__) == {"__version__", "lean", *slicefine._HOME}
     assert all(getattr(slicefine, name) is not None for name in slicefine.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'SliceAdam'; public names: SliceConfig"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'SliceAdam'; public names: SliceConfig"
+    ):
         slicefine.SliceAdam  # noqa: B018
 
 
@@ -199,7 +208,8 @@ TRAIN = """
 
 
 @pytest.mark.parametrize(
-    "missing", ["triton", "slicefine._C", "slicefine._CUDA", "numpy", "transformers", "typer"]
+    "missing",
+    ["triton", "slicefine._C", "slicefine._CUDA", "numpy", "transformers", "typer"],
 )
 def test_it_trains_without(missing):
     result = run_without(missing, TRAIN)
@@ -221,7 +231,9 @@ def test_a_bare_slice_linear_trains_and_moves_under_torchs_optimizers(how):
         print((layer.weight != before).any(0).tolist(), layer.schedule.moves)
         """
     result = run_without("nothing", code)
-    assert result.stdout.strip() == f"{[True] * 6 + [False] * 2} 2", result.stdout + result.stderr
+    assert result.stdout.strip() == f"{[True] * 6 + [False] * 2} 2", (
+        result.stdout + result.stderr
+    )
 
 
 def test_a_missing_compiled_module_says_why():
@@ -265,15 +277,22 @@ def test_the_support_matrix_lists_the_backends_as_they_are():
     rows = {}
     for line in (ROOT / "docs" / "support.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and cells[0].startswith("`") and cells[4].startswith(("tested", "not")):
+        if (
+            len(cells) == 5
+            and cells[0].startswith("`")
+            and cells[4].startswith(("tested", "not"))
+        ):
             rows[cells[0].strip("`")] = cells
     assert rows.keys() == BACKENDS.keys()
     for name, backend in BACKENDS.items():
         device = backend.devices()[0] if backend.devices() else "any"
         assert rows[name][2] == device
-        assert rows[name][3] == ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        assert rows[name][3] == ", ".join(
+            str(d).removeprefix("torch.") for d in backend.dtypes
+        )
     reports = [
-        json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")
+        json.loads(path.read_text())
+        for path in (ROOT / "benchmarks" / "results").glob("*.json")
     ]
     on_gpu = [
         r

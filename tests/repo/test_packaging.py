@@ -38,7 +38,15 @@ def uv(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 def tracked(*folders: str) -> set[str]:
     """What a checkout holds: tracked and new files, no build products."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
+    command = [
+        "git",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+        *folders,
+    ]
     listed = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
@@ -100,7 +108,14 @@ def test_the_sdist_holds_the_sources_and_nothing_else(built):
         for n in names
         if n == "PKG-INFO" or n == "setup.cfg" or n.startswith("slicefine.egg-info/")
     }
-    own = {"README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "setup.py", "pyproject.toml"}
+    own = {
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "MANIFEST.in",
+        "setup.py",
+        "pyproject.toml",
+    }
     assert names - made == tracked("csrc", "kernels", "slicefine") | own
 
 
@@ -108,7 +123,10 @@ def test_the_sdist_holds_the_sources_and_nothing_else(built):
 def test_the_wheel_holds_the_packages_and_the_compiled_modules(built):
     (path,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(path).namelist())
-    python = {n.removeprefix("kernels/") for n in tracked("slicefine", "kernels/slicefine_kernels")}
+    python = {
+        n.removeprefix("kernels/")
+        for n in tracked("slicefine", "kernels/slicefine_kernels")
+    }
     compiled = {n for n in names if n.endswith((".so", ".pyd"))}
     assert {re.match(r"slicefine/(\w+)\.", n)[1] for n in compiled} == {
         "_C",
@@ -127,7 +145,9 @@ def test_the_wheel_trains_in_an_empty_environment(built, torch, tmp_path):
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     uv("pip", "install", "--python", str(python), f"torch=={torch}", str(wheel))
     environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SLICEFINE_", "TRITON_"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PYTHON", "SLICEFINE_", "TRITON_"))
     }
     result = subprocess.run(
         [str(python), "-W", "ignore", str(ROOT / "tests" / "wheel_smoke.py")],
@@ -159,4 +179,6 @@ def test_cibuildwheel_takes_the_configuration(config):
         str(ROOT / config),
         str(ROOT),
     )
-    assert result.stdout.split() == [f"cp3{minor}-manylinux_x86_64" for minor in range(10, 15)]
+    assert result.stdout.split() == [
+        f"cp3{minor}-manylinux_x86_64" for minor in range(10, 15)
+    ]

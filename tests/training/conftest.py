@@ -32,7 +32,9 @@ def decoder(tmp_path_factory) -> Path:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOL).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOL).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -73,7 +75,9 @@ def tiny_lm(tmp_path_factory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(["the film was good, said the user to the assistant"] * 4, trainer)
+    raw.train_from_iterator(
+        ["the film was good, said the user to the assistant"] * 4, trainer
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

@@ -27,7 +27,9 @@ def trainer(folder, callback, **more):
         attention_probs_dropout_prob=0.0,
     )
     model = transformers.BertForSequenceClassification(config)
-    get_slice_model(model, SliceConfig(r=4, switch_interval=2, modules_to_save=["classifier"]))
+    get_slice_model(
+        model, SliceConfig(r=4, switch_interval=2, modules_to_save=["classifier"])
+    )
     data = [{"input_ids": [i % 16, 3, 5], "labels": i % 2} for i in range(32)]
     values = {
         "output_dir": str(folder),
@@ -93,5 +95,7 @@ def test_without_the_slices_it_does_not_start(straight, tmp_path):
         lost.train(resume_from_checkpoint=str(tmp_path / "moved"))
     (tmp_path / "moved" / "slices.pt").unlink()
     bare = trainer(tmp_path / "newer", SliceCallback(tmp_path / "moved"))
-    with pytest.raises(ValueError, match=r"moved has no slices\.pt.*resumed with SliceAdamW only"):
+    with pytest.raises(
+        ValueError, match=r"moved has no slices\.pt.*resumed with SliceAdamW only"
+    ):
         bare.train(resume_from_checkpoint=str(tmp_path / "moved"))

@@ -83,11 +83,15 @@ def test_a_text_is_learned_whole(task):
 
 def test_a_system_message_of_the_template_is_not_an_answer(task):
     text, answers = learned(task, {"messages": [TURNS[1], *TURNS]})
-    assert text.startswith("<|im_start|>system") and answers.startswith("It is 3.<|im_end|>It is 3")
+    assert text.startswith("<|im_start|>system") and answers.startswith(
+        "It is 3.<|im_end|>It is 3"
+    )
 
 
 def test_the_form_by_the_columns():
-    assert form_of({"text": "a", "instruction": "b", "output": "c"}, "text") == "instruction"
+    assert (
+        form_of({"text": "a", "instruction": "b", "output": "c"}, "text") == "instruction"
+    )
     assert form_of({"prompt": "a", "messages": TURNS}, "text") == "messages"
     assert form_of({"body": "a", "messages": TURNS}, "body") == "text"
     assert form_of({"text": "a", "messages": None}, "text") == "text"
@@ -100,10 +104,16 @@ def test_the_form_by_the_columns():
     [
         ({"text": 5}, "row 1: column 'text' holds int 5, expected a text"),
         ({"messages": "hello"}, "row 1: column 'messages' holds a str; expected a list"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "row 1.*no message of the assistant"),
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "row 1.*no message of the assistant",
+        ),
         ({"messages": ["a"]}, r"messages\[0\]: a str; expected an object"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\]: no role"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].*'content' holds int 3"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            r"messages\[0\].*'content' holds int 3",
+        ),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "from is 'tool'"),
         ({"prompt": "a", "completion": ["b"]}, "'completion' holds list"),
         ({"prompt": "a", "completion": ""}, "no value in column 'completion'"),

@@ -97,7 +97,10 @@ def test_labels_of_one_kind_in_their_order():
         (("a", None), "row 2.*NoneType"),
         (("1", 1), "row 2.*write all labels in one way"),
         ((1, True), "row 2.*write all labels in one way"),
-        (("pos", "neg", "pos "), r"'pos' \(row 1\) and 'pos ' \(row 3\) differ in blanks only"),
+        (
+            ("pos", "neg", "pos "),
+            r"'pos' \(row 1\) and 'pos ' \(row 3\) differ in blanks only",
+        ),
         ((0, 1, -1), "row 3.*without a label"),
         (("a", "a"), "one value only"),
     ],
@@ -123,7 +126,9 @@ def test_every_format_gives_the_same_rows(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.to_parquet(str(tmp_path / "c.parquet"))
     data.save_to_disk(str(tmp_path / "d"))
-    datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(str(tmp_path / "e"))
+    datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(
+        str(tmp_path / "e")
+    )
     (tmp_path / "f").mkdir()
     data.select(range(4)).to_parquet(str(tmp_path / "f" / "train-0.parquet"))
     data.select(range(4, 6)).to_parquet(str(tmp_path / "f" / "train-1.parquet"))
@@ -138,7 +143,9 @@ def test_every_format_gives_the_same_rows(tmp_path):
         str(tmp_path / "f"),
         str(next((tmp_path / "d").glob("*.arrow"))),
         write(
-            tmp_path, "a.csv", "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS)
+            tmp_path,
+            "a.csv",
+            "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS),
         ),
     ]
     for path in paths:
@@ -163,7 +170,9 @@ def test_what_is_no_data_says_so(tmp_path):
     (tmp_path / "splits").mkdir()
     write(tmp_path / "splits", "reviews.csv", "text,label\na,b\n")
     write(tmp_path / "splits", "test.csv", "text,label\na,b\n")
-    assert "test.csv seems to be there for an evaluation" in refused(str(tmp_path / "splits"))
+    assert "test.csv seems to be there for an evaluation" in refused(
+        str(tmp_path / "splits")
+    )
     (tmp_path / "bad.csv.gz").write_bytes(b"no gzip")
     assert "cannot be read" in refused(str(tmp_path / "bad.csv.gz"))
 

@@ -55,7 +55,9 @@ def test_options_override_the_file_and_the_print_is_a_recipe(tmp_path):
 
 def test_yaml_as_people_mean_it(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("a: 1e-3\nb: no\nc: true\nd: 1_0\ne: 1.5\nf: 3\ng: '1e-3'\nh: .5\ni: 1.2.3\n")
+    path.write_text(
+        "a: 1e-3\nb: no\nc: true\nd: 1_0\ne: 1.5\nf: 3\ng: '1e-3'\nh: .5\ni: 1.2.3\n"
+    )
     assert read_yaml(path) == {
         "a": 0.001,
         "b": "no",
@@ -114,9 +116,17 @@ def test_settings_that_are_none(name, message):
 
 
 def test_settings_reach_the_arguments(tmp_path):
-    pairs = ("lr_scheduler_type=cosine", "weight_decay=1e-2", "logging_steps=5", "report_to=[]")
+    pairs = (
+        "lr_scheduler_type=cosine",
+        "weight_decay=1e-2",
+        "logging_steps=5",
+        "report_to=[]",
+    )
     recipe = Recipe(
-        task="text-classification", output=str(tmp_path), device="cpu", training=settings_of(pairs)
+        task="text-classification",
+        output=str(tmp_path),
+        device="cpu",
+        training=settings_of(pairs),
     )
     made = arguments(recipe)
     assert made.lr_scheduler_type == "cosine" and made.weight_decay == 0.01

@@ -40,7 +40,10 @@ def chats(count=24):
         {
             "messages": [
                 {"role": "user", "content": f"What is {i % 7} plus {i % 5}?"},
-                {"role": "assistant", "content": "It is " + "so " * (i % 4) + f"{i % 7 + i % 5}."},
+                {
+                    "role": "assistant",
+                    "content": "It is " + "so " * (i % 4) + f"{i % 7 + i % 5}.",
+                },
             ]
         }
         for i in range(count)
@@ -99,7 +102,9 @@ def quiet(recipe, resume=False):
 
 def new_values(folder):
     delta = Delta.load(Path(folder) / "delta")
-    values = {f"{k}/{i}": p.new for k, w in delta.weights.items() for i, p in enumerate(w.patches)}
+    values = {
+        f"{k}/{i}": p.new for k, w in delta.weights.items() for i, p in enumerate(w.patches)
+    }
     return {**values, **{k: entry.new for k, entry in delta.whole.items()}}
 
 
@@ -127,7 +132,8 @@ def test_chat_data_end_to_end(tiny_lm, chat, tmp_path):
     asked = json.loads((out / "samples.json").read_text())
     assert len(asked) == 2 and asked[0]["before"] != asked[0]["after"]
     assert (
-        asked[0]["prompt"].endswith("<|im_start|>assistant\n") and "What is" in asked[0]["prompt"]
+        asked[0]["prompt"].endswith("<|im_start|>assistant\n")
+        and "What is" in asked[0]["prompt"]
     )
     assert Recipe.load(out / "recipe.yaml") == recipe
     # the model file, and the delta on the base, are the same model
@@ -141,7 +147,9 @@ def test_chat_data_end_to_end(tiny_lm, chat, tmp_path):
 def test_an_audit_repeats_the_evaluation_of_a_language_model(tiny_lm, chat, tmp_path):
     from slicefine.training.evaluation import repeat
 
-    recipe = language(tiny_lm, chat, tmp_path / "out", epochs=1, eval_share=0.25, max_length=128)
+    recipe = language(
+        tiny_lm, chat, tmp_path / "out", epochs=1, eval_share=0.25, max_length=128
+    )
     quiet(recipe)
     delta = Delta.load(tmp_path / "out" / "delta")
     recorded, value = repeat(delta, None, None, torch.device("cpu"))
@@ -153,18 +161,24 @@ def test_an_audit_repeats_the_evaluation_of_a_language_model(tiny_lm, chat, tmp_
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_weights_stay_in_the_dtype_of_the_checkpoint(tiny_lm, chat, tmp_path, stored, monkeypatch):
+def test_weights_stay_in_the_dtype_of_the_checkpoint(
+    tiny_lm, chat, tmp_path, stored, monkeypatch
+):
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=stored)
     base.save_pretrained(tmp_path / "base")
     transformers.AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "base")
     trained = []
     real = room.new_trainer
     monkeypatch.setattr(
-        room, "new_trainer", lambda model, *a, **k: trained.append(model) or real(model, *a, **k)
+        room,
+        "new_trainer",
+        lambda model, *a, **k: trained.append(model) or real(model, *a, **k),
     )
     out = tmp_path / "out"
     quiet(language(tmp_path / "base", chat, out, epochs=1, bf16=True, eval_share=0.2))
-    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {stored}
+    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {
+        stored
+    }
     masters = {layer.slice_weight.dtype for layer in slice_layers(trained[0])}
     assert masters == {torch.float32}
     quiet(language(tmp_path / "base", chat, tmp_path / "full", epochs=1, dtype="float32"))
@@ -182,7 +196,9 @@ def test_four_batches_of_two_are_one_of_eight(
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     data = lines(tmp_path / "cut.jsonl", rows[:21])
     for name, size, count in (("one", 8, 1), ("four", 2, 4)):
-        recipe = kind(model, data, tmp_path / name, epochs=1, batch_size=size, accumulate=count)
+        recipe = kind(
+            model, data, tmp_path / name, epochs=1, batch_size=size, accumulate=count
+        )
         quiet(recipe)
     same(tmp_path / "one", tmp_path / "four", within=2e-5)
 
@@ -192,7 +208,9 @@ def test_packed_conversations_do_not_see_each_other(tiny_lm, chat, tmp_path):
     rows = lines(tmp_path / "four.jsonl", chats(4))
     options = {"epochs": 1, "lr": 1e-3, "warmup": 0.0, "max_length": 256}
     quiet(language(tiny_lm, rows, tmp_path / "apart", batch_size=4, **options))
-    quiet(language(tiny_lm, rows, tmp_path / "packed", batch_size=1, packing=True, **options))
+    quiet(
+        language(tiny_lm, rows, tmp_path / "packed", batch_size=1, packing=True, **options)
+    )
     written = json.loads((tmp_path / "packed" / "training.json").read_text())
     assert written["metrics"]["steps"] == 1
     same(tmp_path / "apart", tmp_path / "packed", within=1e-5)
@@ -205,7 +223,13 @@ def test_evaluation_while_training_early_stopping_and_the_best_checkpoint(
     encoder, reviews, tmp_path
 ):
     out = tmp_path / "out"
-    options = {"lr": 0.0, "head_lr": 0.0, "epochs": 9, "early_stopping": 2, "eval_share": 0.25}
+    options = {
+        "lr": 0.0,
+        "head_lr": 0.0,
+        "epochs": 9,
+        "early_stopping": 2,
+        "eval_share": 0.25,
+    }
     code, _ = quiet(classifier(encoder, reviews, out, **options))
     log = json.loads((out / "training.json").read_text())["log"]
     evaluations = [entry for entry in log if "eval_accuracy" in entry]
@@ -340,7 +364,9 @@ def test_a_trained_head_goes_on_meaning_what_it_meant(encoder, reviews, tmp_path
         out = tmp_path / f"from_{name}"
         options = {"lr": 0.0, "head_lr": 0.0, "epochs": 1, "eval_data": reviews}
         quiet(classifier(tmp_path / name, reviews, out, **options))
-        accuracies.append(json.loads((out / "training.json").read_text())["metrics"]["accuracy"])
+        accuracies.append(
+            json.loads((out / "training.json").read_text())["metrics"]["accuracy"]
+        )
     assert accuracies[0] == accuracies[1] > 0.9
     config = json.loads((tmp_path / "from_flipped" / "config.json").read_text())
     assert config["id2label"] == {"0": "good", "1": "bad"}
@@ -349,7 +375,9 @@ def test_a_trained_head_goes_on_meaning_what_it_meant(encoder, reviews, tmp_path
 def test_a_sliced_head_is_refused_by_name(tiny_lm, chat, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_lm)
     untied = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig.from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
+        transformers.LlamaConfig.from_dict(
+            {**model.config.to_dict(), "tie_word_embeddings": False}
+        )
     )
     untied.save_pretrained(tmp_path / "untied")
     transformers.AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "untied")
@@ -363,7 +391,9 @@ def test_everything_is_looked_at_before_the_model_is_loaded(
 ):
     for kind in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         monkeypatch.setattr(
-            getattr(transformers, kind), "from_pretrained", lambda *a, **k: pytest.fail("loaded")
+            getattr(transformers, kind),
+            "from_pretrained",
+            lambda *a, **k: pytest.fail("loaded"),
         )
     long = [{"messages": [{"role": "user", "content": "a"}]}]
     with pytest.raises(UserError, match="row 1: .*no message of the assistant"):
@@ -403,16 +433,29 @@ def test_two_processes_are_one_within_rounding(tiny_lm, encoder, chat, reviews, 
         out = tmp_path / f"two-{name}"
         file.write_text(kind(model, data, out, batch_size=4, lr=1e-3).to_yaml())
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         launch += ["--main_process_port", "0", "-m", "slicefine", "train", str(file)]
         done = subprocess.run(
-            [sys.executable, *launch], capture_output=True, text=True, cwd=ROOT, env=environment
+            [sys.executable, *launch],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         same(tmp_path / f"one-{name}", out, within=2e-5)
         assert done.stdout.count("trainable ") == 1
         written = [
-            json.loads((tmp_path / f"{count}-{name}" / "training.json").read_text())["metrics"]
+            json.loads((tmp_path / f"{count}-{name}" / "training.json").read_text())[
+                "metrics"
+            ]
             for count in ("one", "two")
         ]
         assert written[0]["steps"] == written[1]["steps"]

@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT / "demo" / "peft_comparison",
         help="where result files go",
     )
-    parser.add_argument("--data", type=Path, default=ROOT / "demo", help="where downloads go")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "demo", help="where downloads go"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.list:
@@ -111,15 +113,21 @@ def main(arguments: list[str] | None = None) -> int:
         setting = load_setting(options.setting)
         if options.all:
             experiments = [
-                load_experiment(name, setting, options.max_steps) for name in experiment_names()
+                load_experiment(name, setting, options.max_steps)
+                for name in experiment_names()
             ]
-            return max(_in_a_process(experiment.name, options) for experiment in experiments)
+            return max(
+                _in_a_process(experiment.name, options) for experiment in experiments
+            )
         experiment = load_experiment(options.experiment, setting, options.max_steps)
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    print(f"{experiment.name}, {setting.name}: {experiment.params.max_steps} steps", flush=True)
+    print(
+        f"{experiment.name}, {setting.name}: {experiment.params.max_steps} steps",
+        flush=True,
+    )
     values = run_experiment(experiment, setting, load_task(setting.task, options.data))
     print(f"  {report.write(values, options.results)}")
     if values["train_info"]["status"] != "success":
@@ -143,7 +151,12 @@ def _in_a_process(name: str, options: argparse.Namespace) -> int:
         "--setting",
         options.setting,
     ]
-    command += ["--results", str(options.results.resolve()), "--data", str(options.data.resolve())]
+    command += [
+        "--results",
+        str(options.results.resolve()),
+        "--data",
+        str(options.data.resolve()),
+    ]
     command += ["--max-steps", str(options.max_steps)] if options.max_steps else []
     return subprocess.run(command).returncode
 

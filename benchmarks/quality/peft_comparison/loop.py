@@ -80,7 +80,10 @@ class Runner:
         except Exception as error:
             result.status, result.error_msg = "canceled", f"{type(error).__name__}: {error}"
         result.train_time = time.perf_counter() - start - self.evaluating
-        for name, seconds in (("step_ms", result.seconds), ("step_cpu_ms", result.cpu_seconds)):
+        for name, seconds in (
+            ("step_ms", result.seconds),
+            ("step_cpu_ms", result.cpu_seconds),
+        ):
             spread = quantiles([1e3 * s for s in seconds]) if seconds else [None] * 3
             result.twin[name] = dict(zip(("p20", "p50", "p80"), spread, strict=True))
         return result
@@ -92,7 +95,10 @@ class Runner:
         result.trainable, result.total = count_parameters(self.model)
         before = self._base_metrics()
         plan = list(
-            islice(batches(self.task.train, params.batch_size, self._encode_rows), params.max_steps)
+            islice(
+                batches(self.task.train, params.batch_size, self._encode_rows),
+                params.max_steps,
+            )
         )
         measured = self._longest_step(plan)
         self.model.train()
@@ -154,7 +160,9 @@ class Runner:
         batch = self._training_batch(rows)
         # and the end token
         result.tokens.append(sum(len(ids) + 1 for ids in rows))
-        with track_memory(self._held(), self.device) if measure else nullcontext() as report:
+        with (
+            track_memory(self._held(), self.device) if measure else nullcontext() as report
+        ):
             result.losses.append(self._update(batch))
         if report is not None:
             result.twin["peak_memory_tracked"] = report.peak_bytes
@@ -173,13 +181,19 @@ class Runner:
     def _update(self, batch: dict[str, Tensor]) -> float:
         self.optimizer.zero_grad()
         with (
-            torch.autocast(self.device.type, enabled=True) if self.params.use_amp else nullcontext()
+            torch.autocast(self.device.type, enabled=True)
+            if self.params.use_amp
+            else nullcontext()
         ):
-            loss = self.model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss
+            loss = self.model(
+                **batch, num_items_in_batch=int(batch["attention_mask"].sum())
+            ).loss
         self.scaler.scale(loss).backward()
         if self.params.grad_norm_clip:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_norm_clip)
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.params.grad_norm_clip
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -197,12 +211,14 @@ class Runner:
 
     def _encode_rows(self, rows: list[Row]) -> list[list[int]]:
         template = self.params.query_template
-        return self._encode([template.format(query=row.query) + row.response for row in rows])
+        return self._encode(
+            [template.format(query=row.query) + row.response for row in rows]
+        )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=self.params.max_seq_length)[
-            "input_ids"
-        ]
+        return self.tokenizer(
+            texts, truncation=True, max_length=self.params.max_seq_length
+        )["input_ids"]
 
     def _validate(self, step: int) -> None:
         result, start, n = self.result, time.perf_counter(), self.params.eval_steps
@@ -250,7 +266,9 @@ class Runner:
             batch = self.tokenizer.pad(
                 {"input_ids": ids}, return_tensors="pt", padding_side="left"
             ).to(self.device)
-            kwargs = {k: v for k, v in self.params.generation_kwargs.items() if v is not None}
+            kwargs = {
+                k: v for k, v in self.params.generation_kwargs.items() if v is not None
+            }
             # transformers takes one: the tighter
             if "max_length" in kwargs and "max_new_tokens" in kwargs:
                 room = batch["input_ids"].shape[1] + kwargs.pop("max_new_tokens")

@@ -35,7 +35,9 @@ MIB, MB = 2**20, 1e6
 
 
 def _percentile(values: list[int], share: float) -> float | None:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(share)) if values else None
+    return (
+        float(torch.tensor(values, dtype=torch.float64).quantile(share)) if values else None
+    )
 
 
 def _git(package: str, *arguments: str) -> str | None:
@@ -44,7 +46,10 @@ def _git(package: str, *arguments: str) -> str | None:
     if spec is None or spec.origin is None or "-packages" in spec.origin:
         return None
     found = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(spec.origin)
+        ["git", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(spec.origin),
     )
     return found.stdout.strip() if found.returncode == 0 else None
 
@@ -175,7 +180,10 @@ def write(values: dict[str, Any], folder: Path) -> Path:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The successful runs of a folder, this harness's or PEFT's, the best test accuracy first."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    runs = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    ]
     runs = [run for run in runs if run.get("train_info", {}).get("status") == "success"]
     if not runs:
         raise ValueError(f"{folder} holds no result of a successful run")

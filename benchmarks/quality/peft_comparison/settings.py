@@ -57,7 +57,13 @@ class TrainParams:
     init_kv_cache_prefix: str | None
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval_steps"):
+        for name in (
+            "max_seq_length",
+            "batch_size",
+            "batch_size_eval",
+            "max_steps",
+            "eval_steps",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.eval_steps > self.max_steps:
@@ -81,7 +87,9 @@ class TrainParams:
                 " 'lora-fa' or 'SliceAdamW'"
             )
         if self.lr_scheduler not in (None, "cosine"):
-            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}; expected null or 'cosine'")
+            raise ValueError(
+                f"lr_scheduler is {self.lr_scheduler!r}; expected null or 'cosine'"
+            )
         if "{query}" not in self.query_template:
             raise ValueError(
                 f"query_template is {self.query_template!r}; it must contain {{query}}"
@@ -147,7 +155,9 @@ def load_setting(name: str) -> Setting:
             " file"
         )
     values = _read(path)
-    _known_keys(values, [f.name for f in dataclasses.fields(Setting) if f.name != "name"], path)
+    _known_keys(
+        values, [f.name for f in dataclasses.fields(Setting) if f.name != "name"], path
+    )
     short = values.get("short_run", {})
     _known_keys(short, [f.name for f in dataclasses.fields(ShortRun)], path)
     return Setting(path.stem, values["task"], values["training_params"], ShortRun(**short))
@@ -182,7 +192,10 @@ def load_experiment(
     if missing := [key for key in keys if key not in values]:
         raise ValueError(f"setting {setting.name!r} lacks {', '.join(missing)}")
     if max_steps is not None:
-        values["max_steps"], values["eval_steps"] = max_steps, min(values["eval_steps"], max_steps)
+        values["max_steps"], values["eval_steps"] = (
+            max_steps,
+            min(values["eval_steps"], max_steps),
+        )
     params = TrainParams(**values)
     if (here / "slice_config.json").exists():
         config = _slice_config(here / "slice_config.json", setting)
@@ -192,7 +205,9 @@ def load_experiment(
     kwargs = dict(params.optimizer_kwargs)
     kwargs["lr"] *= setting.short_run.peft_lr_factor
     params = dataclasses.replace(params, optimizer_kwargs=kwargs)
-    return Experiment(name, "peft", params, peft_values=_peft_values(here / "adapter_config.json"))
+    return Experiment(
+        name, "peft", params, peft_values=_peft_values(here / "adapter_config.json")
+    )
 
 
 def _slice_config(path: Path, setting: Setting) -> SliceConfig:
@@ -220,7 +235,9 @@ def _peft_values(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: {method} needs a call after every step, which this plain loop does not make"
         )
-    _known_keys(values, [f.name for f in dataclasses.fields(peft_config_class(method))], path)
+    _known_keys(
+        values, [f.name for f in dataclasses.fields(peft_config_class(method))], path
+    )
     return values
 
 

