@@ -24,6 +24,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     new one.
     """
     path = Path(path)
+    # a name of its own for each writer: two processes may replace one file at a time
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     # not mkstemp, whose files are for their owner alone: to mend that, the umask of the whole
     # process would have to be changed
@@ -31,6 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
+        # Before the rename: after a power cut the new name must not stand for blocks never written.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         # safetensors puts a file of its own there
@@ -39,6 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    # The new name is an entry of the folder, which has to reach the disk as well.
     _sync_folder(path.parent)
 
 
@@ -72,14 +75,17 @@ def tensor_sha256(name: str, tensor: Tensor) -> str:
     """
     if not tensor.is_meta:
         tensor = tensor.detach().to("cpu").contiguous()
+    # A wrapper class has a shape but no storage: its address is 0.
     if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
         raise TypeError(
             f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own to"
             " hash; load or gather the weights first"
         )
+    # Without dtype and shape, tensors of the same bytes would pass for each other.
     digest = hashlib.sha256(f"{name}|{dtype_name(tensor)}|{tuple(tensor.shape)}|".encode())
     size = tensor.numel() * tensor.element_size()
     if size:
+        # By address, without a copy: numpy, the usual way to bytes, has no bfloat16.
         buffer: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
         digest.update(buffer)
     return digest.hexdigest()
@@ -115,6 +121,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         if not path.exists():
             os.rename(temporary, path)
+        # A rename does not replace a folder that holds something.
         elif not _exchange(temporary, path):
             before = path.with_name(f".{path.name}.before")
             shutil.rmtree(before, ignore_errors=True)

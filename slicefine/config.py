@@ -155,6 +155,7 @@ class SliceConfig:
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
         if isinstance(layers, (tuple, range, set, frozenset)):
+            # JSON has no sets and ranges; sorted, so that the same choice makes the same file
             layers = self.layers_to_transform = sorted(layers)
         indexes = [layers] if isinstance(layers, int) else layers
         if indexes is not None and not (
@@ -165,6 +166,7 @@ class SliceConfig:
             )
         self.layers_pattern = self.layers_pattern or None
         if self.target_modules is None or isinstance(self.target_modules, str):
+            # A regular expression says itself which layers; PEFT refuses the two together as well.
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
@@ -261,6 +263,7 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _number(value: Any) -> bool:
+    # True is an int to Python, and would mean layer 1
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -50,6 +50,8 @@ class Originals:
         self._cols = torch.zeros(spec.in_features, dtype=torch.bool, device=HOST)
         # blocks: the features of their rows -> (in,) bool, which columns are on record there
         self._blocks: dict[tuple[int, ...], Tensor] = {}
+        # Blocks of different rows meet only where r_out does not divide; else each is found by its
+        # rows.
         self._rows_overlap = spec.out_features % spec.r_out != 0
 
     @property
@@ -73,18 +75,22 @@ class Originals:
                 return
             crossing = bool(seen.any())
         elif bool(self._rows.all()) or bool(self._cols.all()):
-            return  # the other axis has been everywhere
+            # the other axis has been everywhere
+            return
         elif cols is not None:
             cols, values = _unseen(self._cols, cols, values, 1)
         elif rows is not None:
             rows, values = _unseen(self._rows, rows, values, 0)
         if any(index is not None and not len(index) for index in (rows, cols)):
-            return  # all of it is on record; a process that holds none of the other features records empty values
+            # All of it is on record. A process that holds none of the other features of a sharded
+            # weight goes on, and records empty values.
+            return
+        # copy=True: of a tensor on the host `to` alone gives back the caller's, which may go on
+        # training
         saved = SavedSlice(rows, cols, values.detach().to("cpu", copy=True))
         for earlier in self.slices if crossing else ():
-            self._overlay(
-                saved, earlier
-            )  # what an earlier slice has changed is not an original any more
+            # what an earlier slice has changed is not an original any more
+            self._overlay(saved, earlier)
         self.slices.append(saved)
         if len(self.slices) > self._most_slices:
             self.join()
@@ -119,11 +125,13 @@ class Originals:
             saved.cols is None
         ) == (earlier.cols is None)
         if same_kind and (saved.rows is None or saved.cols is None):
-            return  # features are recorded once
+            # features are recorded once
+            return
         mine_r, theirs_r = _common(saved.rows, earlier.rows, len(self._rows))
         if not len(mine_r):
             return
         mine_c, theirs_c = _common(saved.cols, earlier.cols, len(self._cols))
+        # (R', 1) and (K',) broadcast to the grid of the entries that both hold
         saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[
             theirs_r.unsqueeze(1), theirs_c
         ]
@@ -143,6 +151,8 @@ class Originals:
             )
             groups.setdefault(key, []).append(saved)
         self.slices = [_joined(group) for group in groups.values()]
+        # As many again: blocks of ever other rows join to nothing, and trying costs a pass over
+        # all.
         self._most_slices = 2 * len(self.slices) + 16
 
     def values(self) -> list[Tensor]:
@@ -247,6 +257,8 @@ class Originals:
                 if rows is not None and cols is not None:
                     known = bool(self._recorded(rows, cols).all())
                 elif rows is None:
+                    # All rows on record are all entries, whatever the columns; below the other way
+                    # round.
                     known = bool(self._cols[cols].all()) or bool(self._rows.all())
                 else:
                     known = bool(self._rows[rows].all()) or bool(self._cols.all())
@@ -281,6 +293,7 @@ def _joined(slices: list[SavedSlice]) -> SavedSlice:
     if len(slices) == 1:
         return first
     indices: list[Tensor] = [saved.cols if dim else saved.rows for saved in slices]  # pyright: ignore[reportAssignmentType]
+    # unique() sorts, as searchsorted below needs it
     union = torch.cat(indices).unique()
     shape = list(first.values.shape)
     shape[dim] = len(union)
@@ -294,6 +307,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, on the host: NaN is equal to itself, and -0 is not 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    # flat first: a tensor without dimensions cannot be viewed as bytes
     return torch.equal(
         *(x.detach().to("cpu").contiguous().view(-1).view(torch.uint8) for x in (a, b))
     )

@@ -101,6 +101,7 @@ class SliceSpec:
             )
         row, col = position, position
         if axis == "block":
+            # Blocks are numbered along the input first, then along the output.
             row, col = divmod(position, -(-self.in_features // self.r))
         rows = (
             self._indices(row, self.r_out if axis == "block" else self.r, self.out_features)
@@ -111,10 +112,12 @@ class SliceSpec:
         return rows, cols
 
     def _indices(self, position: int, width: int, features: int) -> Tensor:
+        # The last position moves back to stay inside: it overlaps the one before it.
         start = min(position * width, features - width)
         if self.contiguous:
             return torch.arange(start, start + width, device=HOST)
         order = _permutation(features, self.seed)
+        # ascending: whoever stores features (as runs) or looks them up (searchsorted) relies on it
         return order[start : start + width].sort().values
 
 
@@ -133,6 +136,7 @@ def _position_at(mode: str, count: int, start: int, turn: int, seed: int) -> int
         return (start + (-index if mode == "descending" else index)) % count
     if count > _PERMUTED:
         return _shuffled(count, start, index, (seed, sweep))
+    # another order each sweep; far apart, so that sweep 2 of seed 0 is not sweep 1 of seed 1
     order = _permutation(count, seed + 7919 * sweep)
     if sweep:
         return int(order[index])
@@ -153,6 +157,7 @@ def _shuffled(count: int, start: int, index: int, key: tuple[int, int]) -> int:
     A Feistel network permutes the next power of four; values outside are sent through again until
     they are inside, which keeps it a permutation (cycle walking).
     """
+    # 4**half is less than four times count, so a walk ends after four rounds on average at most.
     half = (max(count - 1, 1).bit_length() + 1) // 2
     value = _feistel(index, half, key)
     while value >= count:
@@ -170,7 +175,10 @@ def _feistel(value: int, half: int, key: tuple[int, int]) -> int:
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for turn in range(4):
+        # crc32, not hash(), which Python salts in every process; the key makes each sweep another
+        # order
         mixed = zlib.crc32(f"{key[0]} {key[1]} {turn} {right}".encode())
+        # Undone by the same exclusive or: a permutation, whatever `mixed` is.
         left, right = right, left ^ (mixed & mask)
     return left << half | right
 
@@ -193,19 +201,14 @@ class SliceSchedule:
     steps: int = 0
     moves: int = 0
     position: dict[str, int] = field(default_factory=dict)
-    visited: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # bool per position: has trained there
-    swept: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # bool per position: seen in the current sweep
-    remembered: dict[str, dict[int, dict[str, Any]]] = field(
-        default_factory=dict
-    )  # axis -> position -> optimizer state
-
-    _noted: tuple[int, int] | None = field(
-        default=None, repr=False
-    )  # (moves, position) that ``visited`` has on record
+    # bool per position: has trained there
+    visited: dict[str, Tensor] = field(default_factory=dict)
+    # bool per position: seen in the current sweep
+    swept: dict[str, Tensor] = field(default_factory=dict)
+    # axis -> position -> optimizer state
+    remembered: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    # (moves, position) that ``visited`` has on record
+    _noted: tuple[int, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in SWITCH_MODES:
@@ -249,6 +252,7 @@ class SliceSchedule:
 
     def step(self, trained: bool) -> bool:
         """Count one optimizer step; returns whether the slice must move now."""
+        # Every layer asks at every step; a tensor is written only after a move.
         if trained and self._noted != (self.moves, self.position[self.axis]):
             self.visited[self.axis][self.position[self.axis]] = True
             self._noted = (self.moves, self.position[self.axis])
@@ -263,19 +267,18 @@ class SliceSchedule:
         axis = self.next_axis
         self.moves += 1
         count = self.spec.positions(axis)
-        turn = self.moves // len(
-            self.spec.axes
-        )  # how often this axis has had its turn before
-        if turn == 0:  # the first turn of the second axis of row_column
+        # how often this axis has had its turn before
+        turn = self.moves // len(self.spec.axes)
+        # the first turn of the second axis of row_column: it stays where the configuration puts it
+        if turn == 0:
             self.swept[axis][self.position[axis]] = True
             return
         if self.mode in ("gradient", "magnitude"):
             if bool(self.swept[axis].all()):
                 self.swept[axis].zero_()
             score = scores(axis).to("cpu", torch.float64)
-            score = score.nan_to_num(0.0, 0.0, 0.0).masked_fill(
-                self.swept[axis], -math.inf
-            )  # an overflow says nothing
+            # an overflow says nothing; what this sweep has seen never wins
+            score = score.nan_to_num(0.0, 0.0, 0.0).masked_fill(self.swept[axis], -math.inf)
             self.position[axis] = int(score.argmax())
         else:
             self.position[axis] = _position_at(
@@ -361,6 +364,7 @@ def covered_share(spec: SliceSpec, positions: Mapping[str, Iterable[int]]) -> fl
 
 def _share(spec: SliceSpec, visited: Mapping[str, Tensor]) -> float:
     """The share from bools per position; a permutation of the features does not change it."""
+    # An entry is missed where its row and its column both are: the missed shares multiply.
     missed = 1.0
     for axis, seen in visited.items():
         grid = seen.view(*(_count(extent) for extent in spec.extents(axis)))
@@ -387,9 +391,11 @@ def _disjoint(grid: Tensor, dim: int, width: int, features: int) -> tuple[Tensor
     sizes = torch.full((count,), float(width), dtype=torch.float64, device=HOST)
     if overlap == 0:
         return grid, sizes
+    # Counted in neither of the two, once as a part of its own.
     sizes[-2:] -= overlap
     shared = torch.tensor([overlap], dtype=torch.float64, device=HOST)
     last_two = grid.narrow(dim, count - 2, 2)
+    # trained if either of the two has
     both = last_two.amax(dim, keepdim=True)
     return torch.cat([grid, both], dim), torch.cat([sizes, shared])
 
@@ -407,6 +413,7 @@ def planned_coverage(schedule: SliceSchedule, steps: int) -> tuple[int, float]:
         return 0, 0.0
     spec, start = schedule.spec, schedule.start_position
     mode = "ascending" if schedule.mode in ("gradient", "magnitude") else schedule.mode
+    # rounded up: a turn that has begun has trained
     turns = -(-steps // schedule.interval) if schedule.interval else 1
     visited = {}
     for place, axis in enumerate(spec.axes):
@@ -425,6 +432,7 @@ def _visited(mode: str, count: int, start: int, turns: int, seed: int) -> Tensor
         seen[start] = True
         return seen
     if turns >= count:
+        # Every mode is a permutation of the positions: a whole sweep has been everywhere.
         return ~seen
     for turn in range(turns):
         seen[_position_at(mode, count, start, turn, seed)] = True
@@ -434,6 +442,7 @@ def _visited(mode: str, count: int, start: int, turns: int, seed: int) -> Tensor
 def read_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     """A copy of ``weight[rows][:, cols]``, (R, K), never larger than the slice on the way."""
     if rows is not None and cols is not None:
+        # weight[rows][:, cols] would copy whole rows on the way
         return weight[rows.unsqueeze(1), cols]
     if rows is not None:
         return weight.index_select(0, rows)
@@ -463,6 +472,8 @@ def rounds_to(master: Tensor, truth: Tensor) -> Tensor:
     nearest = master.to(truth.dtype) == truth
     if truth.dtype != torch.bfloat16:
         return nearest
+    # bfloat16 is the upper half of a float32: rounding toward zero keeps it, the other way adds 1.
+    # The shift and the int16 both extend the sign, so negative values compare too.
     down = master.view(torch.int32) >> 16
     bits = truth.contiguous().view(torch.int16).to(torch.int32)
     return nearest | (down == bits) | (down + 1 == bits)

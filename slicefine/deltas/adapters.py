@@ -80,6 +80,7 @@ class AdapterModel:
         if name is not None and name == adapters.trainable:
             return live.trained_delta(self, info or {})
         delta = self._adapters.deltas[self._known(name)]
+        # other info makes another file, whose hash is not known yet
         return replace(delta, info={**delta.info, **info}, sha256=None) if info else delta
 
     # On and off
@@ -102,6 +103,8 @@ class AdapterModel:
         check_name(_module(self), adapter_name)
         delta = path if isinstance(path, Delta) else Delta.load(local_path(path))
         below = self._below(delta)
+        # Hashes are of the base, or of it with what this delta was trained on: nothing else
+        # applied.
         with self.disable_adapter():
             for name in below:
                 self._apply_one(name)
@@ -128,6 +131,7 @@ class AdapterModel:
                 if name == self._adapters.trainable:
                     live.check_originals(self, names[:-1])
                 self._apply_one(name)
+        # also for Ctrl-C: half a stack must not stay
         except BaseException:
             self._unapply_all()
             for name in before:
@@ -173,6 +177,7 @@ class AdapterModel:
         adapters = self._adapters
         if adapters.trainable is not None:
             live.restart_from_base(self)
+            # At their originals, the slices are applied again: they have changed nothing so far.
             adapters.stack.append((adapters.trainable, None))
 
     def add_weighted_adapter(
@@ -340,6 +345,7 @@ class AdapterModel:
             name: Path(save_directory) if name == DEFAULT else Path(save_directory) / name
             for name in names
         }
+        # All of them first: a refused one must not leave the others written.
         for folder in folders.values():
             check_no_model(folder)
         for name, folder in folders.items():
@@ -417,6 +423,7 @@ class AdapterModel:
             adapters.stack.append((name, None))
             return
         delta = adapters.deltas[name]
+        # Read before written: what stands here now, base or lower adapter, is the way back.
         overwritten = delta.read(_module(self))
         delta.write(_module(self), "new")
         adapters.stack.append((name, overwritten))
@@ -428,7 +435,9 @@ class AdapterModel:
             if overwritten is None:
                 live.switch_off(self)
             else:
+                # "new": `read` puts the values that it finds there
                 overwritten.write(_module(self), "new")
+            # Only now: if writing fails, the adapter is still known as applied.
             adapters.stack.pop()
 
 
@@ -465,6 +474,7 @@ def _saves_whole(model: Any) -> bool:
     """Whether the model's own class writes whole models only, in parts, and asks nobody for a state
     dict.
     """
+    # what the mixin has shadowed
     own = getattr(super(AdapterModel, model), "save_pretrained", None)
     if own is None:
         return False
@@ -472,6 +482,7 @@ def _saves_whole(model: Any) -> bool:
         return True
     # sentence-transformers' module around a transformer saves it so, as a part of a whole model
     caller = inspect.currentframe()
+    # two frames up: save_pretrained, and who called it
     for _ in range(2):
         caller = caller.f_back if caller is not None else None
     name = caller.f_globals.get("__name__", "") if caller is not None else ""

@@ -101,6 +101,7 @@ def read(path: Path) -> Content:
         del entries
         values = bytearray(size - 8 - length)
         rest = memoryview(values)
+        # A read may bring less than it was asked for: Linux stops at 2 GiB.
         while rest and (count := file.readinto(rest)):  # type: ignore[attr-defined]
             rest = rest[count:]
         if rest or file.read(1):
@@ -146,6 +147,7 @@ def write(
         for name in names:
             _write_values(tensors[name], file, digest)
         if seal is not None:
+            # The hash is of the file with the zeros in it; putting it there changes no length.
             file.seek(start.index(seal) + len(seal) - 64)
             file.write(digest.hexdigest().encode())
     return digest.hexdigest()
@@ -200,6 +202,7 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
                 f"{name} has no dtype, shape and offsets that are known"
             ) from error
         numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
+        # bounded, like the dimensions below: a product of hostile sizes has no end of digits
         if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
             raise ValueError(f"{name} has a shape or offsets that are no sizes")
         if len(shape) > 16 or math.prod(shape) * dtype.itemsize != end - begin:
@@ -209,6 +212,7 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
         spans.append((begin, end))
     last = 0
     for begin, end in sorted(spans):
+        # In a gap there could be bytes that no check looks at.
         if begin != last:
             raise ValueError("tensors overlap, or leave a gap")
         last = end
@@ -219,6 +223,7 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
 def _view(values: bytearray, entry: dict[str, Any]) -> Tensor:
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
     count = math.prod(shape)
+    # frombuffer takes no empty tensors
     if not count:
         return torch.empty(shape, dtype=dtype)
     begin = entry["data_offsets"][0]
@@ -242,6 +247,7 @@ def _header(
         }
         begin = end
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    # so that values begin at a multiple of 8 bytes, for readers that map the file
     return text + b" " * (-len(text) % 8)
 
 

@@ -77,6 +77,7 @@ class WeightDelta:
 
     def check(self, key: str) -> None:
         """Raise ValueError unless every patch has values of its own shape and all have one dtype."""
+        # type, not isinstance: true and false of a manifest are ints to Python
         sizes = [type(n) is int and n > 0 for n in self.shape]
         if len(sizes) != 2 or not all(sizes) or type(self.transposed) is not bool:
             raise ValueError(
@@ -106,6 +107,7 @@ def _index_length(key: str, index: Tensor | None, features: int) -> int:
         return features
     if index.dtype != torch.int64 or index.dim() != 1 or not len(index):
         raise ValueError(f"{key} has features {index!r}; expected a vector of int64")
+    # With a feature named twice, index_copy_ leaves open which of the two values stays.
     if int(index[0]) < 0 or int(index[-1]) >= features or bool((index.diff() < 1).any()):
         raise ValueError(f"{key} has features that do not ascend from 0 to {features - 1}")
     return len(index)
@@ -171,6 +173,8 @@ class Delta:
             entry.check(key)
         _check_record(self.base, self.config, self.info)
         names = [name for name, _ in self._tensors()]
+        # A whole parameter called "a/0" would share its tensor names with patch 0 of the weight
+        # "a".
         if len(set(names)) < len(names) or self.weights.keys() & self.whole.keys():
             raise ValueError("two of its keys name the same values")
         indices = sum(
@@ -192,6 +196,8 @@ class Delta:
         manifest, tensors = read_file(path)
         try:
             return cls._from(manifest, tensors)
+        # Hashes that hold say that the file is whole, not who wrote it: its manifest may be of any
+        # form.
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DeltaError(
                 f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it"
@@ -261,6 +267,7 @@ class Delta:
         records = (manifest[name] for name in ("config", "base", "info"))
         delta = cls(weights, whole, *records, manifest["file_sha256"])
         delta.check()
+        # They would be copied from file to file with no check that knows of them.
         if unnamed := tensors.keys() - {name for name, _ in delta._tensors()}:
             raise ValueError(f"nothing names its values {', '.join(sorted(unnamed)[:3])}")
         return delta
@@ -340,6 +347,8 @@ class Delta:
             replaces.
         """
         for key, weight in self.weights.items():
+            # Shape and dtype before any hash: cheaper, and the message can say what to load
+            # instead.
             tensor = tensor_of(model, key)
             stored = weight.shape[::-1] if weight.transposed else weight.shape
             if (
@@ -379,6 +388,8 @@ class Delta:
             if hashes.get(key) != weight.base_sha256
         ]
         if not wrong and combined_hash(hashes) != self.base.get("sha256"):
+            # The combined hash decides; the record has 16 digits of each, enough to name the
+            # culprits.
             recorded = self.base.get("tensors", {})
             beside = [
                 key for key in hashes if recorded.get(key) not in (None, hashes[key][:16])
@@ -407,6 +418,8 @@ class Delta:
         _refuse_slices(model)
         self.check_base(model, everything=verify)
         if verify:
+            # The old values in the file are what a revert writes: hashes of the base do not cover
+            # them.
             self.check_base(model, everything=False)
         self.write(model, "new")
 
@@ -481,6 +494,7 @@ class Delta:
                 for b in other.weights[key].patches
             )
         ]
+        # What one delta holds whole meets every slice of it in the other.
         mine, theirs = ({*d.whole, *d.weights} for d in (self, other))
         return sorted(
             {*shared, *(self.whole.keys() & theirs), *(other.whole.keys() & mine)}
@@ -512,6 +526,7 @@ def _check_record(base: Any, config: Any, info: Any) -> None:
 
 def _check_indices(indices: int, values: int) -> None:
     """Raise ValueError where indices take more memory than the values that they are for."""
+    # Small blocks name more features than they have values: 16 MiB of that do no harm.
     if indices > values + (1 << 24):
         raise ValueError(f"{indices:,d} bytes of indices for {values:,d} bytes of values")
 
@@ -553,6 +568,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 def combined_hash(hashes: Mapping[str, str]) -> str:
     """One SHA-256 over the hashes of all tensors, in the order of their keys."""
+    # sorted: a state dict is in the order in which the modules were made
     return hashlib.sha256(
         "".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()
     ).hexdigest()
@@ -581,7 +597,8 @@ def tensor_of(model: nn.Module, key: str) -> Tensor:
 
 def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
     tensor = tensor_of(model, key).detach()
-    if tensor.dim() == 3:  # experts
+    # experts, (E, out, in): one tall matrix, whose columns are common to all of them
+    if tensor.dim() == 3:
         return tensor.view(-1, tensor.shape[-1])
     # of another shape: the caller says so
     return tensor.t() if weight.transposed and tensor.dim() == 2 else tensor
@@ -598,9 +615,8 @@ def _write(matrix: Tensor, patch: SliceValues, values: Tensor) -> None:
     rows, cols = (
         None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols)
     )
-    write_slice(
-        matrix, rows, cols, values.to(matrix.device, matrix.dtype)
-    )  # a model that was cast: values follow it
+    # a model that was cast: values follow it
+    write_slice(matrix, rows, cols, values.to(matrix.device, matrix.dtype))
 
 
 def _refuse_slices(model: nn.Module) -> None:
@@ -616,6 +632,7 @@ def _load_in(dtype: torch.dtype) -> str:
 
 
 def meet(a: SliceValues, b: SliceValues) -> bool:
+    # Two slices share an entry exactly where they share a row and a column.
     return all(
         x is None or y is None or bool(torch.isin(x, y).any())
         for x, y in ((a.rows, b.rows), (a.cols, b.cols))
@@ -623,6 +640,7 @@ def meet(a: SliceValues, b: SliceValues) -> bool:
 
 
 def _between(key: str, old: Tensor, new: Tensor, alpha: float) -> Tensor:
+    # Copies, so the ends are exact also for float64, NaN and infinities.
     if alpha in (0, 1):
         return (new if alpha else old).clone()
     values = old.double() + alpha * (new.double() - old.double())

@@ -75,6 +75,7 @@ def _dense(delta: Delta, key: str) -> tuple[Tensor, Tensor] | None:
     weight: WeightDelta | None = delta.weights.get(key)
     if weight is None:
         return None
+    # (out, in), one weight at a time: rows, columns and blocks are then compared alike
     values, changed = (
         torch.zeros(weight.shape, dtype=weight.dtype),
         torch.zeros(weight.shape, dtype=torch.bool),

@@ -26,6 +26,7 @@ FORMAT = "slicefine-delta"
 VERSION = 1
 # stands where the file's own hash will
 _BLANK = "0" * 64
+# as it stands in the file: JSON within a string of JSON, so its quotes are escaped
 _MARK = b'\\"file_sha256\\": \\"'
 
 
@@ -147,6 +148,7 @@ def _read_checked(
         raise DeltaError(
             f"{path} is damaged: {_culprit(manifest, content.tensors)}. Take a copy that verifies."
         )
+    # After the hash: a damaged name of the format is damage, not another version.
     found = manifest.get("format"), manifest.get("version")
     if kind is not None and found != kind:
         raise DeltaError(
@@ -186,6 +188,7 @@ def to_runs(index: Tensor | None) -> list[list[int]] | None:
         return None
     runs: list[list[int]] = []
     for feature in index.tolist():
+        # start + length is the feature that goes on with the run
         if runs and feature == sum(runs[-1]):
             runs[-1][1] += 1
         else:

@@ -39,6 +39,7 @@ def push(
 
 def pull(repo_id: str) -> Path:
     """The folder of a delta on the hub, downloaded into the hub's cache."""
+    # a repository may hold a whole model too, which is not fetched for a delta
     return Path(
         huggingface_hub.snapshot_download(
             repo_id, allow_patterns=[FILE, CONFIG_FILE, "README.md"]

@@ -72,7 +72,9 @@ def register_slices(
     register.full, register.parents = {}, []
     for key, replaces in full.items() if keep_originals else ():
         value = tensor_of(model, key).detach().to("cpu", copy=True)
+        # one tensor for both, until a snapshot puts another in the place of `new`
         register.full[key] = FullDelta(value, value, replaces)
+    # None: every layer keeps what it has overwritten itself, as its originals
     register.stack.append((name, None))
 
 
@@ -91,15 +93,18 @@ def resume_from(model: Any, delta: Delta) -> None:
             " not train here"
         )
     for key, weight in delta.weights.items():
+        # Before the new values are written: first come, first recorded, and an original stays.
         originals = layers[key].required_originals("resume from a delta")
         for patch in weight.patches:
             originals.record(patch.old, patch.rows, patch.cols)
     for key, entry in delta.whole.items():
         tensor_of(model, key).copy_(entry.new)
+        # A new head is initialized at random: the delta's own start is its original, not ours.
         if not entry.replaces and key in register.full:
             register.full[key] = FullDelta(entry.old, entry.old, False)
     for key, weight in delta.weights.items():
         delta.write_one(model, key, weight, "new")
+        # else the next step would write the master's values over those of the delta
         layers[key].refresh_master()
     register.parents = [{"name": register.trainable, "sha256": delta.sha256}]
 
@@ -114,11 +119,13 @@ def switch_on(model: Any) -> None:
         layer.enable()
     _write_full(model, "new")
     for key, version in register.versions.items():
+        # The bits are those of that version again: what autograd saved before stays valid.
         set_version(tensor_of(model, key), version)
 
 
 def switch_off(model: Any) -> None:
     """Take what the slices have trained out of the model, down to the original values."""
+    # before the old values are written over what has trained
     snapshot_full(model)
     for layer in layers_of(model):
         layer.disable()
@@ -200,6 +207,7 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
             f"the slices in training ({register.trainable!r}) are not applied;"
             f" set_adapter({register.trainable!r}) first"
         )
+    # for its error alone: refuse sharded tensors before anything is gathered or hashed
     whole_state(model)
     layers = _one_layer_per_weight(model)
     weights = {key: _weight_delta(layer) for key, layer in layers.items()}
@@ -207,11 +215,13 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
     full = {
         key: replace(entry)
         for key, entry in register.full.items()
+        # A bias that did not move is in the base; a new head is not, moved or not.
         if not (entry.replaces and same_bits(entry.old, entry.new))
     }
     new_keys = {key for key, entry in full.items() if not entry.replaces}
     hashes = base_hashes(model, new_keys, _original_values(model, layers.values(), full))
     for key, weight in weights.items():
+        # left open by _weight_delta: one pass hashes sliced weights and all others
         weight.base_sha256 = hashes[key]
     below = [{"name": n, "sha256": register.deltas[n].sha256} for n in register.active[:-1]]
     base = _base(model, hashes)
@@ -246,6 +256,7 @@ def _original_values(
 ) -> Callable[[str, Tensor], Tensor]:
     """(state-dict key, tensor in the model) -> the value that it had in the base."""
     by_weight = {id(layer.weight): layer for layer in layers}
+    # A tied weight is in the state dict under each of its names; each must give the original.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parameters.update(
         {layer.state_key(name): layer.weight for name, layer in named_layers(model)}
@@ -258,6 +269,7 @@ def _original_values(
         if layer is None:
             return value
         restored = layer.required_originals("be saved").restored(layer.weight_matrix)
+        # hashed as it is stored, (in, out)
         if layer.fan_in_fan_out:
             restored = restored.t()
         return restored.reshape(layer.weight.shape)
@@ -271,6 +283,7 @@ def _base(model: Any, hashes: dict[str, str]) -> dict[str, Any]:
         "sha256": combined_hash(hashes),
         "model": getattr(config, "_name_or_path", None) or None,
         "class": type(model).__name__,
+        # to name tensors that differ; what proves that none does is the combined hash
         "tensors": {key: value[:16] for key, value in hashes.items()},
     }
 

@@ -31,7 +31,9 @@ from slicefine.deltas.delta import (
     WeightDelta,
 )
 
+# what vLLM takes as max_lora_rank
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# PeftModel holds a LoraModel as base_model, and that one the model as model
 _PREFIX = "base_model.model."
 
 
@@ -140,6 +142,7 @@ def to_lora(
         )
     if server == "vllm":
         rank = next(r for r in VLLM_RANKS if r >= max(m.rank for m in modules))
+        # one r for the whole adapter; columns of zeros add nothing to B A
         factors = {name: _padded(B, A, rank) for name, (B, A) in factors.items()}
     tensors = {}
     for name, (B, A) in factors.items():
@@ -160,6 +163,7 @@ def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
     """
     out_features, in_features = weight.shape
     parts = [_of_patch(patch, D, weight.shape) for patch, D in _differences(weight.patches)]
+    # [B1 B2] times [A1; A2] is B1 A1 + B2 A2: B (out, k), A (k, in)
     B = torch.cat([b for b, _ in parts], 1)
     A = torch.cat([a for _, a in parts], 0)
     smaller = min(out_features, in_features)
@@ -176,6 +180,7 @@ def _differences(patches: list[SliceValues]) -> Iterable[tuple[SliceValues, Tens
     in the earlier one.
     """
     taken: list[SliceValues] = []
+    # from the last: what it writes is what stays, as in Delta.write
     for patch in reversed(patches):
         D = patch.new.double() - patch.old.double()
         for later in taken:
@@ -207,11 +212,13 @@ def _of_patch(
         (D != 0).any(0).nonzero().flatten(),
     )
     if len(changed_cols) <= len(changed_rows):
+        # B (out, k) holds the differences, A (k, in) is one-hot: it picks the changed inputs
         k = len(changed_cols)
         B, A = D.new_zeros(out_features, k), D.new_zeros(k, in_features)
         B[rows] = D[:, changed_cols]
         A[torch.arange(k), cols[changed_cols]] = 1
     else:
+        # the transpose of that: B is one-hot, A holds the differences
         k = len(changed_rows)
         B, A = D.new_zeros(out_features, k), D.new_zeros(k, in_features)
         B[rows[changed_rows], torch.arange(k)] = 1
@@ -223,6 +230,7 @@ def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best factors of a rank (Eckart and Young), and the relative Frobenius norm of what they
     leave out.
     """
+    # B A = QB (RB RA') QA': only a (k, k) matrix is decomposed, not an (out, in) one
     QB, RB = torch.linalg.qr(B)
     QA, RA = torch.linalg.qr(A.t())
     U, S, V = torch.linalg.svd(RB @ RA.t(), full_matrices=False)
@@ -288,6 +296,7 @@ def _out_of_reach(delta: Delta) -> list[str]:
 
 def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, Any]:
     r = max(ranks.values())
+    # ^: peft would match the end of a longer name as well
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     transposed = {
         _module_of(key) for key, weight in delta.weights.items() if weight.transposed

@@ -103,6 +103,7 @@ def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
     shape[dim] = len(union)
     old = patches[0][0].old.new_empty(shape)
     for (patch, _), place in zip(patches, where, strict=True):
+        # Where patches share features, so they do old values: all are of one base.
         old.index_copy_(dim, place, patch.old)
     new = old.clone()
     count = torch.zeros(len(union), dtype=torch.int64)
@@ -118,6 +119,7 @@ def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
     if bool((count > 1).any()):
         total = old.double()
         for (patch, scale), place in zip(patches, where, strict=True):
+            # Only sums go through float64; a patch alone in its features was copied above.
             total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
         shared = (count > 1).nonzero().flatten()
         new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))

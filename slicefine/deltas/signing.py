@@ -56,6 +56,8 @@ def new_key(path: str | os.PathLike[str], password: str | None = None) -> Path:
     pem, protection = serialization.Encoding.PEM, serialization.NoEncryption()
     if password:
         protection = serialization.BestAvailableEncryption(password.encode())
+    # 0600 from the start: changed later, others could read the key for a moment. EXCL closes the
+    # gap between the look above and now.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, protection))
@@ -167,6 +169,8 @@ def verify(
                 base64.b64decode(entry["signature"], validate=True), _message(sha256)
             )
             return key_id(public)
+        # Of another key, or of this key for an earlier delta of that name: one that holds is
+        # enough.
         except (InvalidSignature, ValueError):
             continue
     raise SignatureError(

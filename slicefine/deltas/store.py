@@ -27,7 +27,8 @@ from slicefine import atomic
 from slicefine.deltas.delta import FILE, Delta, DeltaError
 
 INDEX, BLOBS, LOCK = "index.jsonl", "blobs", "lock"
-_NOTHING = "0" * 64  # what the first line is chained to
+# what the first line is chained to
+_NOTHING = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
@@ -90,11 +91,13 @@ class Store:
         try:
             content = (self.path / INDEX).read_bytes()
         except FileNotFoundError:
+            # Else a store whose log was deleted would look like a new one.
             if self.path.is_dir() and any((self.path / BLOBS).glob("*.safetensors")):
                 raise StoreError(
                     f"{self.path / INDEX} is missing, but there are deltas in {self.path / BLOBS}"
                 ) from None
             content = b""
+        # A whole line ends in a newline: behind the last one there is nothing, or a torn line.
         *lines, torn = content.split(b"\n")
         events, head = [], _NOTHING
         for number, line in enumerate(lines, 1):
@@ -127,6 +130,7 @@ class Store:
         if not path.is_file():
             raise StoreError(f"{entry.label}: its file {path} is missing")
         delta = Delta.load(path)
+        # A file put there in the place of another is whole, too: its own hash says nothing of that.
         if delta.sha256 != entry.sha256:
             raise StoreError(
                 f"{path} holds another delta ({delta.sha256}), not {entry.label}"
@@ -145,13 +149,13 @@ class Store:
             return [str(error)]
         problems = []
         if log.torn:
-            with (
-                contextlib.suppress(OSError),
-                self._locked() as settled,
-            ):  # somebody may just have been writing
+            # somebody may just have been writing; a store that is only read has no lock to take
+            with contextlib.suppress(OSError), self._locked() as settled:
                 log = settled
+        # Nobody else writes while the lock is held, so the rest of the line will never come.
         if log.torn:
             problems.append(_torn_line(self.path, log))
+        # the hash of every line: each one is the `previous` of the next
         heads = [event["previous"] for event in log.events] + [log.head]
         if head is not None and head not in heads:
             problems.append(
@@ -194,6 +198,7 @@ class Store:
         Raises StoreError for a name with other signs than letters, digits, ``.``, ``_`` and ``-``;
         DeltaError for a damaged file.
         """
+        # 8 hex digits or more could mean a name or a hash
         if not _NAME.fullmatch(name) or _HEX.fullmatch(name):
             raise StoreError(
                 f"name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter"
@@ -204,6 +209,7 @@ class Store:
         (self.path / BLOBS).mkdir(parents=True, exist_ok=True)
         with self._locked() as log:
             earlier = _replay(log.events)
+            # Before the file is copied: a reference that is wrong leaves nothing behind.
             ancestors = [
                 _find(earlier, parent, self.path).sha256 for parent in parents or ()
             ]
@@ -279,11 +285,12 @@ class Store:
                 source if source.suffix == ".safetensors" else source / FILE, temporary
             )
         try:
-            stored = Delta.load(
-                temporary
-            ).sha256  # what is in the store now, not what was read before the copy
+            # what is in the store now, not what was read before the copy
+            stored = Delta.load(temporary).sha256
             assert stored is not None
             target = self.path / BLOBS / f"{stored}.safetensors"
+            # replacing() syncs the file and its folder: the log must never name what a power cut
+            # lost
             with atomic.replacing(target) as fresh:
                 os.replace(temporary, fresh)
             return stored
@@ -312,14 +319,14 @@ class Store:
             _line({key: value for key, value in body.items() if value is not None}) + b"\n"
         )
         path = self.path / INDEX
+        # O_BINARY: Windows would write \r\n, and the line would not be as it was hashed
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
             if log.torn:
                 os.ftruncate(handle, os.path.getsize(path) - len(log.torn))
             end = os.lseek(handle, 0, os.SEEK_END)
-            written = os.write(
-                handle, line
-            )  # one call: a kill leaves all of it or nothing; a power cut may tear it
+            # one call: a kill leaves all of it or nothing; a power cut may tear it
+            written = os.write(handle, line)
             if written < len(line):
                 os.ftruncate(handle, end)
                 raise OSError(
@@ -355,6 +362,7 @@ def _intact(line: bytes, number: int, previous: str) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
         body = {key: value for key, value in event.items() if key != "sha256"}
+        # The line is made again from what it says, so even another space in it is found.
         whole = _line(body) == line and (event["number"], event["previous"]) == (
             number,
             previous,
@@ -393,7 +401,8 @@ def _replay(events: list[dict[str, Any]]) -> list[Entry]:
         kind, same = event["event"], by_hash.setdefault(event["delta"], [])
         if kind == "save":
             entry = _saved(event)
-            if same:  # the same delta under another name: it shares these two lists
+            # the same delta under another name: it shares the two lists
+            if same:
                 first = same[0]
                 entry.revoked, entry.signed_by, entry.audits = (
                     first.revoked,
@@ -456,6 +465,7 @@ def _find(entries: list[Entry], reference: str, path: Path) -> Entry:
             e.label + "".join(f" (@{s})" for s in e.stages) for e in entries[-20:]
         )
         raise StoreError(f"no delta {reference!r} in {path}; it holds {there or 'none'}")
+    # the log is in the order of time: the newest version
     return found[-1]
 
 
