@@ -42,12 +42,14 @@ class SliceLinearFunction(torch.autograd.Function):
         if input.shape[-1] != weight.shape[1]:
             # raises in nn.Linear's words, before columns are taken that are not there
             return F.linear(input, cast_weight, bias)
+        # [N, K] in place of [..., in]: the activations that a column slice need not keep
         if needs_slice:
             kept = input if cols is None or ctx.scoring else ops.take_columns(input, cols)
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
         ctx.layer, ctx.slice_shape = layer, slice_weight.shape
         ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
+        # the same product as a frozen nn.Linear: the slice is already in the weight
         output = F.linear(input, cast_weight, bias)
         if not torch.compiler.is_compiling() and output._is_view():
             # autograd refuses in-place operations on a custom function's output that is a view; this
@@ -81,6 +83,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             weight if weight.dtype == flat.dtype else weight.to(flat.dtype)
         )
         grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
+    # [out]: the sum over tokens
     if needs_bias:
         grad_bias = flat.sum(0)
     if needs_slice:
@@ -135,6 +138,7 @@ def _slice_gradient(
     collects scores.
     """
     layer = ctx.layer
+    # scores are of all positions and need every column; the update only those of the slice
     if ctx.scoring:
         layer.scores.add(layer, grad_output, kept)
         if cols is not None:

@@ -65,11 +65,13 @@ _STACK = _Stack()
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
     running = _STACK.running
     if running:
+        # a step that raised has had no post hook; its entry would swallow the count of this one
         running[:] = _alive(running)
     running.append(_Running(optimizer, id(sys._getframe(1)), optimizers=[optimizer]))
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None or not callable(closure):
         return None
+    # LBFGS and its like change the parameters between two calls of the closure
     following = _following(optimizer, closure)
     if "closure" in kwargs:
         return args, {**kwargs, "closure": following}
@@ -106,6 +108,7 @@ def _following(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[],
 
 def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     running = _STACK.running
+    # entries above belong to calls that never returned
     while running and running[-1].optimizer is not optimizer:
         running.pop()
     if not running:
@@ -152,6 +155,7 @@ def finish_step(optimizer: Optimizer, trained: set[Tensor]) -> None:
     if running and running[-1].optimizer is optimizer:
         step = running[-1]
         step.updated.update(updated)
+        # an outer optimizer's step is still running; it counts for both
         if len(running) > 1:
             return
     else:
@@ -167,7 +171,9 @@ def _count(step: _Running) -> None:
     slices: dict[Tensor, list[SliceLayer]] = {}
     for optimizer in step.optimizers:
         slices.update(slices_of(optimizer))
+    # before the first move: a move would record the checkpoint's values as the base
     _check_resumed(step, slices)
+    # every schedule counts, also where a slice got no gradient, so that layers move together
     for parameter, layers in slices.items():
         if layers[0].schedule.step(parameter in step.updated):
             _move(_by_state(step, parameter), parameter, layers)
@@ -230,6 +236,7 @@ def _move(optimizers: list[Optimizer], parameter: Tensor, layers: list[SliceLaye
     state: dict[str, Any] = optimizers[0].state.get(parameter, {})
     axis, position = schedule.axis, schedule.position[schedule.axis]
     for layer in layers:
+        # the weight must have the master's last values before the slice leaves
         layer.sync()
     schedule.move(functools.partial(position_scores, first))
     if first.scores is not None:
@@ -245,6 +252,7 @@ def _move(optimizers: list[Optimizer], parameter: Tensor, layers: list[SliceLaye
         # moments of a row slice mean nothing for a column slice, so alternating axes start afresh
         return
     for optimizer in optimizers:
+        # moments of the old position would push the new one by gradients it never had
         optimizer.state.pop(parameter, None)
     positions = schedule.remembered.get(schedule.axis, {})
     remembered = positions.pop(schedule.position[schedule.axis], None)
@@ -258,6 +266,7 @@ def _distributed() -> bool:
 
 
 def _to_host(value: Any) -> Any:
+    # a copy: the optimizer goes on writing to its own tensor
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 

@@ -49,6 +49,7 @@ def slice_grad(
         ValueError: Shapes or devices do not agree.
         TypeError: Dtypes do not agree, or the index is no int64 tensor.
     """
+    # past the dispatcher where nobody watches; `direct` says what that saves
     module = direct(grad_output, input)
     if module is None:
         return _ops.slice_grad(grad_output, input, rows)
@@ -172,6 +173,7 @@ class _Prepared:
         self._written = [getattr(s, name) for s in self.slices for name in changed]
         self._dtypes = {s.weight.dtype for s in self.slices}
         ordinary = (Tensor, torch.nn.Parameter)
+        # subclasses (DTensor, fake tensors) have no memory of their own that an address could name
         self._plain = all(type(t) in ordinary and t.is_cpu for t in self._tensors)
 
     # fields that are given with every call
@@ -179,11 +181,13 @@ class _Prepared:
 
     def _table(self) -> tuple[Any, array] | None:
         """(module, the table as it is now) where the compiled module may be called straight."""
+        # a compiler or profiler must see the op, which a direct call hides
         if not self._plain or watched():
             return None
         module = backend_for("cpu", self._dtypes, self._op)
         if not hasattr(module, "adamw_table"):
             return None
+        # .data may give a tensor other memory between two calls; an old address would be wild
         addresses = [t.data_ptr() for t in self._tensors]
         if addresses != self._addresses:
             for s in self.slices:
@@ -226,6 +230,7 @@ class PreparedWrites(_Prepared):
             return write_slices(self.slices)
         module, numbers = found
         module.write_table(numbers)
+        # the kernel writes behind autograd's back; a graph that saved the weight must notice
         return increment_version(self._written)
 
     def _check(self, s: SliceWrite) -> None:
@@ -286,6 +291,7 @@ class PreparedAdamW(_Prepared):
         if found is None:
             return self._through_the_op(grads, options)
         module, numbers = found
+        # gradients may be allocated anew at each step, while the rest of the table stays
         addresses = [g.data_ptr() for g in grads]
         if addresses != self._grads:
             module.set_gradients(numbers, addresses)
@@ -322,9 +328,11 @@ class PreparedAdamW(_Prepared):
         if isinstance(s, AdamWSlice):
             check_slice(self._op, s, (s.exp_avg, s.exp_avg_sq))
         else:
+            # the check wants a gradient; the master has the shape and dtype that one must have
             check_slice_8bit(s._replace(grad=s.master))
 
     def _made(self, module: Any) -> array:
+        # the new table has no gradients yet, so the next step must set them
         self._grads = []
         numbers, _ = module.adamw_table([s._replace(grad=None) for s in self.slices])
         return numbers
@@ -383,6 +391,7 @@ def _slice_adamw_8bit(*flat: Any) -> None:
     """
     op, width = "slice_adamw_8bit", len(AdamWSlice8bit._fields) + 1
     codebook = flat[6]
+    # the codebook stands behind six lists in the schema, between the scales and the weights
     lists = (*flat[:6], *flat[7:width])
     slices = [AdamWSlice8bit(*tensors) for tensors in zip(*lists, strict=True)]
     options = AdamWOptions(*flat[width:])
@@ -413,6 +422,7 @@ def _slice_grad_adamw(
     weight, rows = active.weight, active.rows
     check_operands(op, grad_output, input, rows)
     check_slice(op, active, (active.exp_avg, active.exp_avg_sq))
+    # the master agrees with the indices by now; that dY and X agree with it is left to check
     found = (grad_output.shape[1] if rows is None else rows.numel(), input.shape[1])
     if found != master.shape or weight.device != input.device:
         raise ValueError(
@@ -430,6 +440,7 @@ def _slice_grad_adamw(
 def _fake_slice_grad(
     grad_output: Tensor, input: Tensor, rows: Tensor | None = None
 ) -> Tensor:
+    # as the op itself returns it: a compiled graph must not differ in dtype from eager
     dtype = reference.accumulation_dtype(grad_output.dtype)
     height = grad_output.shape[1] if rows is None else rows.shape[0]
     return grad_output.new_empty((height, input.shape[1]), dtype=dtype)

@@ -58,6 +58,7 @@ class SliceAdamW(Optimizer):
     ) -> None:
         if not float(lr) >= 0.0:
             raise ValueError(f"lr is {lr}; expected 0 or more")
+        # the kernels take log(beta), which 0 has not
         if not all(0.0 < beta < 1.0 for beta in betas):
             raise ValueError(
                 f"betas are {betas}; expected two numbers between 0 and 1, exclusive"
@@ -96,6 +97,7 @@ class SliceAdamW(Optimizer):
         # gradients of slices used more than once
         self._deferred: dict[Tensor, Tensor] = {}
         self._group_index: dict[Tensor, int] = {}
+        # after the fields above: torch calls add_param_group, which fills them
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
         if not slices_of(self):
@@ -123,6 +125,7 @@ class SliceAdamW(Optimizer):
                     + ". Use SliceAdamW without it."
                 )
             for layer in layers_of(parameter) if self.optimizer_in_bwd else ():
+                # weak: a layer must not keep an optimizer and its moments alive
                 layer.updater_reference = weakref.ref(self)
 
     # The default path: gradients first, then one update of all slices
@@ -136,10 +139,12 @@ class SliceAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # weights that were used several times have waited for all of their uses
         if self.optimizer_in_bwd:
             self._flush_deferred()
         layers = slices_of(self)
         for shared in layers.values():
+            # refused before anything is written: half of an update cannot be taken back
             shared[0].require_enabled("an optimizer step")
         for group in self.param_groups:
             slices, others = [], []
@@ -168,8 +173,10 @@ class SliceAdamW(Optimizer):
                 " float16 weights"
             )
         if not state:
+            # on the device, where the kernels read it: a captured graph sees each new count
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
+                # contiguous: the kernels index moments as [R, K], row by row
                 state[key] = torch.zeros_like(
                     parameter, dtype=dtype, memory_format=torch.contiguous_format
                 )
@@ -194,6 +201,7 @@ class SliceAdamW(Optimizer):
     def _options(self, group: dict[str, Any], layer: SliceLayer) -> AdamWOptions:
         # A new seed for every update and layer, within the 63 bits that a schema's int holds.
         seed = (
+            # splitmix64's odd constants: neighboring seeds, steps and layers get unrelated bits
             self.seed * 0x9E3779B97F4A7C15
             + layer.schedule.steps * 0xBF58476D1CE4E5B9
             + layer.spec.seed * 0x94D049BB133111EB
@@ -221,11 +229,13 @@ class SliceAdamW(Optimizer):
         """
         places: dict[torch.device, list[tuple]] = {}
         for (parameter, layers), grad in zip(slices.items(), grads, strict=True):
+            # tied layers share parameter, weight and moments: one update serves them all
             layer, state = layers[0], self._state(parameter)
             active = layer.active
             master = active(parameter)
             moments = [active(state["exp_avg"]), active(state["exp_avg_sq"])]
             if self.optim_bits == 8:
+                # a parameter that serves two axes has an unused tail; its scales stay out
                 blocks = -(-master.numel() // BLOCK_8BIT)
                 moments += [
                     state["exp_avg_scale"][:blocks],
@@ -244,11 +254,13 @@ class SliceAdamW(Optimizer):
             places.setdefault(parameter.device, []).append(place)
         for device, entries in places.items():
             steps = [entry[-2] for entry in entries]
+            # one launch counts the steps of all slices
             torch._foreach_add_(steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
             options = self._options(group, entries[0][-1])
             if self.optim_bits == 32:
                 ops.slice_adamw([AdamWSlice(*entry[:-1]) for entry in entries], options)
                 continue
+            # sent once to each device
             if device not in self._codebooks:
                 self._codebooks[device] = dynamic_codebook().to(device)
             eight = [AdamWSlice8bit(*entry[:-1]) for entry in entries]
@@ -306,6 +318,7 @@ class SliceAdamW(Optimizer):
             eps=group["eps"],
             maximize=group["maximize"],
         )
+        # the half-precision copy that the model computes with
         for p, master in zip(parameters, masters, strict=True):
             if master is not p:
                 p.copy_(master)
@@ -360,6 +373,7 @@ class SliceAdamW(Optimizer):
         weight.
         """
         parameter = layer.slice_weight
+        # another use may still need the weight as it was, for its input gradient
         if self._uses.get(parameter, 0) != 1:
             grad = ops.slice_grad(grad_output, input, layer.rows)
             self._deferred[parameter] = (
@@ -380,10 +394,12 @@ class SliceAdamW(Optimizer):
             )
             ops.slice_grad_adamw(grad_output, input, active, self._options(group, layer))
             self._mark_trained(parameter, layers_of(parameter))
+        # not None, which others take for a slice without a part in this step
         parameter.grad = _AppliedGradient(parameter)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter group, found again where ``param_groups`` has been edited since."""
+        # the lookup that has worked before is checked, not trusted: param_groups is a public list
         index = self._group_index.get(parameter, 0)
         if index >= len(self.param_groups) or not any(
             p is parameter for p in self.param_groups[index]["params"]
@@ -434,6 +450,7 @@ class SliceAdamW(Optimizer):
             **state_dict,
             "state": {index: dict(state) for index, state in state_dict["state"].items()},
         }
+        # torch's load_state_dict knows tensors per parameter only; schedules go in by themselves
         slices = {
             index: state.pop("slice")
             for index, state in packed["state"].items()
@@ -460,6 +477,7 @@ class SliceAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     # torch would cast float32 moments and masters to the parameter's dtype, and
                     # leave `step` where it was
+                    # torch's AdamW keeps step on the CPU, slice kernels read it on the device
                     where = (
                         "cpu"
                         if key == "step" and not layers_of(parameter)

@@ -50,6 +50,7 @@ def register(layer: Any) -> None:
     parameter = layer._parameters.get("slice_weight")
     if parameter is not None and layer not in layers_of(parameter):
         _LAYERS[parameter] = [*(_LAYERS.get(parameter) or ()), weakref.ref(layer)]
+        # lists that optimizers keep are out of date from here on
         _registrations += 1
         if parameter not in _NAMES:
             _NAMES[parameter] = layer.__dict__.get("slice_name") or type(layer).__name__
@@ -72,6 +73,7 @@ def slices_of(optimizer: Optimizer) -> dict[Tensor, list[Any]]:
         found = {}
         for parameter in parameters:
             if layers := layers_of(parameter):
+                # weak: an optimizer that outlives its model must not keep the layers alive
                 found[parameter] = [weakref.ref(layer) for layer in layers]
         known = _SLICES[optimizer] = _Slices(_registrations, parameters, found)
     alive = {}
@@ -85,4 +87,5 @@ def slices_of(optimizer: Optimizer) -> dict[Tensor, list[Any]]:
 def _up_to_date(known: _Slices, parameters: list[Tensor]) -> bool:
     if known.registrations != _registrations or len(known.parameters) != len(parameters):
         return False
+    # by identity: == would compare the values of tensors
     return all(a is b for a, b in zip(known.parameters, parameters, strict=True))

@@ -36,6 +36,7 @@ class GradientScores:
         if task != self._task and layer.slice_weight.grad is None:
             self.clear()
         self._task = task
+        # one sum per axis: alternating slices score the axis that they take next
         new = gradient_scores(grad_output, input, layer.spec, axis)
         self._sums[axis] = self._sums.get(axis, 0) + new
 
@@ -53,6 +54,7 @@ def position_scores(layer: Any, axis: str) -> Tensor:
     if layer.scores is not None:
         return layer.scores.of(layer.spec, axis)
     norms = slice_norms(layer.weight_matrix, layer.spec, axis)
+    # squares add up over processes, norms do not
     if sharding.is_sharded(layer.weight):
         return sharding.sum_over_shards(norms.square(), layer.weight).sqrt()
     return norms
@@ -63,6 +65,7 @@ def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:
     temporary as large as the matrix.
     """
     count = spec.positions(axis)
+    # a strip of columns would hold other blocks too
     if axis == "block":
         slices = (
             read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count)
@@ -110,11 +113,13 @@ def gradient_scores(
             )
             scores[p] = grad.double().square().sum().item()
         return scores
+    # the grid of positions is strips wide; position p lies in column p % strips
     strips = -(-spec.in_features // spec.r)
     for strip in range(strips):
         # for a block the first row of the grid of positions
         _, cols = spec.features(axis, strip)
         assert cols is not None
+        # [out]: squared norm of each row within the strip; blocks of one strip share it
         energy = (
             ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device)))
             .double()

@@ -29,6 +29,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor; where nobody has imported DTensor, nothing is one."""
+    # not imported here: most runs never need it
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -55,6 +56,7 @@ def check_sharding(layer: Any) -> None:
             " over the processes when the update would happen. Shard first and build"
             " SliceAdamW(..., optimizer_in_bwd=False) afterwards."
         )
+    # the features that a slice holds all of; cut along them, master and weight stay together
     whole = {"column": ["out"], "row": ["in"]}.get(slice_type, [])
     cuts = {feature for _, feature in _cuts(weight, layer.fan_in_fan_out)}
     if cuts != {feature for _, feature in _cuts(master, False)} or not cuts <= set(whole):
@@ -70,6 +72,7 @@ def check_sharding(layer: Any) -> None:
             "would hold the weights of its part of the slice."
             f" {advice.get(slice_type, 'Use column slices (slice_type=' + repr('column') + ').')}"
         )
+    # fully_shard cuts (experts, out, in) by expert and the flat master by rows: the two may differ
     rows, held = layer.weight_matrix.shape[0], local(master).shape[0]  # type: ignore[arg-type]
     if "out" in cuts and rows != held:
         raise ValueError(
@@ -85,6 +88,7 @@ def check_whole(layer: Any) -> None:
     """
     parameters = layer._parameters
     master = parameters.get("slice_weight")
+    # FSDP1 replaces parameters by views of one flat parameter
     if type(master) is Tensor and master._is_view():
         raise RuntimeError(
             "the slice_weight of this layer is a view of a flat parameter: FullyShardedDataParallel"
@@ -115,6 +119,7 @@ def shard_originals(layer: Any) -> None:
     for _, feature in _cuts(master, False):
         dim = ("out", "in").index(feature)
         shape = (layer.out_features, layer.in_features)
+        # not the even split: FSDP2 gives the last processes fewer rows, or none
         sizes, offsets = compute_local_shape_and_global_offset(
             torch.Size(shape), master.device_mesh, master.placements
         )
@@ -171,6 +176,7 @@ def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
     sharded: Any = like
     total = values.to(local(like).device)
     for dim, _ in _cuts(like, False):
+        # over the mesh dimensions that cut the tensor: others hold copies, which would count twice
         torch.distributed.all_reduce(total, group=sharded.device_mesh.get_group(dim))
     return total.to(values.device)
 
@@ -183,5 +189,6 @@ def _cuts(tensor: Any, transposed: bool) -> list[tuple[int, str]]:
     return [
         (dim, names[placement.dim])
         for dim, placement in enumerate(tensor.placements)
+        # a mesh dimension of one process cuts nothing, whatever its placement says
         if placement.is_shard() and tensor.device_mesh.size(dim) > 1
     ]

@@ -58,6 +58,7 @@ def grad_config(R: int, K: int, element_size: int, architecture: str) -> GradCon
     """R output by K input features; element_size: bytes of dY's and X's type; architecture:
     "sm_90", "gfx942", ...
     """
+    # what was measured on this GPU wins over the defaults
     chosen = tuned.GRAD.get((architecture, *tile_class(R, K, element_size)))
     if chosen is not None:
         return GradConfig(*chosen)
@@ -80,7 +81,9 @@ def default_config(R: int, K: int, element_size: int) -> GradConfig:
         wide, warps, block_t, registers = (
             (64, 4, 64, None) if thin == 32 else (64, 8, 32, None)
         )
+    # a tile wider than the operand would multiply masked zeros
     wide = _padded(max(R, K), wide)
+    # the larger block lies along the wide operand, so that the thin one is read again less often
     blocks = (wide, thin) if side == "rows" else (thin, wide)
     return GradConfig(
         *blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3, maxnreg=registers
@@ -91,8 +94,11 @@ def token_splits(tokens: int, tiles: int, processors: int, block_t: int) -> tupl
     """(programs that share the tokens of one tile, tokens of each): two programs per processor
     where tiles are too few, but
     at least four blocks of tokens each, and never so many that some processors get a third."""
+    # four blocks of tokens at least: a shorter loop would not fill the pipeline of loads
     wanted = max(1, min(2 * processors // max(tiles, 1), tokens // (4 * block_t)))
+    # whole blocks of tokens: only the last split of a tile has a masked tail
     tokens_per_split = max(1, -(-tokens // (wanted * block_t))) * block_t
+    # rounding up can leave fewer splits than wanted; an empty one would still cost a program
     return max(1, -(-tokens // tokens_per_split)), tokens_per_split
 
 

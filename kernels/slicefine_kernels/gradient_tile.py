@@ -34,13 +34,16 @@ def gradient_tile(
     mask_r = offs_r < R
     mask_k = offs_k < K
     if HAS_ROWS:
+        # gathered through the index: dY[:, rows] never exists as a tensor
         features = tl.load(rows_ptr + offs_r, mask=mask_r, other=0)
     else:
         features = offs_r.to(tl.int64)
     # int64: n * out passes 2^31 for long batches
     dy_columns = dy_ptr + features * stride_dyr
     x_columns = x_ptr + offs_k.to(tl.int64) * stride_xk
+    # float32 whatever the operands are: a sum over thousands of tokens loses its tail in bfloat16
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    # masked lanes load zeros, and a zero adds nothing to the sum: no loop for the tail is needed
     for t in range(t_begin, t_end, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         # compared before the widening: int64 comparisons are slower
@@ -81,6 +84,7 @@ def hand_in(
     """Leave a split's sum in the workspace and take a ticket -> whether every other split of the
     tile has done so.
     """
+    # the whole tile is stored, padding included, so the workspace needs no mask
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(
         partials_ptr + (tile * splits + split).to(tl.int64) * (BLOCK_R * BLOCK_K) + offs,
@@ -98,9 +102,11 @@ def add_up(
     """The last arriver's part: the sum of all splits, always in the same order, and the ticket
     counter back at zero.
     """
+    # the ticket was taken by one thread; no other may read partial sums before it is back
     tl.debug_barrier()
     offs = tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    # not atomic adds: float32 sums depend on their order, and this one is the same on every run
     for split in range(0, splits):
         # past the first-level cache, which knows nothing of other processors' stores
         acc += tl.load(

@@ -40,6 +40,7 @@ def adamw_scalars(options: AdamWOptions) -> tuple[float, ...]:
     o = options
     # in float64 on the host: float32 on the device would lose digits of a beta close to 1
     logarithms = math.log(o.beta1), math.log(o.beta2)
+    # a factor instead of a branch: one compiled kernel serves both directions
     sign = -1.0 if o.maximize else 1.0
     return (o.lr, o.beta1, o.beta2, *logarithms, o.eps, o.weight_decay, sign, o.seed or 0)
 
@@ -89,6 +90,7 @@ def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
     """INPUT_PRECISION: TF32 for float32 operands only where torch allows it. UPCAST: for the
     interpreter.
     """
+    # the same switch as torch's own products obey, so a slice is as precise as its layer
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     # Triton's interpreter (3.6 to 3.8) multiplies the bit patterns of bfloat16 operands as
     # integers.

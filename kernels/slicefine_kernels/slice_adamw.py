@@ -54,8 +54,10 @@ def _slice_adamw_kernel(
     WEIGHT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # int64: this op sets no limit to R * K, and block * BLOCK may pass 2^31
     block = tl.program_id(0).to(tl.int64)
     entry = table_ptr + tl.program_id(1) * _FIELDS
+    # sizes first: most programs of a small slice beside a large one end at the next test
     R = tl.load(entry + 8)
     K = tl.load(entry + 9)
     if block * BLOCK >= R * K:
@@ -67,12 +69,15 @@ def _slice_adamw_kernel(
     w_ptr = tl.load(entry + 4).to(tl.pointer_type(WEIGHT_DTYPE))
     rows_address = tl.load(entry + 5)
     cols_address = tl.load(entry + 6)
+    # by address: the count changes at every step, the table does not
     step = tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)))
     stride_wr = tl.load(entry + 10)
     stride_wc = tl.load(entry + 11)
+    # the slice's place in the call, second word of the Philox counter: slices get different bits
     position = tl.load(entry + 12)
 
     # AdamW
+    # master, gradient and moments are contiguous [R, K]; only the weight needs rows and columns
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < R * K
     g = tl.load(g_ptr + offs, mask=mask, other=0.0) * sign
@@ -89,6 +94,7 @@ def _slice_adamw_kernel(
     tl.store(v_ptr + offs, v, mask=mask)
 
     # write-through
+    # master[r, k] belongs at W[rows[r], cols[k]]
     row = offs // K
     col = offs % K
     if rows_address != 0:
@@ -117,10 +123,13 @@ def slice_adamw(slices: Sequence[Any], options: AdamWOptions) -> None:
     and cols [K] int64 or None for all; step [] float32 on the device.
     """
     config = adamw_config()
+    # this list keeps the copies alive until the launches are queued: the table holds bare addresses
     grads = [s.grad.to(torch.float32).contiguous() for s in slices]
+    # a pointer's type is fixed when the kernel is compiled, so each weight dtype has its own launch
     for dtype in dict.fromkeys(s.weight.dtype for s in slices):
         entries, largest = [], 0
         for i, s in enumerate(slices):
+            # an empty slice would only add programs that return at once
             if s.weight.dtype != dtype or s.master.numel() == 0:
                 continue
             check_contiguous(master=s.master, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)

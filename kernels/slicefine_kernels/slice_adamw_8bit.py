@@ -45,8 +45,10 @@ def _nearest_code(ratio, book_ptr):
     codebook.
     """
     code = tl.zeros(ratio.shape, dtype=tl.int32)
+    # eight halvings for 256 codes, unrolled; every lane takes the same path
     for bit in tl.static_range(8):
         trial = code + (128 >> bit)
+        # the border between two codes lies midway between their values
         middle = (tl.load(book_ptr + trial - 1) + tl.load(book_ptr + trial)) * 0.5
         code = tl.where(ratio > middle, trial, code)
     return code
@@ -55,6 +57,7 @@ def _nearest_code(ratio, book_ptr):
 @triton.jit
 def _quantize(values, codes, scales, mask, scale_mask, book_ptr):
     """values [BLOCKS, 256] -> their codes and scales [BLOCKS], stored."""
+    # the largest magnitude maps to 1: no value of the block is clipped
     scale = tl.max(tl.abs(values), axis=1)
     # a NaN stays, as in the reference
     scale = tl.where(
@@ -85,6 +88,7 @@ def _slice_adamw_8bit_kernel(
     WEIGHT_DTYPE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    # a program takes whole quanta, so a scale is written by exactly one program
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     entry = table_ptr + tl.program_id(1) * _FIELDS
     R = tl.load(entry + 10)
@@ -94,6 +98,7 @@ def _slice_adamw_8bit_kernel(
     block = first + tl.arange(0, BLOCKS)
     offs = block[:, None] * _QUANTUM + tl.arange(0, _QUANTUM)[None, :]  # [BLOCKS, 256]
     mask = offs < R * K
+    # a scale exists for the last quantum even where only part of it is filled
     mask_s = block * _QUANTUM < R * K
     p_ptr = tl.load(entry).to(tl.pointer_type(tl.float32)) + offs
     m_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.uint8)) + offs
@@ -109,8 +114,11 @@ def _slice_adamw_8bit_kernel(
         * sign
     )
     p = tl.load(p_ptr, mask=mask, other=0.0)
+    # [BLOCKS, 256]: code -> value of the signed book, times the scale of its row
     m = tl.load(book_ptr + tl.load(m_ptr, mask=mask, other=0).to(tl.int32))
+    # code 0 of the signed book is no zero: an unmasked tail would enter the block's scale
     m = tl.where(mask, m * tl.load(m_scales, mask=mask_s, other=0.0)[:, None], 0.0)
+    # the unsigned book is the second row
     v = tl.load(book_ptr + 256 + tl.load(v_ptr, mask=mask, other=0).to(tl.int32))
     v = tl.where(mask, v * tl.load(v_scales, mask=mask_s, other=0.0)[:, None], 0.0)
     step = tl.load(tl.load(entry + 9).to(tl.pointer_type(tl.float32)))
@@ -120,6 +128,7 @@ def _slice_adamw_8bit_kernel(
         p, g, m, v, lr, beta1, beta2, eps, weight_decay, correction1, correction2
     )
     tl.store(p_ptr, p, mask=mask)
+    # only now: the update has used the moments before they are rounded
     _quantize(m, m_ptr, m_scales, mask, mask_s, book_ptr)
     _quantize(v, v_ptr, v_scales, mask, mask_s, book_ptr + 256)
 

@@ -75,9 +75,11 @@ def _slice_grad_kernel(
         last = hand_in(
             acc, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K
         )
+    # a program that is not the last has left its sum in the workspace and is done
     if last:
         if SPLIT:
             acc = add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R, BLOCK_K)
+        # int32 is enough: the launcher refuses R * K from 2**31 on
         out = out_ptr + offs_r[:, None] * K + offs_k[None, :]
         tl.store(out, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
@@ -93,11 +95,13 @@ def slice_grad(
     out = torch.empty((R, K), dtype=torch.float32, device=input.device)
     if out.numel() == 0:
         return out
+    # also for no tokens: their gradient is zeros, which `empty` does not hold
     launch = gradient_launch(input, T, R, K)
     with on_device_of(input):
         _slice_grad_kernel[launch.grid](
             grad_output,
             input,
+            # a pointer must be passed; without HAS_ROWS it is never read
             grad_output if rows is None else rows,
             out,
             launch.partials,

@@ -106,6 +106,7 @@ def _slice_grad_adamw_kernel(
     last = True
     if SPLIT:
         last = hand_in(g, partials_ptr, tickets_ptr, tile, split, splits, BLOCK_R, BLOCK_K)
+    # Adam is not linear in the gradient: only who has all of it may update
     if last:
         if SPLIT:
             g = add_up(partials_ptr, tickets_ptr, tile, splits, BLOCK_R, BLOCK_K)
@@ -130,6 +131,7 @@ def _slice_grad_adamw_kernel(
         tl.store(v_ptr + offs, v, mask=mask)
 
         # write-through
+        # int64: row * stride passes 2^31 in the weight of a large head
         row = offs_r.to(tl.int64)
         col = offs_k.to(tl.int64)
         if HAS_ROWS:

@@ -25,6 +25,7 @@ def _write_slices_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     entry = table_ptr + tl.program_id(1) * _FIELDS
+    # sizes first: most programs of a small slice beside a large one end at the next test
     R = tl.load(entry + 4)
     K = tl.load(entry + 5)
     if block * BLOCK >= R * K:
@@ -39,12 +40,14 @@ def _write_slices_kernel(
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < R * K
     p = tl.load(p_ptr + offs, mask=mask, other=0.0)
+    # master[r, k] belongs at W[rows[r], cols[k]]
     row = offs // K
     col = offs % K
     if rows_address != 0:
         row = tl.load(rows_address.to(tl.pointer_type(tl.int64)) + row, mask=mask, other=0)
     if cols_address != 0:
         col = tl.load(cols_address.to(tl.pointer_type(tl.int64)) + col, mask=mask, other=0)
+    # a plain cast to bfloat16 truncates in Triton's interpreter
     if tl.bfloat16 == WEIGHT_DTYPE:
         value = round_bf16(p)
     else:

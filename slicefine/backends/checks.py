@@ -56,6 +56,7 @@ def check_slice(
         weight.shape[0] if rows is None else rows.numel(),
         weight.shape[1] if cols is None else cols.numel(),
     )
+    # masters of 16-bit weights are float32: an update below a 16-bit step would vanish otherwise
     expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
     device = weight.device
     if rows is not None:
@@ -65,6 +66,7 @@ def check_slice(
     step = None if isinstance(s, SliceWrite) else s.step
     if step is not None and step.numel() != 1:
         raise ValueError(f"{op}: step has shape {tuple(step.shape)}; expected one number")
+    # one pass for the good case of every step; which fault it was is found out below
     for t in (s.master, *states):
         if t.shape != shape or t.dtype != expected or t.device != device:
             break
@@ -91,6 +93,7 @@ def check_slice(
 def check_slice_8bit(s: AdamWSlice8bit) -> None:
     op = "slice_adamw_8bit"
     check_slice(op, s, (s.grad,))
+    # the last block of moments may be short and has a scale all the same
     shape, blocks = s.master.shape, (-(-s.master.numel() // BLOCK_8BIT),)
     codes, scales = (s.exp_avg, s.exp_avg_sq), (s.exp_avg_scale, s.exp_avg_sq_scale)
     wrong = any(x.dtype != torch.uint8 or x.shape != shape for x in codes)

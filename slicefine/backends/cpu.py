@@ -46,10 +46,12 @@ def take_columns(
 ) -> Tensor:  # [N, K]
     """See `slicefine.backends.reference.take_columns`."""
     width, K = input.shape[-1], cols.shape[0]
+    # the common case needs no reshape, which would be an op of its own
     if input.is_contiguous() and width:
         n, stride = input.numel() // width, width
     else:
         input = input.reshape(-1, width) if width else input.new_empty((0, 1))
+        # the module takes one stride, from token to token; features must lie side by side
         input = input if input.stride(1) == 1 or width == 1 else input.contiguous()
         n, stride = input.shape[0], input.stride(0)
     out = input.new_empty((n, K))
@@ -73,6 +75,7 @@ def slice_grad(
     rows: Tensor | None = None,  # [R] int64
 ) -> Tensor:  # [R, K]
     """See `slicefine.backends.reference.slice_grad`."""
+    # _keep: the row holds addresses only, and a copy must live until the call returns
     row, _keep = gradient_row(grad_output, input, rows)
     dtype = accumulation_dtype(grad_output.dtype)
     height = grad_output.shape[1] if rows is None else rows.shape[0]
@@ -111,6 +114,7 @@ def slice_grad_adamw(
             " expected them to agree"
         )
     gradient, _keep = gradient_row(grad_output, input, active.rows)
+    # kept in a variable: the row holds its address
     step = active.step.float()
     place = adamw_row(active, None, step)
     _C.slice_grad_adamw(gradient, place, options, torch.get_num_threads())
@@ -133,6 +137,7 @@ def adamw_table(
     rows, keep = [], []
     for s in slices:
         grad, step = s.grad, s.step
+        # the loops read contiguous gradients of the master's dtype and nothing else
         if grad is not None and (grad.dtype != s.master.dtype or not grad.is_contiguous()):
             grad = grad.to(s.master.dtype).contiguous()
             keep.append(grad)
@@ -151,6 +156,7 @@ def write_rows(slices: Sequence[SliceWrite]) -> array:
 
 def set_gradients(numbers: array, addresses: list[int]) -> None:
     """Point the table of an update at other gradients, contiguous and of the masters' dtype."""
+    # one strided assignment in place of a Python loop over hundreds of slices
     numbers[_GRAD :: len(SliceRow._fields)] = array("q", addresses)
 
 
@@ -162,6 +168,7 @@ def adamw_of_table(numbers: array, options: AdamWOptions) -> None:
 
 
 def adamw_8bit_of_table(numbers: array, codebook: Tensor, options: AdamWOptions) -> None:
+    # a name keeps the copy alive during the call
     book = codebook.contiguous()
     _C.slice_adamw_8bit(numbers, book.data_ptr(), options, torch.get_num_threads())
 

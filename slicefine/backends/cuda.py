@@ -58,12 +58,14 @@ def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
     """See `slicefine.backends.reference.slice_adamw`; one launch for up to 300 slices."""
     op = "slice_adamw"
     _check_one_device(op, slices)
+    # held until the launch is queued: the table has their addresses, not references
     grads = [_float32(s.grad) for s in slices]
     rows = []
     for s, grad in zip(slices, grads, strict=True):
         _check_slice(op, s, grad)
         _check_state(op, s.weight, exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq)
         rows.append(adamw_row(s, grad, s.step))
+    # the device of the launch is the first slice's, so there must be one
     if rows:
         _CUDA.slice_adamw(table(rows), options, (*_launch(slices[0].weight), 0, 0))
 
@@ -210,6 +212,7 @@ def refuses_a_device() -> str | None:
 
 @functools.cache
 def _too_old(device: int) -> str | None:
+    # older ones would fail inside the launch, with an error that names no reason
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= _OLDEST:
         return None
@@ -246,6 +249,7 @@ def _workspace(launch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     zero, so they are cleared once.
     """
     device, stream, processors = launch
+    # capture is asked of the current device, which need not be the launch's
     with torch.cuda.device(device):
         capturing = torch.cuda.is_current_stream_capturing()
     if capturing:
@@ -258,6 +262,7 @@ def _workspace(launch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _new_workspace(device: str, processors: int) -> tuple[Tensor, Tensor]:
+    # empty: every sum is written before it is read; only the tickets must start at zero
     values = torch.empty(
         _CUDA.workspace_values(processors), dtype=torch.float32, device=device
     )

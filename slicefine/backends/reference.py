@@ -51,6 +51,7 @@ def slice_grad(
     if rows is not None:
         grad_output = grad_output.index_select(1, rows)
     dtype = accumulation_dtype(grad_output.dtype)
+    # [R, N] @ [N, K] -> [R, K]; cast first: a 16-bit product would round the sum over tokens
     return grad_output.to(dtype).t() @ input.to(dtype)
 
 
@@ -66,12 +67,14 @@ def slice_adamw(slices: Sequence[AdamWSlice], options: AdamWOptions) -> None:
 
 def _adamw(s: AdamWSlice, options: AdamWOptions) -> None:
     assert s.grad is not None
+    # bias corrections in Python floats are float64, which the other backends must come close to
     t = float(s.step)
     beta1, beta2 = options.beta1, options.beta2
     s.master.mul_(1 - options.lr * options.weight_decay)
     grad = -s.grad if options.maximize else s.grad
     s.exp_avg.lerp_(grad, 1 - beta1)
     s.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # sqrt(v_hat) + eps, with eps outside of the root as in torch.optim.AdamW
     denominator = (s.exp_avg_sq.sqrt() / (1 - beta2**t) ** 0.5).add_(options.eps)
     s.master.addcdiv_(s.exp_avg, denominator, value=-options.lr / (1 - beta1**t))
 
@@ -93,6 +96,7 @@ def slice_adamw_8bit(
     Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
     """
     for i, s in enumerate(slices):
+        # _adamw changes m and v in place, so what is quantized below are the new moments
         m = dequantize_blockwise(s.exp_avg, s.exp_avg_scale, codebook[0])
         v = dequantize_blockwise(s.exp_avg_sq, s.exp_avg_sq_scale, codebook[1])
         _adamw(
@@ -135,6 +139,7 @@ def dynamic_codebook() -> Tensor:
     """
     books = []
     for signed in (True, False):
+        # zero has a code of its own: a moment that is 0 stays 0
         values = [0.0, 1.0]
         for exponent in range(7):
             count = 2**exponent if signed else 2 ** (exponent + 1)
@@ -149,11 +154,13 @@ def quantize_blockwise(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """(codes uint8 as values, scales (blocks,)): the nearest value of the book times the largest
     magnitude of the block; a positive value of an unsigned book is never zero."""
     flat = values.float().flatten()
+    # [blocks, 256]; the zeros of the padding raise no scale
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK_8BIT)).view(
         -1, BLOCK_8BIT
     )
     scales = blocks.abs().amax(1)
     ratios = blocks * torch.where(scales > 0, 1.0 / scales, 0.0).unsqueeze(1)
+    # the borders between codes are the midpoints of their values: the nearest value wins
     codes = torch.bucketize(ratios, (book[:-1] + book[1:]) / 2)
     # A second moment that rounds to zero beside a first moment that does not makes the next step
     # tens of times too large.
@@ -175,10 +182,13 @@ def round_to(
     """
     if seed is None or dtype != torch.bfloat16:
         return values.to(dtype)
+    # int64, because torch has no full arithmetic on unsigned 32 bits
     bits = values.float().view(torch.int32).to(torch.int64)
     index = torch.arange(values.numel(), device=values.device).view(values.shape)
+    # random bits below the cut carry into the kept ones as often as the cut fraction says
     up = (bits + (philox(seed, index, slice_id) & 0xFFFF)) & 0xFFFF0000
     rounded = (
+        # back into the range of int32, whose bits are then read as float32 again
         torch.where(up >= 2**31, up - 2**32, up)
         .to(torch.int32)
         .view(torch.float32)
@@ -194,6 +204,7 @@ def philox(seed: int, c0: Tensor, c1: int) -> Tensor:
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     one, two, three = torch.full_like(c0, c1), torch.zeros_like(c0), torch.zeros_like(c0)
     c0 = c0 & 0xFFFFFFFF
+    # ten rounds, as in Triton's and CUDA's generators: the backends must draw the same bits
     for _ in range(10):
         high_a, low_a = _multiply_32(0xD2511F53, c0)
         high_b, low_b = _multiply_32(0xCD9E8D57, two)

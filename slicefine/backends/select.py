@@ -67,6 +67,7 @@ def _load_reference() -> tuple[ModuleType | None, str | None]:
 
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
+    # asked whenever an op looks for its backend: sys.modules answers faster than import_module
     name = "slicefine.backends.cpu"
     module = sys.modules.get(name) or importlib.import_module(name)
     return (module, None) if module.unavailable is None else (None, module.unavailable)
@@ -152,6 +153,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: There is no backend of that name.
     """
+    # a plain global, not a context variable: autograd's threads would not see the latter
     global _forced
     if name is not None:
         _known(name, "use_backend")
@@ -220,6 +222,7 @@ def backend_for(device: str, dtypes: set[torch.dtype], op: str | None = None) ->
     if backend is not None and module is not None and _still_there(backend, module):
         return module
     backend, module, skipped = _choose(name, device, dtypes, op)
+    # where one was skipped the reason may go away (a GPU comes into use), so it is asked again
     if not skipped:
         _chosen[key] = backend, module
         if name is None and backend.name == "cpu" and len(dtypes) == 1:
@@ -228,6 +231,7 @@ def backend_for(device: str, dtypes: set[torch.dtype], op: str | None = None) ->
 
 
 def _still_there(backend: Backend, module: ModuleType) -> bool:
+    # an entry may have been replaced since, or its module may answer otherwise
     return BACKENDS[backend.name] is backend and backend.load()[0] is module
 
 

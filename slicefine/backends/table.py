@@ -80,6 +80,7 @@ def gradient_row(
 ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
     """A `GradientRow`, and the tensors that must outlive the call."""
     (n, out_features), K = grad_output.shape, input.shape[1]
+    # the stride between features says nothing where there is only one of them
     if grad_output.stride(1) != 1 and out_features > 1:
         grad_output = grad_output.contiguous()
     if input.stride(1) != 1 and K > 1:
@@ -134,6 +135,7 @@ def adamw_row(
 ) -> tuple[int, ...]:
     """The row of an update. grad: contiguous, of the master's dtype. step: float32."""
     master, m, v = s.master, s.exp_avg, s.exp_avg_sq
+    # tested without a loop first: this runs for every slice at every step
     if not (master.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
         check_contiguous(master=master, exp_avg=m, exp_avg_sq=v)
     scales = (0, 0)
@@ -147,6 +149,7 @@ def adamw_row(
 
 def table(rows: Iterable[tuple[int, ...]]) -> array:
     """Rows one after the other, as the modules read many slices."""
+    # one buffer of int64, which the module reads without a Python object per number
     return array("q", [number for row in rows for number in row])
 
 
