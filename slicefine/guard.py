@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from slicefine.layer import SliceLayer, State, Watch
+from slicefine.agreement import State
+from slicefine.layer import SliceLayer, Watch
 from slicefine.registry import name_of
 from slicefine.slices import read_slice, rounds_to
 

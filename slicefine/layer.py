@@ -9,10 +9,8 @@ float64 weight). Whatever optimizer moves it, ``weight[slice] = cast(slice_weigh
 
 from __future__ import annotations
 
-import enum
 import weakref
 import zlib
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +18,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from slicefine import ops, sharding
+from slicefine.agreement import (
+    Agreement,
+    State,
+    after_assignment,
+    check_belongs,
+    convert_indices,
+    convert_master,
+    mark_agreed,
+    master_dtype,
+)
 from slicefine.config import SliceConfig
 from slicefine.originals import Originals, set_version
 from slicefine.registry import layers_of, register
@@ -37,63 +45,6 @@ class Updater(Protocol):
     def update_in_backward(
         self, layer: SliceLayer, grad_output: Tensor, input: Tensor
     ) -> None: ...
-
-
-class State(enum.Enum):
-    """How the weight of a layer and the master of its slice stand to each other."""
-
-    AGREED = "neither has been written to since they agreed"
-    OFF = "the slices are disabled: the weight has its original values, the master the trained"
-    STAND_IN = "another tensor is in the place of one of them, for reading only"
-    APART = "one of them is on its way to another device"
-    UNCHECKED = (
-        "slice state was loaded, and whether the weight belongs to it is not known yet"
-    )
-    WEIGHT_WRITTEN = "the weight has been written to, perhaps the master too"
-    MASTER_WRITTEN = "the master has been written to"
-
-
-class Agreement(NamedTuple):
-    """Weight and master as they were when they last agreed.
-
-    A version of -1 stands for a tensor that has been assigned since. ``unchecked``: see
-    `State.UNCHECKED`.
-    """
-
-    weight: Tensor | None
-    weight_version: int
-    master: Tensor | None
-    master_version: int
-    unchecked: bool = False
-
-    @classmethod
-    def now(cls, layer: SliceLayer, unchecked: bool = False) -> Agreement:
-        weight, master = _pair(layer)
-        return cls(weight, weight._version, master, master._version, unchecked)
-
-    def state(self, layer: SliceLayer) -> State:
-        parameters = layer._parameters
-        weight, master = parameters.get("weight"), parameters.get("slice_weight")
-        same = weight is self.weight and master is self.master and weight is not None
-        if same and weight._version == self.weight_version:  # type: ignore[union-attr]
-            unwritten = master._version == self.master_version  # type: ignore[union-attr]
-            if unwritten and not self.unchecked:
-                return State.AGREED
-        if layer.disabled:
-            return State.OFF
-        # torch.func.functional_call, FSDP2's gathered weights, replicas of nn.DataParallel and
-        # parametrizations: all of them change what the names stand for without assigning it here
-        if not same:
-            return State.STAND_IN
-        if layer.slice_weight.device != layer.slice_rows.device:
-            return State.APART
-        if self.unchecked:
-            return State.UNCHECKED
-        # the weight wins where both were written to, as by weight averaging, which knows nothing of
-        # positions
-        if weight._version != self.weight_version:  # type: ignore[union-attr]
-            return State.WEIGHT_WRITTEN
-        return State.MASTER_WRITTEN
 
 
 class SetAside(NamedTuple):
@@ -195,7 +146,7 @@ class SliceLayer(nn.Module):
         for buffer, size in sizes.items():
             index = torch.zeros(size, dtype=torch.int64, device=weight.device)
             self.register_buffer(buffer, index, persistent=False)
-        shape, precise = self.spec.parameter_shape, _master_dtype(weight.dtype)
+        shape, precise = self.spec.parameter_shape, master_dtype(weight.dtype)
         self.slice_weight = nn.Parameter(
             torch.zeros(shape, dtype=precise, device=weight.device)
         )
@@ -262,7 +213,7 @@ class SliceLayer(nn.Module):
         self.active(self.slice_weight).copy_(truth)
         if self.originals is not None:
             self.originals.record(truth, self.rows, self.cols)
-        self.mark_synced()
+        mark_agreed(self)
 
     # Weight and master
 
@@ -272,7 +223,7 @@ class SliceLayer(nn.Module):
         self.require_enabled("an optimizer step")
         values = self.active(self.slice_weight).to(self.weight.dtype)
         write_slice(self.weight_matrix, self.rows, self.cols, values)
-        self.mark_synced()
+        mark_agreed(self)
 
     @torch.no_grad()
     def refresh_master(self) -> None:
@@ -283,17 +234,13 @@ class SliceLayer(nn.Module):
         master = self.active(self.slice_weight)
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
         master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
-        self.mark_synced()
-
-    def mark_synced(self) -> None:
-        """Note that weight and master agree, for every layer that shares them."""
-        mark_synced({self, *layers_of(self.slice_weight)})
+        mark_agreed(self)
 
     def sync(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
         state = self.agreement.state(self)
         if state is State.UNCHECKED:
-            _check_belongs(self)
+            check_belongs(self)
         elif state is State.WEIGHT_WRITTEN:
             self.refresh_master()
         elif state is State.MASTER_WRITTEN:
@@ -327,7 +274,7 @@ class SliceLayer(nn.Module):
         trained = originals.exchange(self.weight_matrix, originals.values())
         for layer in {self, *layers_of(self.slice_weight)}:
             layer.set_aside = SetAside(trained, version)
-        self.mark_synced()
+        mark_agreed(self)
 
     def enable(self) -> None:
         """Undo `disable`, bit for bit; the master keeps its float32 precision."""
@@ -479,7 +426,9 @@ class SliceLayer(nn.Module):
         )
         untouched = untouched and originals.holds(self.weight_matrix)  # type: ignore[union-attr]
         started = originals is not None and not untouched and not self.weight.is_meta
-        outside = originals.outside(self.weight_matrix) if started else None
+        outside = None
+        if originals is not None and started:
+            outside = originals.outside(self.weight_matrix)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -496,14 +445,15 @@ class SliceLayer(nn.Module):
             other.weight = self.weight
         if not self.sharded:
             # with assign=True the weight may have another dtype now
-            _convert_master(self)
+            convert_master(self)
         self.refresh_master()
-        if originals is not None:
-            originals.cast(self.weight.dtype)
+        if originals is None:
+            return
+        originals.cast(self.weight.dtype)
         if outside is not None and not originals.same_outside(outside, self.weight_matrix):
             # entries that no slice has visited have changed: these are weights of another model
             self.originals, self.originals_lost = None, _OTHER_WEIGHTS
-        if originals is not None and untouched:
+        if untouched:
             originals.clear()
             truth = read_slice(self.weight_matrix, self.rows, self.cols)
             originals.record(truth, self.rows, self.cols)
@@ -525,8 +475,8 @@ class SliceLayer(nn.Module):
             self._buffers.update(indices)
         weight = self.weight
         if not self.sharded:
-            _convert_master(self)
-        _convert_indices(self)
+            convert_master(self)
+        convert_indices(self)
         if weight.is_meta:
             if self.originals is not None and self.schedule.steps == 0:
                 # nothing has trained: the weights that will be loaded are the originals
@@ -539,7 +489,7 @@ class SliceLayer(nn.Module):
             else:
                 values = [value.to(weight.dtype) for value in self.set_aside.values]
                 self.set_aside = self.set_aside._replace(values=values)
-        self.mark_synced()
+        mark_agreed(self)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -559,7 +509,7 @@ class SliceLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         register(self)
-        self.mark_synced()
+        mark_agreed(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -576,83 +526,10 @@ class SliceLayer(nn.Module):
             sharding.check_sharding(self)
             sharding.shard_originals(self)
             self.sharded = True
-            self.mark_synced()
+            mark_agreed(self)
         elif "agreement" in self.__dict__ and is_shard == self.sharded:
             # what FSDP2 gathers for a forward pass is a copy, and stays a stand-in
-            self.agreement = _assigned(self.agreement, name, value)
-
-
-def mark_synced(layers: Iterable[SliceLayer]) -> None:
-    """Note that weight and master of these layers agree; they are all that share the two."""
-    for layer in layers:
-        # nn.Module's __setattr__ takes longer than the update of a small slice
-        layer.__dict__["agreement"] = Agreement.now(layer)
-
-
-def _assigned(agreement: Agreement, name: str, value: Any) -> Agreement:
-    """The agreement after a parameter has been replaced by assignment."""
-    if name == "weight":
-        if value is agreement.weight:
-            return agreement
-        return agreement._replace(weight=value, weight_version=-1)
-    if value is agreement.master:
-        return agreement
-    return agreement._replace(master=value, master_version=-1)
-
-
-def _pair(layer: SliceLayer) -> tuple[Tensor, Tensor]:
-    weight, master = layer._parameters.get("weight"), layer._parameters.get("slice_weight")
-    if weight is None or master is None:
-        # replicas of nn.DataParallel and parametrized weights keep theirs elsewhere
-        return layer.weight, layer.slice_weight
-    return weight, master
-
-
-def _check_belongs(layer: SliceLayer) -> None:
-    """Raise RuntimeError unless the weight is the one that loaded slice state was saved with."""
-    truth = read_slice(layer.weight_matrix, layer.rows, layer.cols)
-    master = layer.active(layer.slice_weight).detach()
-    if not bool((rounds_to(master, truth) | (master.isnan() & truth.isnan())).all()):
-        raise RuntimeError(
-            "the loaded slice state does not belong to the weights in the model: the saved"
-            " master of the active slice differs from the weight. Load the model's state dict"
-            " of the same checkpoint too."
-        )
-    layer.mark_synced()
-
-
-def _convert_master(layer: SliceLayer) -> None:
-    """Follow the weight to its device, precision and shared memory."""
-    master, weight = layer.slice_weight, layer.weight
-    precise = _master_dtype(weight.dtype)
-    if weight.is_meta or master.is_meta:
-        # no Parameter can go from or to the meta device and stay the same object
-        values = torch.zeros(master.shape, dtype=precise, device=weight.device)
-        fresh = nn.Parameter(values, requires_grad=master.requires_grad)
-        for other in {layer, *layers_of(master)}:
-            other.slice_weight = fresh
-        return
-    master.data = master.data.to(weight.device, precise)
-    if weight.device.type == "cpu" and weight.is_shared():
-        master.data.share_memory_()
-    if master.grad is None:
-        return
-    # optimizer_in_bwd leaves a gradient without values
-    applied = type(master.grad) is not Tensor
-    master.grad = None if applied else master.grad.to(master.device, master.dtype)
-
-
-def _convert_indices(layer: SliceLayer) -> None:
-    """Follow the weight to its device; the schedule knows the positions that a meta tensor lost."""
-    device = layer.weight.device
-    if layer.slice_rows.device == device:
-        return
-    rows, cols = layer.spec.features(layer.axis, layer.schedule.position[layer.axis])
-    for name, index in (("slice_rows", rows), ("slice_cols", cols)):
-        buffer = layer._buffers[name]
-        if index is None or len(index) != len(buffer):
-            index = torch.zeros(len(buffer), dtype=torch.int64)
-        layer._buffers[name] = index.to(device)
+            self.agreement = after_assignment(self.agreement, name, value)
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
@@ -687,7 +564,3 @@ def _check_weight(weight: Tensor, name: str) -> None:
 _NOT_KEPT = "SliceConfig(keep_originals=False)"
 _OTHER_WEIGHTS = "weights of another model were loaded after training had begun"
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _master_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,9 +14,10 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from slicefine import ops
+from slicefine.agreement import mark_synced
 from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.backends.reference import dynamic_codebook
-from slicefine.layer import SliceLayer, mark_synced
+from slicefine.layer import SliceLayer
 from slicefine.moves import finish_step
 from slicefine.registry import layers_of, slices_of
 from slicefine.sharding import is_sharded

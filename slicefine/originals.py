@@ -90,7 +90,7 @@ class Originals:
         saved = SavedSlice(rows, cols, values.detach().to("cpu", copy=True))
         for earlier in self.slices if crossing else ():
             # what an earlier slice has changed is not an original any more
-            self._overlay(saved, earlier)
+            _overlay(saved, earlier, (len(self._rows), len(self._cols)))
         self.slices.append(saved)
         if len(self.slices) > self._most_slices:
             self.join()
@@ -119,22 +119,6 @@ class Originals:
                 )
                 seen |= common.unsqueeze(1) & columns[cols]
         return seen
-
-    def _overlay(self, saved: SavedSlice, earlier: SavedSlice) -> None:
-        same_kind = (saved.rows is None) == (earlier.rows is None) and (
-            saved.cols is None
-        ) == (earlier.cols is None)
-        if same_kind and (saved.rows is None or saved.cols is None):
-            # features are recorded once
-            return
-        mine_r, theirs_r = _common(saved.rows, earlier.rows, len(self._rows))
-        if not len(mine_r):
-            return
-        mine_c, theirs_c = _common(saved.cols, earlier.cols, len(self._cols))
-        # (R', 1) and (K',) broadcast to the grid of the entries that both hold
-        saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[
-            theirs_r.unsqueeze(1), theirs_c
-        ]
 
     def join(self) -> None:
         """One tensor for all columns, one for all rows, one for all blocks of the same rows: fewer
@@ -283,6 +267,24 @@ def _unseen(seen: Tensor, index: Tensor, values: Tensor, dim: int) -> tuple[Tens
     if bool(new.all()):
         return index, values
     return index[new], values.index_select(dim, new.nonzero().flatten().to(values.device))
+
+
+def _overlay(saved: SavedSlice, earlier: SavedSlice, shape: tuple[int, int]) -> None:
+    """Put what an earlier slice has of the same entries of a weight (out, in) into another."""
+    same_kind = (saved.rows is None) == (earlier.rows is None) and (saved.cols is None) == (
+        earlier.cols is None
+    )
+    if same_kind and (saved.rows is None or saved.cols is None):
+        # features are recorded once
+        return
+    mine_r, theirs_r = _common(saved.rows, earlier.rows, shape[0])
+    if not len(mine_r):
+        return
+    mine_c, theirs_c = _common(saved.cols, earlier.cols, shape[1])
+    # (R', 1) and (K',) broadcast to the grid of the entries that both hold
+    saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[
+        theirs_r.unsqueeze(1), theirs_c
+    ]
 
 
 def _joined(slices: list[SavedSlice]) -> SavedSlice:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"slices", "atomic", "registry", "sharding"},
     {"config", "heads", "past", "checkpointing"},
-    {"originals", "backends", "state", "matching"},
+    {"agreement", "originals", "backends", "state", "matching"},
     {"ops"},
     {"scores", "function"},
     {"layer"},
