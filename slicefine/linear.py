@@ -61,6 +61,7 @@ class SliceLinear(SliceLayer, nn.Linear):
             name: where the layer is in its model; seeds its random order.
             r: overrides config.r.
         """
+        # without __init__, which would allocate and fill a weight only to drop it
         layer = cls.__new__(cls)
         # shared hooks, own registries: the original module is left as it was
         layer.__dict__.update(linear.__dict__)
@@ -80,6 +81,7 @@ class SliceLinear(SliceLayer, nn.Linear):
         """The layer that this one was made of, with the weight as it stands; counterpart of
         `from_linear`.
         """
+        # the master stays behind, so its last values must be in the weight
         self.sync()
         own = self.own_attributes()
         if self.fan_in_fan_out:

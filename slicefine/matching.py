@@ -42,6 +42,7 @@ class Rules:
 
         A plain name that the model has is that name; else the entry is a regular expression.
         """
+        # escaped first: the dot in a plain name is no wildcard
         plain = re.compile(rf"(^|.*\.){re.escape(entry)}($|\..*)")
         if any(plain.match(name) for name in self.names):
             return plain
@@ -59,6 +60,7 @@ class Rules:
         """Whether target_modules names a module, and layers_to_transform its layer."""
         if not named(self.entries, name):
             return False
+        # layers_to_transform narrows suffixes only: a whole name says its layer itself
         if isinstance(self.entries, str) or name in self.entries or not self._layers:
             return True
         return self.layer_number(name) in self._layers
@@ -68,12 +70,14 @@ class Rules:
         if self._patterns:
             regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self._patterns]
         else:
+            # without a pattern: the first number that stands behind any name, as in PEFT
             regexes = [r"(?:^|.*?\.)[^.]*\.(?P<index>\d+)\."]
         found = next((m for regex in regexes if (m := re.match(regex, name))), None)
         return None if found is None else int(found["index"])
 
     def rank(self, name: str) -> tuple[int, bool]:
         """(r of a layer, whether rank_pattern gives it)."""
+        # the first pattern that fits wins, in the order of the config
         for pattern, r in self._ranks.items():
             if _ends_with(pattern, name):
                 return r, True
@@ -89,6 +93,7 @@ class Rules:
         notes, candidates = [], list(candidates)
         listed = [self._exclude] if isinstance(self._exclude, str) else self._exclude
         for entry in listed:
+            # an expression is matched as a whole; a name as a list of one, by suffix
             form = entry if isinstance(self._exclude, str) else [entry]
             matched = [name for name in self.names if named(form, name)]
             if not matched:
@@ -160,6 +165,7 @@ def check_entries(
             unmatched.append(entry)
     if not unmatched:
         return
+    # last parts too: who mistypes q_proj has not written the whole path
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names} | set(names))
     lines = []
     for entry in unmatched:

@@ -52,6 +52,7 @@ def why_not(module: nn.Module, place: Place, notes: list[str]) -> str | None:
         ValueError: the module cannot become a slice, and the config names it itself, or its weight
             cannot be left aside without a word.
     """
+    # an error under "all-linear" too: such a layer left out in silence would be training not done
     if reason := _without_values(module, place.name):
         raise ValueError(reason + ".")
     reason = _other_kind(module, place) or _read_past(module, place, notes)
@@ -119,12 +120,14 @@ def _other_kind(module: nn.Module, place: Place) -> str | None:
     name, kind = place.name, type(module)
     if not is_linear(module):
         return f"is a {kind.__name__}; {_what_instead(module, name)}"
+    # the class of out_proj in nn.MultiheadAttention
     own = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
     if isinstance(module, own) and not place.of_attention:
         return (
             "belongs to a subclass of nn.MultiheadAttention, which may read its weight"
             " without calling it, so a slice might never train"
         )
+    # Conv1D, or a subclass that computes what nn.Linear does
     if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
         return None
     if linear_forward(module):
@@ -143,6 +146,7 @@ def _read_past(module: nn.Module, place: Place, notes: list[str]) -> str | None:
     if found is None:
         return None
     reader, called = found
+    # who names a layer gets it, with a warning; "all-linear" rather leaves it out
     if called and not place.everything:
         notes.append(
             f"{place.name} may train only at times: {reader} also reads its weight without calling"
@@ -173,6 +177,7 @@ def quantised(module: nn.Module) -> str | None:
     it; None if it is not.
     """
     weight = getattr(module, "weight", None)
+    # some libraries replace the layer, others only the tensor inside it
     for kind in (type(module), type(weight)):
         if (
             kind.__module__.split(".")[0] in _QUANTISERS
@@ -186,6 +191,7 @@ def quantised(module: nn.Module) -> str | None:
             and kind.__name__ in ("Linear", "LinearReLU")
         ):
             return f"{kind.__module__}.{kind.__name__}"
+    # GPTQ, AWQ and compressed-tensors keep packed integers under names of their own
     for packed in ("qweight", "weight_packed"):
         if isinstance(getattr(module, packed, None), torch.Tensor):
             return packed

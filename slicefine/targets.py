@@ -191,6 +191,7 @@ class _Search:
             return [
                 self._parameter(f"{name}.{key}", module, key, everything) for key in keys
             ]
+        # out_proj is a linear layer of its own, but who names the attention means it too
         parent = name.removesuffix(".out_proj")
         of_attention = name != parent and parent in self.attentions
         if of_attention and not everything and self.rules.listed(parent):
@@ -217,6 +218,7 @@ class _Search:
         parent = self.modules.get(name.rpartition(".")[0]) if name else None
         weight: Any = getattr(module, "weight", None)
         others = [user for user in self.users.get(weight, ()) if user != name]
+        # tied layers share one slice then; `_check_shared` looks at all uses
         if self.config.tied_weights == "share":
             others = []
         place = Place(name, parent, others, everything, of_attention)
@@ -233,6 +235,7 @@ class _Search:
     ) -> Target:
         r, of_its_own = self.rules.rank(name)
         r_out = self.config.r_out or r
+        # "all-linear" means narrow layers too; an r that is written down for a layer is not changed
         if skipped is None and everything and not of_its_own:
             r, r_out = self._fitting(shape_of(module, key), r, r_out)
         return Target(name, module, r, r_out, skipped, key)
@@ -251,6 +254,7 @@ class _Search:
     def _named_parameters(self, known: set[str]) -> list[Target]:
         """Targets of target_parameters; what target_modules has found is not repeated."""
         entries = self.config.target_parameters or []
+        # not named_parameters, which lists a tied parameter under one of its names only
         owners = {
             f"{name}.{key}" if name else key: (module, key)
             for name, module in self.modules.items()
@@ -352,6 +356,7 @@ class _Search:
                 asked_for = bool(entries) and named(entries, full)
                 if parameter is None or parameter.dim() != 3 or self.rules.excluded(full):
                     continue
+                # keyed by the end of the name: the same suffix serves every decoder layer
                 if not asked_for:
                     found[f"{name.rsplit('.', 1)[-1]}.{key}"] = None
         if found:

@@ -93,6 +93,7 @@ def ftc_curve(
                             seed,
                         )
                     )
+                    # sizes ascend, and the smallest that solves it is what is asked for
                     if points[-1].solved:
                         break
     return points
@@ -111,6 +112,7 @@ def _measure(
     seed: int,
 ) -> Point:
     trial = Attempt(model, method, size, config, layers, seed=seed)
+    # the order in which `relabelled` has changed the first N
     order = _order(len(samples), seed)
     fit = trial.fit(
         samples[order[:N]],
@@ -138,6 +140,7 @@ def relabelled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
         raise ValueError(f"N is {N}; there are {len(samples)} samples")
     chosen = _order(len(samples), seed)[:N]
     labels = samples.labels.clone()
+    # an offset of at least 1, modulo the classes: never the old label
     other = torch.randint(
         1, classes, (N,), generator=torch.Generator().manual_seed(seed + 1)
     )
@@ -166,6 +169,7 @@ def smallest(points: Sequence[Point]) -> dict[tuple[str, int], dict[str, Any]]:
             for s in {p.seed for p in mine}
         }
         solved = [p for p in best.values() if p is not None]
+        # a seed without a solution leaves the size unknown
         worst = max(solved, key=lambda p: p.size) if len(solved) == len(best) else None
         result[key] = {
             "size": worst and worst.size,

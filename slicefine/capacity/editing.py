@@ -67,6 +67,7 @@ class Attempt:
         saved = given.modules_to_save or []
         self.config = replace(given, r=size, switch_interval=None, modules_to_save=saved)
         self.side: AdditiveSide | None = None
+        # the caller's random numbers stay as they were
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             getattr(self, f"_add_{method}")(layers, feature)

@@ -69,6 +69,7 @@ class Bumps(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         w = features.to(self.direction.dtype) @ self.direction
         interval = torch.searchsorted(self.knots, w.contiguous(), right=True)
+        # the first interval has no left end; it is flat, so any point will do
         start = torch.cat([self.knots[:1], self.knots])[interval]
         return self.at[interval] + self.slopes[interval] * (w - start).unsqueeze(-1)
 
@@ -351,6 +352,7 @@ def _zigzags(
         left, right = edges[group], edges[group + 1]
         at, wanted = position[edits], value[edits]
         if (missing := units - len(edits)) > 0:
+            # a unit without an edit in this group takes the value 0 between samples
             virtual = _widest_gaps(position, left, right, missing)
             at, wanted = (
                 torch.cat([at, virtual]),
@@ -364,7 +366,9 @@ def _zigzags(
         for unit in range(units):
             if chosen[unit] < len(edits):
                 mine[unit, edits[chosen[unit]]] = True
+        # height at the right edge of the line that is zero at the edit
         swing = -swing * (1 - share) / share
+        # and of the line that has the wanted value there
         base = (wanted - base * (1 - share)) / share
         swings.append(swing)
         bases.append(base)
@@ -440,6 +444,7 @@ def choose_direction(
         try:
             line = project(features, direction, index, value)
         except ValueError as error:
+            # another direction may tell the two apart
             clash = error
             continue
         if line.smallest_gap < _CLOSEST:
@@ -472,6 +477,7 @@ def _discriminant(features: Tensor, index: Tensor) -> Tensor:
         return features.new_ones(features.shape[1])
     centred = torch.cat([inside - inside.mean(0), outside - outside.mean(0)])
     scatter = centred.t() @ centred / len(features)
+    # with more features than samples the scatter matrix is singular
     ridge = 1e-3 * scatter.diagonal().mean() + torch.finfo(torch.float64).tiny
     eye = torch.eye(len(scatter), dtype=torch.float64)
     return torch.linalg.solve(scatter + ridge * eye, inside.mean(0) - outside.mean(0))

@@ -91,6 +91,7 @@ def predict_sizes(
             )
     for r in sizes:
         for parts in zip(*rows[r], strict=True):
+            # [edits, entries of one layer's slice]; inner products add up over layers
             gradient = torch.cat(parts)
             grams[r] += gradient @ gradient.t()
     need = torch.cat(needed)

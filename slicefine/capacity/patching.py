@@ -161,6 +161,7 @@ def _without_a_token(
         for key, value in inputs.items():
             if value.shape == mask.shape:
                 result[key][row, drop : length - 1] = value[row, drop + 1 : length]
+        # one token fewer: the last place becomes padding
         result["attention_mask"][row, length - 1] = 0
     return result
 

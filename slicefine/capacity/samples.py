@@ -131,6 +131,7 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Tensor:
     n = count(inputs)
     order = torch.arange(n)
     if isinstance(inputs, dict) and "attention_mask" in inputs:
+        # inputs of like length together: less padding is computed
         order = inputs["attention_mask"].sum(1).argsort(stable=True)
     with evaluating(model):
         parts = [
@@ -140,6 +141,7 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Tensor:
         raise ValueError("there are no samples to predict")
     logits = torch.cat(parts)
     result = torch.empty_like(logits)
+    # back in the caller's order
     result[order] = logits
     return result
 

@@ -86,6 +86,7 @@ def load_side(folder: str | os.PathLike[str]) -> tuple[AdditiveSide, dict[str, A
         network: nn.Module = _EXACT[kind](*(tensors[n] for n in _BUFFERS[kind]))
         return AdditiveSide.of(network, manifest["feature"], manifest["output"]), manifest
     weights = [t for n, t in tensors.items() if n.endswith("weight")]
+    # in the network's order, whatever the order in the file
     weights.sort(
         key=lambda t: next(
             int(n.split(".")[0]) for n, other in tensors.items() if other is t

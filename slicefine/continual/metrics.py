@@ -117,6 +117,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
     mx, my = (sum(p[k] for p in pairs) / len(pairs) for k in (0, 1))
     sxx = sum((p - mx) ** 2 for p, _ in pairs)
     sxy = sum((p - mx) * (q - my) for p, q in pairs)
+    # log y = log gamma - beta log x
     slope = sxy / sxx
     total = sum((q - my) ** 2 for _, q in pairs)
     rest = sum((q - my - slope * (p - mx)) ** 2 for p, q in pairs)

@@ -329,6 +329,7 @@ class _Learner:
         if self.mode == "full":
             self.trainable = self.model_parameters
             return
+        # a position for each task: no two of them write to the same weights
         place = number if self.mode == "disjoint" else self.config.start_position
         config = replace(self.config, start_position=place)
         if self.mode == "disjoint":

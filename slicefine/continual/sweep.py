@@ -183,6 +183,7 @@ def sweep(
             first: Run | None = None
             for mode in modes:
                 make = (lambda s=size: make_model(s)) if over == "width" else make_model
+                # mode attach refuses both: what cannot be forgotten needs no rehearsal
                 own = (
                     replace(recipe, seed=seed)
                     if mode != "attach"

@@ -42,6 +42,7 @@ class TaskDeltas:
                 f" {', '.join(map(repr, self.deltas)) or 'none'}"
             )
         self.detach()
+        # unverified: hashing the base at every switch takes long; `check` does it when asked
         self.deltas[task].apply_to(self.model, verify=False)
         self.attached = task
 
@@ -54,6 +55,7 @@ class TaskDeltas:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """One delta a task, each in a folder of its name; `Delta.load` and `add` bring them back."""
         for task, delta in self.deltas.items():
+            # a task's name may hold what no folder name can
             own = Path(folder) / re.sub(r"[^A-Za-z0-9._-]+", "-", task)
             delta.save(own)
             write_text(own / CONFIG_FILE, delta.config_json())

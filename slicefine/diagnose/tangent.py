@@ -66,11 +66,13 @@ def model_outputs(
             mask = batch.get("attention_mask")
             last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
             if mask is not None:
+                # the last visible position, whichever side the padding is on
                 last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
             logits = logits[torch.arange(len(logits), device=logits.device), last]
         if kind == "contrast":
             return (logits - logits.mean(1, keepdim=True))[:, :-1]
         if isinstance(kind, int):
+            # seeded: all batches must see the same projections
             generator = torch.Generator().manual_seed(seed)
             signs = (
                 torch.randint(2, (logits.shape[1], kind), generator=generator).to(logits)
@@ -140,6 +142,7 @@ def _terms(
         # the gradient at a zero that was added to an output is the output's gradient
         zeros = [zero for calls in recorder.calls.values() for _, zero in calls]
         count = result.shape[1]
+        # of a sum over examples: no example sees another, so each finds its own gradient in it
         grads = [
             torch.autograd.grad(
                 result[:, c].sum(),
@@ -271,6 +274,7 @@ def slice_grams(
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients of all batches, shorter ones padded with zeros."""
+    # a padded position has input 0 and gradient 0, and so adds nothing to J
     length = max(x.shape[1] for x, _ in parts)
     pad = lambda tensor, dim: nn.functional.pad(
         tensor, (0, 0, 0, length - tensor.shape[dim])

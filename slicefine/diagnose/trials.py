@@ -163,6 +163,7 @@ def _held_loss(
     model.eval()
     total = count = 0.0
     for batch in held:
+        # by examples: the last batch may be smaller
         size = len(next(iter(batch.values())))
         with recipe.context():
             total += float(loss(model, batch)) * size
@@ -205,6 +206,7 @@ def lr_range_test(
     run = short_training(
         model, config, batches, at, steps, (), recipe, loss, diverged, ticks
     )
+    # a loss without a value has no place in an average
     losses = [value for value in run.losses if math.isfinite(value)]
     return read_range(
         [at(i) for i in range(len(losses))],

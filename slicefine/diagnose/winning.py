@@ -344,6 +344,7 @@ def _summary(
     spec = _spec(layer, r, axis)
     by_position = shares_of_positions(shares, spec)
     features = layer.in_features if axis == "column" else layer.out_features
+    # what a position would hold of a gradient that is spread evenly
     expected = spec.r / features
     fell = [t.drop > 0 for t in trials]
     return Winning(

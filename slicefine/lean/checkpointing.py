@@ -37,6 +37,7 @@ def enable(model: nn.Module, how: str) -> Added:
         ValueError: the model has no method for it, or none that can be selective.
     """
     method = next((n for n in _ENABLE if hasattr(model, n)), None)
+    # the reentrant kind needs an input with a gradient, which a frozen embedding does not give
     options: dict[str, Any] = {"use_reentrant": False}
     if "respect_saved_tensors_hooks" in inspect.signature(torch_checkpoint).parameters:
         # so that hooks, such as those of track_memory, see what a selective checkpoint keeps
@@ -45,7 +46,9 @@ def enable(model: nn.Module, how: str) -> Added:
         options["context_fn"] = functools.partial(
             create_selective_checkpoint_contexts, policy
         )
+    # compared afterwards: what the model's method sets differs from library to library
     had = {name: set(vars(module)) for name, module in model.named_modules()}
+    # hooks that were there before are not ours to remove
     hooked = bool(getattr(model, _HOOKS, None))
     if method is not None:
         getattr(model, method)(options)
@@ -80,10 +83,13 @@ def disable(model: nn.Module, added: Added) -> None:
 def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep attention, and products whose result is not wider than what went in."""
     name = getattr(op, "_overloadpacket", op).__name__
+    # attention takes T^2 operations to make again and T numbers to keep
     if name.startswith("_scaled_dot_product"):
         return CheckpointPolicy.MUST_SAVE
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        # mm(input, weight), addmm(bias, input, weight); aten's weight is [in, out]
         entering, weight = args[-2:]
+        # the widening products of an MLP are most of what a layer would keep
         if weight.shape[1] <= entering.shape[1]:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -15,6 +15,7 @@ class RMSNormFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, late_cast, internal):
         y, rstd = reference.rms_norm(x, weight, eps, offset, late_cast, internal)
+        # neither x / rms nor its float32 copy: both follow from these in one pass
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
         return y
@@ -32,6 +33,7 @@ class GatedActivationFunction(Function):
 
     @staticmethod
     def forward(ctx, gate, up, kind):
+        # not the activation and not the product: both are made again from these
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
         return reference.gated_activation(gate, up, kind)

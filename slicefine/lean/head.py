@@ -52,6 +52,7 @@ def _refuse_slices(head: nn.Module, name: str) -> None:
 
 def attach(model: nn.Module) -> None:
     model.register_forward_pre_hook(begin)
+    # also after an exception: a head that stays lazy would answer calls of others
     model.register_forward_hook(end, always_call=True)
 
 
@@ -65,8 +66,10 @@ def detach(model: nn.Module) -> None:
 def begin(model: nn.Module, args: Any) -> None:
     if not model.training or not torch.is_grad_enabled():
         return
+    # asked for anew in each step: the head may have been replaced or sliced since
     head = _head(model)
     _refuse_slices(head, "the head")
+    # on the instance and for this call only: state dicts, copies and class stay untouched
     head.__dict__["forward"] = _Lazy(head)
 
 

@@ -77,6 +77,7 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # shape and dtype are known without a product
         if func in _ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -89,6 +90,7 @@ class LazyLogits(Tensor):
             found = _STEPS[func](lazy, *args[1:], **kwargs)
             if found is not None:
                 return found
+        # anything else gets the logits, and goes on as if they had been there all the time
         real = lambda value: value.values() if isinstance(value, LazyLogits) else value
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
@@ -104,6 +106,7 @@ class LazyLogits(Tensor):
 def lazy_logits(hidden: Tensor, head: nn.Module) -> LazyLogits:
     """What the head's forward returns in a lean step."""
     weight: Any = head.weight
+    # what F.linear would return here
     dtype = _autocast_dtype(hidden) or hidden.dtype
     shape = (*hidden.shape[:-1], weight.shape[0])
     return LazyLogits(hidden.to(dtype), head, shape, dtype, ())
@@ -154,6 +157,7 @@ def _reshape(lazy: LazyLogits, *shape: Any) -> LazyLogits | None:
         for size in new:
             known *= 1 if size == -1 else size
         new[new.index(-1)] = lazy.numel() // max(known, 1)
+    # tokens may be regrouped, but a row must stay the logits of one token
     return lazy.then(None, shape=tuple(new)) if new[-1] == lazy.shape[-1] else None
 
 
@@ -186,6 +190,7 @@ def _shift(lazy: LazyLogits, index: Any) -> LazyLogits | None:
         covers = index[-1] in (Ellipsis, slice(None))
     if not plain or not covers or lazy.hidden.shape[:-1] != lazy.shape[:-1]:
         return None
+    # a token dropped here has no logits made for it
     hidden = lazy.hidden[index]
     shape = (*hidden.shape[:-1], lazy.shape[-1])
     return LazyLogits(hidden, lazy.head, shape, lazy.dtype, lazy.steps)
@@ -231,12 +236,14 @@ def _cross_entropy(
     plain = weight is None and size_average is None and reduce is None
     if not plain or logits.dim() != 2 or target.is_floating_point() or reduction == "none":
         return None
+    # the values are there already: chunks would save nothing
     if logits.made is not None:
         return None
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
     head_weight, bias = _operands(hidden, logits.head)
     elements = min(CHUNK, max(CHUNK_AT_LEAST, CHUNK_OF_HIDDEN * hidden.numel()))
+    # [rows, V] is all of the logits that exists at a time
     rows = max(1, min(hidden.shape[0], elements // logits.shape[-1]))
     # torch's own has no label smoothing in chunks, and rounds the loss to 16 bits where hidden is
     wide = hidden.dtype in (torch.float32, torch.float64)
@@ -264,6 +271,7 @@ def _cross_entropy(
 def _keep_values(logits: LazyLogits) -> bool:
     """Whether the steps are casts that change no value, tried on a few numbers."""
     with torch.no_grad(), unset_fake_temporarily():
+        # 40: a cap by tanh would change it
         tried = torch.tensor([-3.0, 0.5, 40.0], dtype=logits.hidden.dtype)
         found = tried
         for step in logits.steps:
@@ -286,6 +294,7 @@ class ChunkedCrossEntropy(Function):
         total = None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
+            # the gradient now, while the chunk's logits exist: backward would make them again
             with torch.enable_grad():
                 inputs = [
                     t.detach().requires_grad_(n) if t is not None else None
@@ -299,6 +308,7 @@ class ChunkedCrossEntropy(Function):
                 found = torch.autograd.grad(loss, asked) if asked else ()
             if needs[0]:
                 grads[0][part] = found[0]
+            # every chunk adds to weight and bias; needs[0] is 1 where hidden stands before them
             for grad, more in zip(grads[needs[0] :], found[needs[0] :], strict=True):
                 grad += more
             total = loss.detach() if total is None else total + loss.detach()
@@ -310,5 +320,6 @@ class ChunkedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx, grad):
         saved = iter(ctx.saved_tensors)
+        # the loss is a number, so its incoming gradient is a factor
         results = [next(saved) * grad if need else None for need in ctx.needs]
         return *results, None, None, None, None

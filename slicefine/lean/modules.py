@@ -43,6 +43,7 @@ class LeanRMSNorm(LeanModule):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, how = self.weight, self._lean  # type: ignore[attr-defined]
+        # our backward has no gradient for the weight
         if weight.requires_grad or not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[misc]
         offset, late_cast, internal, eps = how
@@ -117,6 +118,7 @@ def recognise_norm(
     if eps is None:
         if not isinstance(module, nn.RMSNorm):
             return None
+        # what nn.RMSNorm takes where its eps is None
         eps = torch.finfo(weight.dtype).eps
     found = _try_norm(module, torch.float64, eps, weight.dtype)
     return found
@@ -129,6 +131,7 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "rms_norm_e
 def _try_norm(
     module: nn.Module, dtype: torch.dtype, eps: float, weight_dtype: torch.dtype
 ) -> tuple[float, bool, torch.dtype | None, float] | None:
+    # real numbers, also where the model is of fake or meta tensors
     with unset_fake_temporarily(), torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         features = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
@@ -171,8 +174,10 @@ def recognise_mlp(module: nn.Module) -> tuple[tuple[str, ...], str, bool] | None
         or module._parameters
     ):
         return None
+    # which layer is the gate cannot be told from names; the result tells
     for names in itertools.permutations(linear):
         for kind, gate_first in itertools.product(reference.ACTIVATIONS, (True, False)):
+            # the permutations swap gate and up already
             if len(names) == 3 and not gate_first:
                 continue
             if _shapes_fit(linear, names) and _computes_gated(
@@ -199,6 +204,7 @@ def _computes_gated(
         for name in names:
             last = name == names[-1]
             out = _TRIED if last else _HIDDEN * (4 - len(names))
+            # small layers stand in: the module's own may be large, or on a GPU
             layer = nn.Linear(_HIDDEN if last else _TRIED, out, dtype=torch.float64)
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -223,6 +229,7 @@ def recognise_activation(module: nn.Module) -> str | None:
     ):
         return None
     with torch.no_grad(), unset_fake_temporarily(), torch.device("cpu"):
+        # covers where the forms of gelu differ, by far more than the tolerance
         x = torch.linspace(-6, 6, 101, dtype=torch.float64)
         found = _run(_shell(module), {}, x)
         for kind in reference.ACTIVATIONS:
@@ -234,6 +241,7 @@ def recognise_activation(module: nn.Module) -> str | None:
 def _operators(module: nn.Module, x: Tensor) -> int:
     with torch.enable_grad():
         node: Any = _shell(module)(x.clone().requires_grad_()).grad_fn
+    # nodes of the autograd graph: each may keep a tensor as large as x
     count = 0
     while node is not None and "Accumulate" not in type(node).__name__:
         count += 1
@@ -306,6 +314,7 @@ def unknown_mlps(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         linear = [m for m in module.children() if isinstance(m, nn.Linear)]
         widths = sorted(layer.out_features for layer in linear)
+        # two layers that widen alike and one that narrows
         looks = len(linear) == 3 and widths[1] == widths[2] > widths[0]
         if looks and not isinstance(module, LeanGatedMLP):
             kind = type(module).__name__

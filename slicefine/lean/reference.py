@@ -35,6 +35,7 @@ def rms_norm(
     wide = x.to(internal)
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normed = wide * rstd
+    # Gemma scales in float32 and rounds once; Llama rounds before it scales
     if late_cast:
         return (normed * (offset + weight.to(internal))).to(x.dtype), rstd
     scale = weight if not offset else offset + weight
@@ -47,6 +48,7 @@ def rms_norm_backward(
     """The gradient for x of `rms_norm`; (..., d), in x's dtype."""
     internal = rstd.dtype
     wide = x.to(internal)
+    # dx = rstd (s - x mean(s x) rstd^2) with s = dy (offset + w)
     scaled = grad.to(internal) * (offset + weight.to(internal))
     along = (scaled * wide).mean(-1, keepdim=True) * rstd.pow(2)
     return ((scaled - wide * along) * rstd).to(x.dtype)
@@ -68,6 +70,7 @@ def gated_activation_backward(
     grad: Tensor, gate: Tensor, up: Tensor, kind: str
 ) -> tuple[Tensor, Tensor]:
     """The gradients for gate and up of `gated_activation`; the activation is computed again."""
+    # in place: the activation is a temporary of this function
     grad_up = activation(gate, kind).mul_(grad)
     through = grad * up
     if kind == "silu":

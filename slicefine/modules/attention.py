@@ -55,6 +55,7 @@ class SliceMultiheadAttention(SlicedModule):
         child, weight = self.slice_of("in_proj_weight"), self.parameter("in_proj_weight")
         if weight is None or weight.requires_grad:
             return weight
+        # whoever reads the weight past the slice must find its last values
         if child is not None:
             child.sync()
         return weight.detach().requires_grad_(torch.is_grad_enabled())
@@ -78,6 +79,7 @@ class SliceMultiheadAttention(SlicedModule):
         """
         shapes = query, key, value, key_padding_mask, attn_mask, self.num_heads
         batched = F._mha_shape_check(*shapes)  # pyright: ignore[reportAttributeAccessIssue]
+        # 0 and -inf in place of booleans: masks then add up, and add to the logits
         key_padding_mask = _additive(
             key_padding_mask, "key_padding_mask", query.dtype, attn_mask
         )
@@ -122,6 +124,7 @@ class SliceMultiheadAttention(SlicedModule):
                 for i, (n, x) in enumerate(zip(names, inputs, strict=True))
             )
             return q, k, v
+        # self-attention: one product of width 3 E in place of three
         if query is key and key is value:
             q, k, v = self._product("in_proj_weight", query, bias).chunk(3, dim=-1)
             return q, k, v
@@ -180,6 +183,7 @@ class SliceMultiheadAttention(SlicedModule):
             k, v = (torch.cat([x, x.new_zeros(N * heads, 1, width)], dim=1) for x in (k, v))
             extra += 1
         S = k.shape[1]
+        # the keys added above (bias_k, zeros) are visible to every query
         mask, padding = (
             None if m is None else F.pad(m, (0, extra)) for m in (mask, padding)
         )
@@ -189,6 +193,7 @@ class SliceMultiheadAttention(SlicedModule):
             )
             mask = padding if mask is None else mask + padding
         dropout = self.dropout if self.training else 0.0
+        # the fused kernel below returns no weights, so they are computed the long way
         if need_weights:
             scaled = q * math.sqrt(1.0 / width)
             logits = (
@@ -206,11 +211,13 @@ class SliceMultiheadAttention(SlicedModule):
                     if mask.shape[0] == 1 and mask.dim() == 3
                     else mask.view(N, heads, -1, S)
                 )
+            # (N, heads, L or S, width)
             q, k, v = (x.view(N, heads, -1, width) for x in (q, k, v))
             output = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal
             ).permute(2, 0, 1, 3)
             weights = None
+        # called and not read: out_proj may be a slice
         flat = self.out_proj(output.reshape(L * N, E))
         return flat.view(L, N, -1), weights
 

@@ -67,6 +67,7 @@ class SliceExperts(SlicedModule):
                 " whole"
             )
         tokens, k = top_k_index.shape
+        # sorted, each expert's tokens are one block of rows; stable, so that runs repeat to the bit
         expert, order = torch.sort(top_k_index.flatten(), stable=True)
         counts = torch.bincount(expert, minlength=self.num_experts)
         if len(counts) > self.num_experts:
@@ -75,6 +76,7 @@ class SliceExperts(SlicedModule):
                 f" {self.num_experts - 1}"
             )
         offsets = counts.cumsum(0)
+        # entry i of the flattened (n, k) choices belongs to token i // k
         hidden = self._project(
             "gate_up_proj" if self.has_gate else "up_proj",
             hidden_states[order // k],
@@ -86,6 +88,7 @@ class SliceExperts(SlicedModule):
         if getattr(this, "has_post_expert_norm", False):
             output = this.post_expert_norm(output)
         output = output * top_k_weights.flatten()[order].unsqueeze(-1)
+        # the inverse permutation brings the k outputs of a token side by side again
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return output[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
@@ -126,6 +129,7 @@ class _ExpertsFunction(torch.autograd.Function):
     def forward(ctx, input, weight, slice_weight, cols, offsets, scored):
         needs_input, _, needs_slice, *_ = ctx.needs_input_grad
         kept = None
+        # [n, r] in place of [n, in]; scores alone need every column
         if needs_slice:
             kept = input if scored is not None else input.index_select(1, cols)
         ctx.save_for_backward(weight if needs_input else None, kept, cols, offsets)
@@ -141,9 +145,11 @@ class _ExpertsFunction(torch.autograd.Function):
         )
         if kept is None:
             return grad_input, None, None, None, None, None
+        # the host waits here: how many tokens each expert got decides the shapes
         ends, start = offsets.tolist(), 0
         grad, rows = None, ctx.slice_shape[0] // len(ends)
         for i, end in enumerate(ends):
+            # an expert without tokens has a gradient of zero and no product
             if start < end:
                 dy, x = grad_output[start:end], kept[start:end]
                 if ctx.scored is not None:
@@ -161,6 +167,7 @@ def _grouped_product(input: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """input[start:end] @ weight[i] for every i. input: (n, in), weight: (experts, in, out),
     offsets: (experts,) the ends.
     """
+    # one kernel for all experts, where there is one for the dtype and the device
     if input.dtype != torch.float64 and input.device.type in ("cpu", "cuda"):
         return F.grouped_mm(input, weight, offs=offsets.to(torch.int32))
     ends = offsets.tolist()

@@ -50,6 +50,7 @@ class SliceParameter(SliceLayer):
     @property
     def weight_matrix(self) -> Tensor:
         weight = self._parameters.get("weight")
+        # (experts, out, in) as (experts * out, in): its columns are those of every expert at once
         return local(self.weight if weight is None else weight).view(-1, self.in_features)
 
     def forward(
@@ -94,6 +95,7 @@ class SliceParameter(SliceLayer):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # the child has the parameter's name, so the key without ".weight" is the plain module's
         destination[prefix[:-1]] = destination.pop(prefix + "weight")
 
     def _load_from_state_dict(
@@ -151,6 +153,7 @@ class SlicedModule(nn.Module):
             child.sync()
             del self._modules[name]
         order = self.__dict__.pop("_parameter_order")
+        # what has been registered meanwhile goes last
         late = [name for name in self._parameters if name not in order]
         self._parameters = {
             n: held[n].weight if n in held else self._parameters[n] for n in [*order, *late]
@@ -162,6 +165,7 @@ class SlicedModule(nn.Module):
     ) -> None:
         for name in self._modules:
             if self.slice_of(name) is not None and prefix + name in state_dict:
+                # plain checkpoints have the parameter's key, torch looks for the child's
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -175,6 +179,7 @@ class SlicedModule(nn.Module):
 def convert_module(module: nn.Module, mixin: type[SlicedModule]) -> None:
     """Let a module hold slices, in place: its class becomes ``mixin`` in front of its own."""
     if not isinstance(module, SlicedModule):
+        # optimizer states count parameters by their place, so `restore` must bring the order back
         module.__dict__["_parameter_order"] = list(module._parameters)
         module.__class__ = _mixed(mixin, type(module))
 
@@ -194,6 +199,7 @@ def restore_parameters(model: nn.Module) -> None:
 
 @functools.cache
 def _mixed(mixin: type, own: type) -> Any:
+    # under the name of its own class: whoever prints or matches class names sees no difference
     body = {
         "_held_class": own,
         "__module__": own.__module__,
