@@ -280,6 +280,7 @@ def _overlay(saved: SavedSlice, earlier: SavedSlice, shape: tuple[int, int]) -> 
     mine_r, theirs_r = _common(saved.rows, earlier.rows, shape[0])
     if not len(mine_r):
         return
+    # positions within the two slices, not features of the weight
     mine_c, theirs_c = _common(saved.cols, earlier.cols, shape[1])
     # (R', 1) and (K',) broadcast to the grid of the entries that both hold
     saved.values[mine_r.unsqueeze(1), mine_c] = earlier.values[

@@ -231,6 +231,7 @@ class SliceSchedule:
             self.position[axis] = self.start_position
             self.visited[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
             self.swept[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
+        # the first axis is at its first position already; the second gets there at its first move
         self.swept[self.axis][self.start_position] = True
 
     @property
@@ -369,6 +370,8 @@ def _share(spec: SliceSpec, visited: Mapping[str, Tensor]) -> float:
     for axis, seen in visited.items():
         grid = seen.view(*(_count(extent) for extent in spec.extents(axis)))
         for dim, (width, features, _) in enumerate(spec.extents(axis)):
+            # Weighed by the features of each part, the sum over the grid counts entries, not
+            # positions.
             grid, sizes = _disjoint(grid, dim, width, features)
             visited_features = grid.to(torch.float64).movedim(dim, -1) * sizes
             grid = visited_features.movedim(-1, dim)

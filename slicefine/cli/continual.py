@@ -371,6 +371,7 @@ def _from_files(files: _Files) -> tuple[Any, Any]:
                 Path(path).stem, studying.encode(kind, rows), studying.encode(kind, held)
             )
         )
+    # read from the disk once; every mode, size and seed starts from a copy
     return lambda: copy.deepcopy(base), tasks
 
 

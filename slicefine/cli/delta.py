@@ -22,7 +22,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # click's to end quietly
+            # click's to end quietly
+            raise
         except (DeltaError, UserError, OSError, ImportError) as error:
             typer.echo(f"slicefine delta: {error}", err=True)
             raise typer.Exit(2) from None
@@ -60,6 +61,7 @@ class _Target:
 
     def __init__(self, store: Path, target: str) -> None:
         self.store, self.entry = Store(store), None
+        # What looks like a path is one; any other name is the store's, or else a folder's here.
         path = Path(target)
         if (
             path.suffix == ".safetensors"
@@ -173,6 +175,7 @@ def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> 
         sha = waiting.pop(0)
         if sha in order:
             continue
+        # the nearest first; a delta that several others come of is listed once
         order.append(sha)
         parents.setdefault(sha, known[sha].parents if sha in known else [])
         waiting += parents[sha]
@@ -521,6 +524,7 @@ def audit(
     place = torch.device(device) if device else folders.default_device()
     with tables.quiet():
         recorded, value = evaluation.repeat(found.delta, model, data, place)
+    # of a recorded 0 no share is anything
     passed = abs(value - recorded.value) <= tolerance * max(abs(recorded.value), 1e-12)
     found.record(
         "audit",

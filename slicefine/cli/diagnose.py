@@ -199,14 +199,17 @@ def load_subject(
     task: Task = TASKS[task_name](columns, max_length)
     if isinstance(task, ImageClassification):
         task.folder = Path(data).parent
+    # Again: the first look was at the columns, by which a task is guessed, and asked for none.
     rows = read_rows(data, task.required())
     task.prepare(rows)
     device = device_of(device_name)
+    # for the shuffle: files are often sorted by label
     rows = split_rows(rows, 0.0, seed)[0]
     chosen = rows[:examples]
     torch.manual_seed(seed)
     loaded, whole = task.load(model, torch.float32)
     loaded.to(device).eval()
+    # by length, so that batches are padded little
     ordered = sorted(chosen, key=task.length)
     batches = [
         {

@@ -37,6 +37,7 @@ def attempt(check: Callable[[], str]) -> str:
     """What a check says, or the error that stopped it."""
     try:
         return check()
+    # a panic of an extension in Rust is no Exception
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -44,6 +45,7 @@ def attempt(check: Callable[[], str]) -> str:
 
 
 def _accelerator() -> str:
+    # Here and below in the functions: a broken install must still come as far as saying so.
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip

@@ -19,8 +19,10 @@ from slicefine.training.data import UserError
 from slicefine.training.tasks import pretrained
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
-_BESIDE = (".json", ".txt", ".model", ".jinja")  # tokenizers, processors, templates
-_NOT_BESIDE = ("training.json", "slice_config.json")  # what another run says of itself
+# tokenizers, processors, templates
+_BESIDE = (".json", ".txt", ".model", ".jinja")
+# what another run says of itself
+_NOT_BESIDE = ("training.json", "slice_config.json")
 
 
 def load_for(delta: Delta, model: str) -> nn.Module:
@@ -53,6 +55,7 @@ def _class(delta: Delta, model: str) -> Any:
 
     name = delta.base.get("class") or ""
     kind = getattr(transformers, name, None) if name.isidentifier() else None
+    # The name comes from a file: of all that is in the module, only a model's class may be called.
     plain = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     wanted = getattr(getattr(kind, "config_class", None), "model_type", None)
     if not plain or not wanted:
@@ -123,6 +126,8 @@ def write(model: Any, source: str, output: Path) -> None:
             from transformers import AutoTokenizer
 
             pretrained(AutoTokenizer, source, None).save_pretrained(temporary)
+        # _copy writes over nothing: what save_pretrained has written stays, then the source's small
+        # files, then what was in the folder.
         if origin is not None and not (output.exists() and origin.samefile(output)):
             for path in sorted(origin.iterdir()):
                 if path.name.endswith(_BESIDE) and path.name not in _NOT_BESIDE:
@@ -139,6 +144,7 @@ def _copy(path: Path, folder: Path, folders: bool) -> None:
     if path.is_file():
         shutil.copy2(path, target)
     elif folders and path.is_dir():
+        # a link stays a link: what it points to may be large, or gone
         shutil.copytree(path, target, symlinks=True)
 
 

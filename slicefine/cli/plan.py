@@ -143,6 +143,7 @@ def work(request: Request) -> dict[str, Any]:
 
     from slicefine.plan.fit import largest_that_fits
 
+    # fake tensors compute nothing: more threads would only be started
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     peaks, mode = Peaks(request), request.mode
@@ -150,6 +151,7 @@ def work(request: Request) -> dict[str, Any]:
     row["has_length"] = peaks.workload.logits_width is not None
     if request.budget is None or not row["trainable"]:
         return row
+    # No batch is small enough then, which a search would find out at batch 1 only.
     if row["weights"] + row["moments"] > request.budget:
         # they are the same at any size
         row |= {"largest_batch": 0, "longest_sequence": 0}
@@ -173,6 +175,7 @@ def _choice(request: Request, peaks: Peaks) -> dict[str, Any]:
     if not request.decide or request.budget is None:
         return {}
     asked = SWITCHES[request.mode].split()
+    # those with at least the switches that were asked for
     modes = [mode for mode, flags in SWITCHES.items() if set(asked) <= set(flags.split())]
     peak = lambda mode, batch: peaks(mode, batch, request.length)
     return {"choice": asdict(choose(peak, modes, request.batch, request.budget))}
@@ -231,6 +234,7 @@ def bar(row: dict[str, Any], largest: int, width: int) -> Any:
     total = 0
     for kind, colour in COLOURS.items():
         total += row[kind]
+        # Ends are rounded, not lengths: so the blocks of a row are as long as its total.
         upto = round(width * total / largest)
         text.append("█" * (upto - done), style=colour)
         done = upto
@@ -276,6 +280,7 @@ def plan(
         Request(model, name, r, batch, seq, dtype, mode, budget, name == "column")
         for name in method_names()
     ]
+    # spawn: the child of a fork may wait for ever for a lock that a thread of torch held
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         try:
             rows = _with_progress(pool.map(work, requests), len(requests))

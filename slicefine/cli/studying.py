@@ -40,6 +40,7 @@ def encode(task: Task, rows: list[Row]) -> Samples:
     """
     size = 512
     if (tokenizer := getattr(task, "tokenizer", None)) is not None:
+        # Texts in one batch: parts padded each to its own longest could not be joined.
         tokenizer.padding_side, size = "right", len(rows)
     parts = []
     for start in range(0, len(rows), size):

@@ -265,7 +265,8 @@ def show_table(
         table.add_row(*(Text(cell) for cell in row))
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 200  # nobody's window: for grep and files
+        # nobody's window: for grep and files
+        console.width = 200
     # what words need at least, side by side
     if (
         console.measure(table).minimum > console.width

@@ -147,6 +147,7 @@ def train(
     Ctrl-C finishes the step, writes a checkpoint and the model as it stands, and exits with 130;
     --resume goes on from there.
     """
+    # first of all, while the only locals are the options
     given = dict(locals())
     try:
         made = _recipe(given)
@@ -167,6 +168,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     resume, output = given.pop("resume"), given["output"]
     given.pop("print_recipe")
     if resume and file is None and output is not None and (output / RECIPE).is_file():
+        # what the interrupted run was given, so that --resume --output is enough
         file = output / RECIPE
     slices = {name: given.pop(name) for name in _SLICES}
     training = settings_of(given.pop("settings") or ())

@@ -118,6 +118,7 @@ class AdapterModel:
             they overlap otherwise.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        # what disable_adapters remembers is over: this call says what applies from here on
         self._adapters.disabled = None
         for name in names:
             self._known(name)
@@ -149,6 +150,7 @@ class AdapterModel:
             )
         rest = [name for name in self.active_adapters if name != adapter_name]
         if rest != self.active_adapters:
+            # stack: what was applied together before may stay so, overlaps and all
             self.set_adapter(rest, stack=True)
         del self._adapters.deltas[adapter_name]
 
@@ -164,7 +166,8 @@ class AdapterModel:
         finally:
             self._unapply_all()
             for name in names:
-                if name in self.adapters:  # else deleted inside the block
+                # else deleted inside the block
+                if name in self.adapters:
                     self._apply_one(name)
 
     def revert(self) -> None:
@@ -511,6 +514,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     if (
         Path(path).exists()
         or not isinstance(path, str)
+        # an id of the hub is owner/name; a folder of that name here comes first
         or path.count("/") != 1
         or path.startswith((".", "/"))
     ):

@@ -72,6 +72,7 @@ class Content:
     def sha256(self, header: bytes) -> str:
         """Hash of the file with another header of the same length."""
         digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+        # the values as they were read: the file may have been replaced since
         digest.update(self.values)
         return digest.hexdigest()
 
@@ -131,6 +132,7 @@ def write(
         OSError: such as a full disk; what was there stays.
         ValueError: the header would be longer than readers take.
     """
+    # wide types first, as the library sorts: each tensor begins at a multiple of its item size
     names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
     header = _header(names, tensors, metadata)
     size = 8 + len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
@@ -255,6 +257,7 @@ def _write_values(tensor: Tensor, file: BinaryIO, digest: Any) -> None:
     tensor = tensor.detach().to("cpu").contiguous()
     size = tensor.numel() * tensor.element_size()
     if size:
+        # the tensor's own memory: hashed and written without a copy of it
         buffer: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
         digest.update(buffer)
         file.write(buffer)

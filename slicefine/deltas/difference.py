@@ -46,6 +46,7 @@ def difference(delta: Delta, other: Delta) -> list[Difference]:
                 f"{key} is {tuple(values.shape)} in one delta and {tuple(other_values.shape)} in"
                 " the other"
             )
+        # only here can the two conflict: elsewhere one of them keeps the base's value
         shared = changed & other_changed
         a, b = values[shared], other_values[shared]
         conflicts = a != b

@@ -141,6 +141,7 @@ def restart_from_base(model: Any) -> None:
         layer.required_originals("be reverted").take(layer.weight_matrix)
         layer.refresh_master()
     for entry in register.full.values():
+        # so that switching on writes the values of the base, here too
         entry.new = entry.old
     register.versions.clear()
 
@@ -223,6 +224,7 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
     for key, weight in weights.items():
         # left open by _weight_delta: one pass hashes sliced weights and all others
         weight.base_sha256 = hashes[key]
+    # all but the last: the slices in training are the top of the stack
     below = [{"name": n, "sha256": register.deltas[n].sha256} for n in register.active[:-1]]
     base = _base(model, hashes)
     if below:
@@ -238,6 +240,7 @@ def _one_layer_per_weight(model: Any) -> dict[str, SliceLayer]:
     """Layers by state-dict key; of layers that share a weight the first."""
     layers: dict[int, tuple[str, SliceLayer]] = {}
     for name, layer in named_layers(model):
+        # by identity: tied layers share one parameter, and one set of slices
         layers.setdefault(id(layer.weight), (layer.state_key(name), layer))
     return dict(layers.values())
 
@@ -245,6 +248,7 @@ def _one_layer_per_weight(model: Any) -> dict[str, SliceLayer]:
 def _weight_delta(layer: SliceLayer) -> WeightDelta:
     layer.sync()
     originals = layer.required_originals("be saved as a delta")
+    # fewer, longer tensors in the file: one of all columns, one of all rows
     originals.join()
     values = slice_values(originals.slices, originals.read(layer.weight_matrix))
     shape = (layer.out_features, layer.in_features)

@@ -167,6 +167,7 @@ def _factors(weight: WeightDelta) -> tuple[Tensor, Tensor]:
     B = torch.cat([b for b, _ in parts], 1)
     A = torch.cat([a for _, a in parts], 0)
     smaller = min(out_features, in_features)
+    # more columns in the factors than the weight has: the dense difference is smaller than they are
     if B.shape[1] > smaller:
         # one of the two is one-hot in every term, and no entry occurs twice: exact
         D = B @ A
@@ -182,6 +183,8 @@ def _differences(patches: list[SliceValues]) -> Iterable[tuple[SliceValues, Tens
     taken: list[SliceValues] = []
     # from the last: what it writes is what stays, as in Delta.write
     for patch in reversed(patches):
+        # float64 holds the difference of two float32 or narrower values exactly, but for extreme
+        # ratios
         D = patch.new.double() - patch.old.double()
         for later in taken:
             rows, cols = (

@@ -31,6 +31,7 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
                 "the adapters were made for different base models; they cannot be combined"
             )
     combined = {}
+    # dict.fromkeys: a set that keeps its order, so that equal merges make equal files
     for key in dict.fromkeys(key for delta in deltas for key in delta.weights):
         parts = [
             (d.weights[key], w)
@@ -121,6 +122,7 @@ def _union(patches: list[tuple[SliceValues, float]], dim: int) -> SliceValues:
         for (patch, scale), place in zip(patches, where, strict=True):
             # Only sums go through float64; a patch alone in its features was copied above.
             total.index_add_(dim, place, scale * (patch.new.double() - patch.old.double()))
+        # features that several patches have, into the (R, K) values of the union
         shared = (count > 1).nonzero().flatten()
         new.index_copy_(dim, shared, total.index_select(dim, shared).to(new.dtype))
     return SliceValues(

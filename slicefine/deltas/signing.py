@@ -61,6 +61,7 @@ def new_key(path: str | os.PathLike[str], password: str | None = None) -> Path:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, protection))
+    # the form that openssl reads, too
     spki = serialization.PublicFormat.SubjectPublicKeyInfo
     atomic.write_text(public, key.public_key().public_bytes(pem, spki).decode())
     return public

@@ -90,6 +90,7 @@ class Store:
         self._require_folder()
         try:
             content = (self.path / INDEX).read_bytes()
+        # a store without a delta yet has no log
         except FileNotFoundError:
             # Else a store whose log was deleted would look like a new one.
             if self.path.is_dir() and any((self.path / BLOBS).glob("*.safetensors")):
@@ -379,6 +380,7 @@ def parents_of(delta: Delta) -> list[str]:
     # what a file says may be of any form
     lists = [delta.info.get(key) for key in ("parents", "combined")]
     named = [entry for listed in lists if isinstance(listed, list) for entry in listed]
+    # unsaved deltas have no hash: they are parents that nobody can look up
     hashes = [entry.get("sha256") for entry in named if isinstance(entry, dict)]
     return [sha256 for sha256 in hashes if isinstance(sha256, str) and sha256]
 
@@ -411,9 +413,11 @@ def _replay(events: list[dict[str, Any]]) -> list[Entry]:
                 )
             entries.append(entry)
             same.append(entry)
+            # so that a promotion finds its entry without a look at all of them
             by_version.setdefault((entry.name, entry.version), []).append(entry)
         elif kind == "revoke":
             for entry in same:
+                # nobody who asks for name@stage may still get it
                 entry.revoked, entry.stages = event["reason"], []
         elif kind == "sign" and same and event["key"] not in same[0].signed_by:
             same[0].signed_by.append(event["key"])
@@ -477,7 +481,8 @@ def _exclusive(handle: int) -> Iterator[None]:
         lock: Any = msvcrt
         while True:
             try:
-                lock.locking(handle, lock.LK_LOCK, 1)  # gives up after ten seconds
+                # gives up after ten seconds
+                lock.locking(handle, lock.LK_LOCK, 1)
                 break
             except OSError:
                 continue

@@ -59,6 +59,7 @@ class SliceCallback(transformers.TrainerCallback):
         if not layers or not state.global_step or _holds_slices(optimizer):
             return
         path = self._saved(args, state)
+        # weights_only: a checkpoint may be anybody's file, and a pickle can run code
         load_slice_state_dict(
             model, torch.load(path, map_location="cpu", weights_only=True)
         )
@@ -83,6 +84,7 @@ class SliceCallback(transformers.TrainerCallback):
         gradients = [
             p.grad
             for p in model.parameters()
+            # a DTensor's norm is a collective, which all processes would have to enter together
             if p.requires_grad and type(p.grad) is torch.Tensor
         ]
         self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
@@ -129,6 +131,8 @@ class SliceCallback(transformers.TrainerCallback):
             return
         folder = _checkpoint(args, state)
         if folder.is_dir():
+            # A process that dies while it saves leaves no half file under the name that resuming
+            # looks for.
             temporary = folder / (self.FILE + ".tmp")
             torch.save(slice_state_dict(model), temporary)
             os.replace(temporary, folder / self.FILE)

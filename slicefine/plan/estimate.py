@@ -113,6 +113,7 @@ def _fakes(model: nn.Module) -> Iterator[FakeTensorMode]:
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
             with mode:
+                # on the CPU, so that no accelerator has to be there
                 twin = torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
                 )
@@ -165,6 +166,7 @@ def estimate(
     depth = None if whole or workload.compiled else identical_layers(model)
     if depth is None:
         return _estimate_of(workload, method, model, batch, length)
+    # built anew for each: keep_layers shortens in place
     short = [
         _estimate_of(workload, method, keep_layers(workload.build(), kept), batch, length)
         for kept in SHORT_STACKS
@@ -190,10 +192,12 @@ def _estimate_of(
     model = method.on_meta(model)
     model.train()
     if workload.lean is not None:
+        # still on meta: lean replaces modules, and those it makes become fake with the others
         lean(model, verbose=False, **workload.lean)
     with _fakes(model):
         optimizer = method.prepare(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # within the fake mode: these have shapes, and no values either
         inputs = workload.inputs(batch, length)
         if optimizer is None:
             _reach(workload.embeddings(model), workload.compiled)
@@ -202,6 +206,7 @@ def _estimate_of(
         step = _compiled_step if workload.compiled else _step
         with workload.context():
             report = step(workload, method, model, optimizer, inputs)
+    # each byte at the peak is of one kind
     assert sum(report.breakdown.values()) == report.peak_bytes
     return Estimate(
         workload.name,
@@ -275,6 +280,7 @@ def _compiled_step(
         loss = torch.compile(
             lambda inputs: workload.loss(model(**inputs), inputs),
             backend=tracking.backend,
+            # what runs behind a graph break would not be tracked
             fullgraph=True,
             dynamic=False,
         )

@@ -25,6 +25,7 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, start: int) -> in
     """
     known: dict[int, int] = {}
     size = start
+    # A handful is enough where peaks grow almost linearly; 40, so that no plan hangs.
     for _ in range(40):
         known[size] = peak(size)
         fits, beyond = (

@@ -67,6 +67,7 @@ def phases_of_layers(model: nn.Module, begin: Callable[[str], None]) -> Iterator
                 return
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    # The gradient of its output arrives when a layer's backward begins.
                     leaf.register_hook(lambda gradient: begin(f"backward {index}"))
                     break
             if index == len(stack) - 1:
@@ -134,6 +135,7 @@ def _stack_of(model: nn.Module) -> Any:
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
         kinds = {type(child) for child in module}
+        # A run of bare linear layers is a head, not a stack of blocks.
         if len(kinds) == 1 and not kinds & {nn.Linear}:
             best.append((sum(p.numel() for p in module.parameters()), module))
     if not best:

@@ -69,11 +69,13 @@ def masked(r: int, targets: str | list[str] = "all-linear") -> Method:
     def prepare(model: nn.Module) -> Optimizer:
         found = find_targets(model, SliceConfig(r=r, target_modules=targets))
         model.requires_grad_(False)
+        # by identity: a tied weight is updated, and counted, once
         weights: list[Any] = list(
             {id(t.module.weight): t.module.weight for t in found if not t.skipped}.values()
         )
         for weight in weights:
             weight.requires_grad_(True)
+        # in place: after_backward holds this very list
         masks[:] = [(w, torch.zeros(w.shape[1], dtype=torch.bool)) for w in weights]
         return torch.optim.AdamW(weights, fused=True)
 

@@ -28,6 +28,7 @@ def with_checkpointing(workload: Workload) -> Workload:
     non-reentrant.
     """
     calls: dict[str, Callable[[Any], Any]] = {
+        # The reentrant kind gives no gradients behind frozen embeddings, whose output needs none.
         "activation_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
         "gradient_checkpointing_enable": lambda enable: enable({"use_reentrant": False}),
         "set_grad_checkpointing": lambda enable: enable(True),

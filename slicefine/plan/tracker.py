@@ -63,6 +63,7 @@ class _StorageTracker(TorchDispatchMode):
         if tensor.layout == torch.sparse_coo:
             return self.follow_all((tensor._indices(), tensor._values()), kind)
         storage = tensor.untyped_storage()
+        # the address of the storage in C++, which views and detached tensors share
         key, size = storage._cdata, storage.nbytes()
         if key in self.live:
             self._promote(key, kind)
@@ -77,6 +78,7 @@ class _StorageTracker(TorchDispatchMode):
             self.totals[kind] += size
             self.current += size
             self._note_peak()
+            # when the last tensor on it is gone, also from within autograd
             weakref.finalize(storage, self._freed, key)
 
     def _promote(self, key: int, kind: str) -> None:
@@ -85,6 +87,7 @@ class _StorageTracker(TorchDispatchMode):
             self.live[key] = size, kind
             self.totals[before] -= size
             self.totals[kind] += size
+            # This moment may be the peak: what is held at it has a better name now.
             if self.current == self.peak:
                 self.at_peak = dict(self.totals)
             if self.phase is not None and self.current == self.phase_peak:
@@ -145,6 +148,7 @@ def track_memory(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        # The peak starts anew from these: what is allocated when the block begins counts.
         report.bytes_before = torch.cuda.memory_allocated(device)
         yield report
         torch.cuda.synchronize(device)
@@ -154,6 +158,7 @@ def track_memory(
     with _following(tracker, model, optimizer, held):
         report.bytes_before = tracker.current
         report.begin = tracker.begin
+        # They change nothing, and are shown every tensor that autograd keeps for backward.
         with saved_tensors_hooks(tracker.save, lambda tensor: tensor), tracker:
             yield report
     report.peak_bytes, report.breakdown = tracker.peak, tracker.at_peak
@@ -179,6 +184,7 @@ def _following(
                     )
                     hooks.callback(grown.remove)
         if optimizer is not None:
+            # after every step, too: the first one makes them
             moments = lambda *_: tracker.follow_all(
                 tree_iter(list(optimizer.state.values())), "moments"
             )
@@ -238,6 +244,7 @@ def track_compiled(
     backend = aot_autograd(
         fw_compiler=compiler("activations"),
         bw_compiler=compiler("temporaries"),
+        # inductor's own, or the saved tensors would not be those of compiled code
         decompositions=select_decomp_table,
         partition_fn=min_cut_rematerialization_partition,
     )

@@ -84,6 +84,7 @@ def _one_sequence_in_a_row() -> AbstractContextManager[Any]:
 
 def _auto_class(config: Any) -> Any:
     ending = {name: getattr(transformers, name) for name in _AUTO}
+    # the class that the checkpoint was saved from, by the end of its name
     for architecture in getattr(config, "architectures", None) or ():
         for name, auto in ending.items():
             if architecture.endswith(name.removeprefix("AutoModel")):

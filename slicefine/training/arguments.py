@@ -88,6 +88,7 @@ def arguments(recipe: Recipe) -> Any:
     # Trainer would wrap the model in nn.DataParallel where it sees several GPUs, whose copies of a
     # module do not know their slices; accelerate launch uses them all.
     if made.n_gpu > 1:
+        # n_gpu is a property without a setter
         made._n_gpu = 1
     return made
 
@@ -106,6 +107,7 @@ def _values(recipe: Recipe, known: set[str]) -> dict[str, Any]:
         "seed": recipe.seed,
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
+        # Trainer's default may be every tracker that is installed
         "report_to": "none",
         "logging_steps": 10,
         "save_strategy": "steps" if recipe.save_every else "no",
@@ -125,6 +127,7 @@ def _values(recipe: Recipe, known: set[str]) -> dict[str, Any]:
         # the collator makes batches of whole rows
         values["remove_unused_columns"] = False
     if recipe.early_stopping:
+        # The best one can only be loaded where each evaluation has its checkpoint: one rhythm.
         given = recipe.training.get("eval_strategy", "epoch")
         values.update(eval_strategy=given, save_strategy=given, load_best_model_at_end=True)
         if "eval_steps" in recipe.training:
@@ -139,6 +142,8 @@ def _checkpointing(wanted: bool, known: set[str]) -> dict[str, Any]:
         name = "gradient_checkpointing"
     values: dict[str, Any] = {name: wanted}
     if wanted:
+        # The reentrant kind gives no gradients to a layer whose input needs none, as behind frozen
+        # embeddings.
         values[f"{name}_kwargs"] = {"use_reentrant": False}
     if name == "activation_checkpointing":
         values["gradient_checkpointing"] = None
@@ -149,6 +154,7 @@ def _warmup(share: float, known: set[str]) -> dict[str, float]:
     # transformers 5 takes a share as warmup_steps, 4 as warmup_ratio
     if "warmup_ratio" in known:
         return {"warmup_ratio": share}
+    # there 1 and more are numbers of steps, so all of them is a share just below 1
     return {"warmup_steps": share if share < 1 else 0.999999}
 
 
@@ -166,6 +172,7 @@ def device_of(name: str | None) -> torch.device:
     """A device by its name; without one, CUDA where there is one. Raises UserError without it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # torch takes any name that it knows: only an allocation shows whether there is one
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -69,6 +69,7 @@ def form_of(row: Row, text_column: str) -> str:
     Raises:
         UserError: if there is none of the forms, naming them.
     """
+    # A column that was asked for by name wins over forms that are found.
     if text_column != "text" and text_column in row:
         return "text"
     for form, columns in FORMS.items():
@@ -204,6 +205,7 @@ class Chat:
     def _plain(self, example: Example, answers_only: bool) -> Rendered:
         end = self.tokenizer.eos_token or ""
         completion = example.completion
+        # without an end to learn from, a model never stops answering
         if not end or not completion.endswith(end):
             completion += end
         text = example.prompt + completion
@@ -214,6 +216,7 @@ class Chat:
         messages = list(example.messages)
         text = self._text(messages, where, example.tools)
         if not answers_only:
+            # no special tokens from the tokenizer: the template has written them
             return Rendered(text, ((0, len(text)),), False, True)
         first = 0 if example.learned is None else len(messages) - example.learned
         spans = []
@@ -234,6 +237,7 @@ class Chat:
             start = len(before) or max(
                 0, upto.rfind(str(message.get("content", "")).strip())
             )
+            # the line break that templates put behind an answer is not what it learns
             spans.append((start, len(upto.rstrip())))
         if not spans:
             raise UserError(f"{where}: no message of the assistant in the completion")
@@ -262,12 +266,14 @@ class Chat:
         """Own template, or TRL's for training if the own one changes what came before."""
         if self._chosen:
             return
+        # before it is true: _text below comes here again
         self._chosen = True
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{where} is a conversation, and the model's tokenizer has no chat template. Give"
                 " one with --set chat_template_path=FILE.jinja, or use prompt and completion"
             )
+        # the shortest conversation in which a first answer has another one behind it
         turns = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
@@ -280,4 +286,5 @@ class Chat:
 
             self.template = get_training_chat_template(self.tokenizer)
         except (ImportError, ValueError, UserError):
+            # Then the tokenizer's own: a row that it spoils is refused by its number.
             self.template = None

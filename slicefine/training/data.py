@@ -99,6 +99,7 @@ def _text_of(path: Path, place: str) -> str:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
+        # -sig: spreadsheets write a byte order mark, which would begin the first column's name
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 text ({error})") from error
@@ -109,6 +110,7 @@ def _text_of(path: Path, place: str) -> str:
 @contextmanager
 def _long_fields() -> Iterator[None]:
     """csv refuses fields above 131,072 characters unless told; the limit is that of the process."""
+    # a C long, which has 32 bits on Windows
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -117,7 +119,9 @@ def _long_fields() -> Iterator[None]:
 
 
 def _read_csv(path: Path, place: str, delimiter: str = ",") -> list[Row]:
+    # newline="": csv itself tells a line break within quotes from the end of a row
     text = io.StringIO(_text_of(path, place), newline="")
+    # strict: else a quote that is never closed takes in all rows behind it, without a word
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     rows: list[Row] = []
     header: list[str] | None = None
@@ -212,6 +216,7 @@ def _read_parquet(path: Path, place: str) -> list[Row]:
     import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
     try:
+        # not load_dataset, whose cache may hold the rows of an earlier file of that name
         table = pyarrow.parquet.read_table(path)
         return list(datasets.Dataset(datasets.table.InMemoryTable(table)))
     except Exception as error:
@@ -409,6 +414,7 @@ def labels_of(rows: list[Row], column: str) -> list[str]:
             " at least two labels"
         )
     if all(re.fullmatch(r"0|[1-9]\d*", name) for name in first):
+        # as texts, 10 would stand before 2
         return sorted(first, key=int)
     return sorted(first)
 

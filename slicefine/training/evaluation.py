@@ -90,6 +90,7 @@ class Evaluation:
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
+    # not isinstance, for which true is a whole number
     return lambda value: type(value) in kinds
 
 
@@ -194,6 +195,7 @@ def rows_sha256(rows: list[Row]) -> str:
     """SHA-256 of rows as JSON, images by their pixels."""
     digest = hashlib.sha256()
     for row in rows:
+        # sort_keys: two readers may give the columns of a row in different orders
         digest.update(json.dumps(row, default=_as_text, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -96,6 +96,7 @@ class Recipe:
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
         config = self.slice_config()
+        # One seed for all of it: where only the slices have one, that one.
         self.seed = config.seed
 
     def _check_types(self) -> None:
@@ -144,6 +145,7 @@ class Recipe:
     def _identity(self) -> dict[str, Any]:
         values = {key: value for key, value in asdict(self).items() if key not in _FREE}
         slices, training = values.pop("slices"), values.pop("training")
+        # how often something is logged or saved makes no other training
         kept = {k: v for k, v in training.items() if not _FREE_SETTINGS.fullmatch(k)}
         nested = {"slices": slices, "training": kept}
         flat = {
@@ -242,6 +244,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``no`` is a text, 1e-3 a number; a key that stands twice is an error."""
 
 
+# PyYAML reads YAML 1.1, where `no` is false and 1e-3, without a point, is a text.
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))
@@ -262,6 +265,7 @@ _Loader.add_implicit_resolver(
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    # PyYAML would keep the last of two equal keys
     for i, key in enumerate(keys):
         if key in keys[:i]:
             raise yaml.constructor.ConstructorError(

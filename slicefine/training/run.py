@@ -140,10 +140,12 @@ class _Run:
     def load(self) -> None:
         """The model with its slices, and the trainer."""
         recipe, task = self.recipe, self.task
+        # a new head is drawn while the model is loaded
         torch.manual_seed(self.slices.seed)
         dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.model, self.whole = task.load(self.model_name, dtype)
         loaded_dtype = str(self.model.dtype).removeprefix("torch.")
+        # Before training: the data are hashed as they are now, not as they may be in some hours.
         self.evaluation = planned(
             task,
             self.model_name,
@@ -158,6 +160,7 @@ class _Run:
         )
         self._ask_before()
         slices = self.slices
+        # from_pretrained has drawn these at random: there is nothing in them to keep
         slices.modules_to_save = (
             sorted({*(slices.modules_to_save or ()), *self.whole}) or None
         )
@@ -289,6 +292,7 @@ class _Run:
         self._ask_after()
         if interrupted:
             return
+        # its absence beside training.json is what says that the run is finished
         (self.output / RUN).unlink(missing_ok=True)
         if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
             # only the one that an interruption has left
@@ -356,6 +360,7 @@ def check_output(output: Path, model: str, resume: bool) -> None:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
+        # A file, not the permission bits, which say nothing of a disk that is full or read-only.
         probe = output / ".slicefine-can-write"
         probe.touch()
         probe.unlink(missing_ok=True)
@@ -393,8 +398,10 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # Windows
+    # Windows
+    except ImportError:
         return 0
+    # in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -25,6 +25,7 @@ def prompts_of(task: CausalLM, rows: list[Row], count: int) -> list[list[int]]:
         if not prompt:
             ids = ids[: max(1, min(_START, len(ids) // 2))]
         room = max(1, task.max_length - 1)
+        # a prompt that is too long loses its start: the answer follows its end
         prompts.append(ids[-room:])
     return prompts
 

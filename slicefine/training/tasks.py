@@ -198,6 +198,7 @@ def _new_modules(info: dict[str, Any]) -> list[str]:
     keys = {
         *info.get("missing_keys", ()),
         *(
+            # some versions of transformers put the two shapes behind the key
             k[0] if isinstance(k, (tuple, list)) else k
             for k in info.get("mismatched_keys", ())
         ),
@@ -237,6 +238,7 @@ class _TextTask(Task):
                 raise UserError(
                     f"--model {model}: its tokenizer has neither a padding nor an end token"
                 )
+            # Padding is masked, so any token will do; GPT-2 and others have none for it.
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
@@ -277,6 +279,7 @@ class TextClassification(_TextTask):
         loaded, info = _classifier(
             AutoModelForSequenceClassification, model, dtype, self.labels
         )
+        # a decoder's classifier reads the last token before the padding, which it finds by this id
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self._check_length(loaded)
         return loaded, _new_modules(info)
@@ -389,6 +392,7 @@ class CausalLM(_TextTask):
         if rendered.whole:
             labels = list(ids)
         else:
+            # A token across the edge of a part belongs to the one in which it starts.
             learned = [any(a <= s < b for a, b in rendered.spans) for s, _ in offsets]
             # special tokens that the tokenizer adds stand at (0, 0)
             empty = [start == end for start, end in offsets]
@@ -461,6 +465,7 @@ class CausalLM(_TextTask):
             if predicted == 0:
                 continue
             with autocast():
+                # The loss is a mean over the predicted tokens; batches differ in their number.
                 total += float(model(**batch).loss) * predicted
             tokens += predicted
         mean = total / max(tokens, 1)
@@ -548,6 +553,7 @@ class ImageClassification(Task):
         from PIL import Image, UnidentifiedImageError
 
         if not isinstance(image, str):
+            # a processor takes three channels: grey images have one, those with alpha four
             return image.convert("RGB")
         try:
             with Image.open(self.folder / image) as opened:
@@ -578,9 +584,11 @@ def _classifier(kind: Any, model: str, dtype: Dtype, labels: list[str]) -> tuple
         num_labels=len(names),
         id2label=names,
         label2id={v: k for k, v in names.items()},
+        # a head of another number of classes is drawn anew instead of refused
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    # else transformers guesses it from the number of labels, and one label is a regression
     loaded.config.problem_type = "single_label_classification"
     return loaded, info
 

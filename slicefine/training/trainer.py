@@ -151,6 +151,7 @@ class SliceTraining:
         """One micro-batch; raises UserError before an update with a loss that is not finite."""
         mine: Any = self
         loss = super().training_step(*inputs, **more)  # type: ignore[misc]
+        # waits for the device once a micro-batch: the price of noticing in time a loss that is none
         value = loss.item()
         step = mine.state.global_step + 1
         if not math.isfinite(value):
@@ -158,6 +159,7 @@ class SliceTraining:
                 f"the loss is {value} at step {step}; nothing has been written over. Lower"
                 f" --lr ({self.recipe.lr:g}), try --no-bf16, or look at the rows of this batch"
             )
+        # A micro-batch's loss is its share of the step's: they add up.
         self._sum += value
         if mine.accelerator.sync_gradients:
             self.step_losses.append(self._sum)
@@ -204,12 +206,14 @@ class LengthWindows(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        # A text as the seed is hashed by SHA-512: the same order in every process.
         rng = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         window = WINDOW * self.size
         steps: list[list[int]] = []
         for start in range(0, len(order), window):
+            # within a window only: sorted over all rows, the same ones would meet in every epoch
             near = sorted(order[start : start + window], key=self.lengths.__getitem__)
             steps += [near[i : i + self.size] for i in range(0, len(near), self.size)]
         # an incomplete step stays last, or all batches after it would be cut elsewhere
@@ -254,6 +258,7 @@ def _options(task: Task) -> dict[str, Any]:
     if isinstance(task, CausalLM):
         return {"processing_class": task.tokenizer}
     options = {"compute_loss_func": weighted_cross_entropy, "compute_metrics": accuracy_of}
+    # Trainer keeps what this returns for all rows of an evaluation: classes, not logits.
     options["preprocess_logits_for_metrics"] = lambda logits, labels: _first(logits).argmax(
         -1
     )
@@ -269,6 +274,7 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """Mean over all rows of an optimizer step, however they are cut into batches and processes."""
     logits = _first(outputs["logits"])
+    # A sum over the rows of all batches: a mean of means would weigh a short batch more.
     total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
@@ -325,6 +331,7 @@ class Interruption(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
+            # If one process stopped alone, the others would wait for it in their next collective.
             flag = torch.tensor(int(self.hit), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.hit = bool(flag.item())
