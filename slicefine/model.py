@@ -15,8 +15,9 @@ from torch import nn
 from slicefine import checkpointing
 from slicefine.config import SliceConfig
 from slicefine.deltas import adapters, live
-from slicefine.deltas.adapters import DEFAULT, AdapterModel
+from slicefine.deltas.adapters import DEFAULT
 from slicefine.deltas.delta import Delta
+from slicefine.deltas.peft_names import PeftNames
 from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
 from slicefine.matching import means_everything, some
@@ -230,7 +231,7 @@ def _match(target: Target, config: SliceConfig) -> Match:
     return Match(target.name, *shape, target.r, parameters, target.skipped)
 
 
-class SliceModel(AdapterModel, _Module):
+class SliceModel(PeftNames, _Module):
     """The methods that a model gains from `get_slice_model`; mixed into its class, as fully_shard
     mixes in FSDPModule.
     """
