@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -21,18 +19,25 @@ from slicefine.deltas.peft_names import PeftNames
 from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
 from slicefine.matching import means_everything, some
-from slicefine.modules.attention import SliceMultiheadAttention, is_attention
-from slicefine.modules.experts import SliceExperts
-from slicefine.modules.parameters import (
-    SlicedModule,
-    SliceParameter,
-    convert_module,
-    restore_parameters,
-    swap_parameter,
-)
+from slicefine.modules.parameters import restore_parameters
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.state import ModelState, config_of, set_state, state_of
-from slicefine.targets import Target, Targets, resolve
+from slicefine.swapping import (
+    free_biases,
+    named_slice_layers,
+    plain_of,
+    renew_hook,
+    replace_modules,
+    replace_parameters,
+    set_trainable,
+    share_tied,
+    slice_layers,
+    slice_of,
+    to_convert,
+    trainable_names,
+    trained_whole,
+)
+from slicefine.targets import Target, resolve
 
 # At run time SliceModel is mixed in front of a model's own class, which is an nn.Module already.
 _Module = nn.Module if TYPE_CHECKING else object
@@ -73,7 +78,7 @@ def get_slice_model(
     found = resolve(model, config)
     before = state_of(model)
     # a model with loaded deltas is frozen, and gives back what trained before those
-    trained_before = _trainable(model) if before is None else before.trained_before
+    trained_before = trainable_names(model) if before is None else before.trained_before
     layers = _layers_of(model, found.layers, config)
     for note in [
         *found.unused,
@@ -83,24 +88,24 @@ def get_slice_model(
         warnings.warn(note, stacklevel=2)
 
     for layer in layers.values():
-        _renew_hook(layer)
-    _set_trainable(model, ())
+        renew_hook(layer)
+    set_trainable(model, ())
     replacement: dict[int, nn.Module] = {
         id(t.module): layers[t.name]
         for t in found.layers
         if t.name in layers and t.parameter is None
     }
-    _replace_modules(model, replacement)
-    _replace_parameters(model, found.layers, layers)
-    _share_tied(layers)
+    replace_modules(model, replacement)
+    replace_parameters(model, found.layers, layers)
+    share_tied(layers)
     for module in found.saved.values():
         module.requires_grad_(True)
-    _free_biases(model, config.bias)
+    free_biases(model, config.bias)
     sliced = _mix_in(model)
     state = sliced._slicefine
     state.config, state.trained_before = config, trained_before
     live.register_slices(
-        model, adapter_name, _trained_whole(model, found), config.keep_originals
+        model, adapter_name, trained_whole(model, found), config.keep_originals
     )
     _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
     checkpointing.let_inputs_carry_gradients(model)
@@ -111,15 +116,15 @@ def _layers_of(
     model: nn.Module, targets: list[Target], config: SliceConfig
 ) -> dict[str, SliceLayer]:
     """Name -> the slice of every target that is not skipped; the model stays as it is."""
-    trainable = _trainable(model)
+    trainable = trainable_names(model)
     layers, problems = {}, []
-    for target in _unique(targets):
+    for target in to_convert(targets):
         try:
-            layers[target.name] = _slice_of(target, config)
+            layers[target.name] = slice_of(target, config)
         except (ValueError, TypeError) as error:
             problems.append(f"{target.name}: {error}")
     if problems:
-        _set_trainable(model, trainable)
+        set_trainable(model, trainable)
         raise ValueError("\n".join(problems))
     if not layers:
         raise ValueError(
@@ -349,17 +354,17 @@ class SliceModel(PeftNames, _Module):
             undo_lean(self)
         restore_parameters(self)
         plain: dict[int, nn.Module] = {
-            id(layer): _unload(layer)
+            id(layer): plain_of(layer)
             for layer in slice_layers(self)
             if isinstance(layer, SliceLinear)
         }
-        _replace_modules(self, plain)
+        replace_modules(self, plain)
         state = state_of(self)
         set_state(self, None)
         _keep_from_ddp(self, [])
         self.__class__ = _own_class(self)
         if state is not None:
-            _set_trainable(self, state.trained_before)
+            set_trainable(self, state.trained_before)
         return self
 
     def _check_finite(self) -> None:
@@ -430,7 +435,6 @@ def _size(spec: SliceSpec) -> str:
 
 
 _POSITIONS = (".slice_rows", ".slice_cols")
-_REGISTRIES = frozenset(nn.Module().__dict__)
 # a share of the parameters below which slices cannot change what a model does
 _LITTLE = 0.01
 # of one warning
@@ -502,50 +506,10 @@ def _with_delta(
     return model
 
 
-def _trained_whole(model: nn.Module, found: Targets) -> dict[str, bool]:
-    """State-dict key of everything that changes beside slices -> whether the base model has it too
-    (False: modules_to_save).
-    """
-    slices = {id(layer.slice_weight) for layer in slice_layers(model)}
-    parameters = {
-        id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices
-    }
-    # running statistics change in training mode, whether asked to or not
-    running = {
-        id(b)
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase)
-        for b in m.buffers()
-    }
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
-    whole = {}
-    for key in (
-        k for k in model.state_dict() if k in tensors
-    ):  # by name: a state-dict hook may hand out copies
-        value = tensors[key]
-        saved = found.is_saved(key.rpartition(".")[0])
-        if id(value) in parameters or id(value) in running or (saved and key in buffers):
-            whole[key] = not saved
-    return whole
-
-
-def slice_layers(model: Any) -> Iterator[SliceLayer]:
-    return (module for module in model.modules() if isinstance(module, SliceLayer))
-
-
-def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, SliceLayer)
-    )
-
-
 def _mix_in(model: nn.Module) -> SliceModel:
     """Give a model its state and the methods of `SliceModel`; one that has them stays as it is."""
     if state_of(model) is None:
-        state = ModelState(live.AdapterRegister(), trained_before=_trainable(model))
+        state = ModelState(live.AdapterRegister(), trained_before=trainable_names(model))
         set_state(model, state)
         model.__class__ = _with_slices(_own_class(model))
     return cast(SliceModel, model)
@@ -578,127 +542,3 @@ def _own_class(model: Any) -> type:
 def _rebuild(kind: type) -> Any:
     mixed: Any = _with_slices(kind)
     return mixed.__new__(mixed)
-
-
-def _unique(targets: list[Target]) -> Iterator[Target]:
-    """Targets to convert; a module reachable under several names once."""
-    seen: set[tuple[int, str | None]] = set()
-    for target in targets:
-        if target.skipped is None and (id(target.module), target.parameter) not in seen:
-            seen.add((id(target.module), target.parameter))
-            yield target
-
-
-def _slice_of(target: Target, config: SliceConfig) -> SliceLayer:
-    if config.slice_type == "block":
-        config = replace(config, r_out=target.r_out)
-    if target.parameter is None:
-        return SliceLinear.from_linear(target.module, config, target.name, target.r)
-    parameter = target.module._parameters[target.parameter]
-    assert parameter is not None
-    return SliceParameter.from_parameter(parameter, config, target.name, target.r)
-
-
-def _replace_modules(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
-    """Put modules into every place that holds another: children, and plain attributes and lists."""
-    for parent in list(model.modules()):
-        _replace_in(parent._modules, replacement)
-        for key, value in parent.__dict__.items():
-            # some forwards walk a plain list that was filled beside the registered children
-            if isinstance(value, (list, dict)) and key not in _REGISTRIES:
-                _replace_in(value, replacement)
-            elif isinstance(value, nn.Module) and id(value) in replacement:
-                parent.__dict__[key] = replacement[id(value)]
-
-
-def _replace_in(holder: Any, replacement: dict[int, nn.Module]) -> None:
-    entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for key, value in list(entries):
-        if isinstance(value, nn.Module) and id(value) in replacement:
-            holder[key] = replacement[id(value)]
-
-
-def _replace_parameters(
-    model: nn.Module, targets: list[Target], layers: dict[str, SliceLayer]
-) -> None:
-    """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from
-    now on.
-    """
-    for module in list(model.modules()):
-        if is_attention(module):
-            convert_module(module, SliceMultiheadAttention)
-    for target in _unique(targets):
-        layer = layers.get(target.name)
-        if target.parameter is not None and isinstance(layer, SliceParameter):
-            if not isinstance(target.module, SliceMultiheadAttention):
-                convert_module(target.module, SliceExperts)
-            swap_parameter(target.module, target.parameter, layer)
-
-
-def _trainable(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that require a gradient, every name of a shared one."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return frozenset(name for name, p in parameters if p.requires_grad)
-
-
-def _set_trainable(model: nn.Module, names: Iterable[str]) -> None:
-    names = set(names)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(name in names)
-
-
-def _share_tied(layers: dict[str, SliceLayer]) -> None:
-    """Layers with one weight get one slice and one schedule."""
-    first: dict[int, SliceLayer] = {}
-    for layer in layers.values():
-        owner = first.setdefault(id(layer.weight), layer)
-        if owner is layer:
-            continue
-        if owner.spec.parameter_shape != layer.spec.parameter_shape:
-            raise ValueError(
-                f"two layers share one weight of shape ({layer.out_features}, {layer.in_features})"
-                f" and would have slices of r {owner.spec.r} and {layer.spec.r}: give them the same"
-                " r in rank_pattern"
-            )
-        layer.slice_weight, layer.spec, layer.schedule = (
-            owner.slice_weight,
-            owner.spec,
-            owner.schedule,
-        )
-        layer.originals = owner.originals
-        layer.select_slice()
-
-
-def _free_biases(model: nn.Module, mode: str) -> None:
-    if mode == "all":
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # in_proj_bias of attention and biases of experts too
-                parameter.requires_grad_(True)
-    elif mode == "slice_only":
-        for layer in slice_layers(model):
-            if layer.bias is not None:
-                layer.bias.requires_grad_(True)
-        for module in model.modules():
-            if isinstance(module, SlicedModule):
-                module.free_biases()
-
-
-def _unload(layer: SliceLinear) -> nn.Module:
-    plain = layer.to_plain()
-    _renew_hook(plain)
-    return plain
-
-
-def _renew_hook(module: nn.Module) -> None:
-    """Bind a device map's hook to a module that has taken over another one's attributes.
-
-    Accelerate's hook works by a ``forward`` on the instance, which would go on calling the module
-    that it was made for.
-    """
-    hook = module.__dict__.pop("_hf_hook", None)
-    if hook is None:
-        return
-    for name in ("_old_forward", "forward"):
-        module.__dict__.pop(name, None)
-    # whoever put the hook there has loaded the library
-    sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)

@@ -28,6 +28,7 @@ LAYERS = [
     {"modules"},
     {"obstacles"},
     {"optim", "targets", "plan.tracker", "deltas"},
+    {"swapping"},
     {"model"},
     {"lean"},
     {"plan"},

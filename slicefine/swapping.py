@@ -1,0 +1,190 @@
+"""Put slices into the places of a model's layers and parameters, and find them there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from slicefine.config import SliceConfig
+from slicefine.layer import SliceLayer
+from slicefine.linear import SliceLinear
+from slicefine.modules.attention import SliceMultiheadAttention, is_attention
+from slicefine.modules.experts import SliceExperts
+from slicefine.modules.parameters import (
+    SlicedModule,
+    SliceParameter,
+    convert_module,
+    swap_parameter,
+)
+from slicefine.targets import Target, Targets
+
+
+def slice_layers(model: Any) -> Iterator[SliceLayer]:
+    return (module for module in model.modules() if isinstance(module, SliceLayer))
+
+
+def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SliceLayer)
+    )
+
+
+_REGISTRIES = frozenset(nn.Module().__dict__)
+
+
+def replace_modules(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
+    """Put modules into every place that holds another: children, and plain attributes and lists."""
+    for parent in list(model.modules()):
+        _replace_in(parent._modules, replacement)
+        for key, value in parent.__dict__.items():
+            # some forwards walk a plain list that was filled beside the registered children
+            if isinstance(value, (list, dict)) and key not in _REGISTRIES:
+                _replace_in(value, replacement)
+            elif isinstance(value, nn.Module) and id(value) in replacement:
+                parent.__dict__[key] = replacement[id(value)]
+
+
+def _replace_in(holder: Any, replacement: dict[int, nn.Module]) -> None:
+    entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    for key, value in list(entries):
+        if isinstance(value, nn.Module) and id(value) in replacement:
+            holder[key] = replacement[id(value)]
+
+
+def replace_parameters(
+    model: nn.Module, targets: list[Target], layers: dict[str, SliceLayer]
+) -> None:
+    """Slices of parameters take their places, and every nn.MultiheadAttention calls its layers from
+    now on.
+    """
+    for module in list(model.modules()):
+        if is_attention(module):
+            convert_module(module, SliceMultiheadAttention)
+    for target in to_convert(targets):
+        layer = layers.get(target.name)
+        if target.parameter is not None and isinstance(layer, SliceParameter):
+            if not isinstance(target.module, SliceMultiheadAttention):
+                convert_module(target.module, SliceExperts)
+            swap_parameter(target.module, target.parameter, layer)
+
+
+def to_convert(targets: list[Target]) -> Iterator[Target]:
+    """Targets to convert; a module reachable under several names once."""
+    seen: set[tuple[int, str | None]] = set()
+    for target in targets:
+        if target.skipped is None and (id(target.module), target.parameter) not in seen:
+            seen.add((id(target.module), target.parameter))
+            yield target
+
+
+def share_tied(layers: dict[str, SliceLayer]) -> None:
+    """Layers with one weight get one slice and one schedule."""
+    first: dict[int, SliceLayer] = {}
+    for layer in layers.values():
+        owner = first.setdefault(id(layer.weight), layer)
+        if owner is layer:
+            continue
+        if owner.spec.parameter_shape != layer.spec.parameter_shape:
+            raise ValueError(
+                f"two layers share one weight of shape ({layer.out_features}, {layer.in_features})"
+                f" and would have slices of r {owner.spec.r} and {layer.spec.r}: give them the same"
+                " r in rank_pattern"
+            )
+        layer.slice_weight, layer.spec, layer.schedule = (
+            owner.slice_weight,
+            owner.spec,
+            owner.schedule,
+        )
+        layer.originals = owner.originals
+        layer.select_slice()
+
+
+def slice_of(target: Target, config: SliceConfig) -> SliceLayer:
+    if config.slice_type == "block":
+        config = replace(config, r_out=target.r_out)
+    if target.parameter is None:
+        return SliceLinear.from_linear(target.module, config, target.name, target.r)
+    parameter = target.module._parameters[target.parameter]
+    assert parameter is not None
+    return SliceParameter.from_parameter(parameter, config, target.name, target.r)
+
+
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that require a gradient, every name of a shared one."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in parameters if p.requires_grad)
+
+
+def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
+    names = set(names)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in names)
+
+
+def trained_whole(model: nn.Module, found: Targets) -> dict[str, bool]:
+    """State-dict key of everything that changes beside slices -> whether the base model has it too
+    (False: modules_to_save).
+    """
+    slices = {id(layer.slice_weight) for layer in slice_layers(model)}
+    parameters = {
+        id(p) for p in model.parameters() if p.requires_grad and id(p) not in slices
+    }
+    # running statistics change in training mode, whether asked to or not
+    running = {
+        id(b)
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+        for b in m.buffers()
+    }
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    whole = {}
+    for key in (
+        k for k in model.state_dict() if k in tensors
+    ):  # by name: a state-dict hook may hand out copies
+        value = tensors[key]
+        saved = found.is_saved(key.rpartition(".")[0])
+        if id(value) in parameters or id(value) in running or (saved and key in buffers):
+            whole[key] = not saved
+    return whole
+
+
+def free_biases(model: nn.Module, mode: str) -> None:
+    if mode == "all":
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # in_proj_bias of attention and biases of experts too
+                parameter.requires_grad_(True)
+    elif mode == "slice_only":
+        for layer in slice_layers(model):
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, SlicedModule):
+                module.free_biases()
+
+
+def plain_of(layer: SliceLinear) -> nn.Module:
+    plain = layer.to_plain()
+    renew_hook(plain)
+    return plain
+
+
+def renew_hook(module: nn.Module) -> None:
+    """Bind a device map's hook to a module that has taken over another one's attributes.
+
+    Accelerate's hook works by a ``forward`` on the instance, which would go on calling the module
+    that it was made for.
+    """
+    hook = module.__dict__.pop("_hf_hook", None)
+    if hook is None:
+        return
+    for name in ("_old_forward", "forward"):
+        module.__dict__.pop(name, None)
+    # whoever put the hook there has loaded the library
+    sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)
