@@ -14,7 +14,7 @@ from torch import nn
 from slicefine.atomic import write_text
 from slicefine.capacity.exact import Bumps, Zigzags
 from slicefine.capacity.side import AdditiveSide, _linears
-from slicefine.deltas.delta import base_hashes, combined_hash
+from slicefine.deltas.base import base_hashes, combined_hash
 from slicefine.deltas.format import CONFIG_FILE, FILE, read_file, write_file
 
 # name and version of the format

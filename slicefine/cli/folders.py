@@ -209,7 +209,7 @@ def _origin(source: str) -> Path | None:
 
 def same_base(delta: Delta, model: nn.Module) -> bool:
     """Whether every tensor of a model is that of the delta's base, by hash."""
-    from slicefine.deltas.delta import base_hashes, combined_hash
+    from slicefine.deltas.base import base_hashes, combined_hash
 
     new = {key for key, entry in delta.whole.items() if not entry.replaces}
     return combined_hash(base_hashes(model, new)) == delta.base.get("sha256")

@@ -9,17 +9,17 @@ whose header holds a manifest: which entries, SHA-256 of every tensor, of the ba
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slicefine.atomic import dtype_name, tensor_sha256
+from slicefine.atomic import dtype_name
+from slicefine.deltas.base import base_hashes, combined_hash, tensor_of
 from slicefine.deltas.format import (
     CONFIG_FILE,
     FILE,
@@ -32,7 +32,6 @@ from slicefine.deltas.format import (
     write_file,
 )
 from slicefine.originals import SavedSlice, same_bits
-from slicefine.sharding import is_sharded
 from slicefine.slices import read_slice, write_slice
 from slicefine.state import config_of
 
@@ -264,8 +263,8 @@ class Delta:
             key: FullDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
             for key, entry in manifest["whole"].items()
         }
-        records = (manifest[name] for name in ("config", "base", "info"))
-        delta = cls(weights, whole, *records, manifest["file_sha256"])
+        config, base, info = (manifest[name] for name in ("config", "base", "info"))
+        delta = cls(weights, whole, config, base, info, manifest["file_sha256"])
         delta.check()
         # They would be copied from file to file with no check that knows of them.
         if unnamed := tensors.keys() - {name for name, _ in delta._tensors()}:
@@ -529,70 +528,6 @@ def _check_indices(indices: int, values: int) -> None:
     # Small blocks name more features than they have values: 16 MiB of that do no harm.
     if indices > values + (1 << 24):
         raise ValueError(f"{indices:,d} bytes of indices for {values:,d} bytes of values")
-
-
-# The base model
-
-
-def base_hashes(
-    model: nn.Module,
-    leave_out: set[str],
-    original: Callable[[str, Tensor], Tensor] | None = None,
-) -> dict[str, str]:
-    """SHA-256 by key of everything in a model's state dict but ``leave_out``.
-
-    original: (key, tensor in the model) -> what stands for it; asked one by one, so that no second
-        model is in memory.
-    """
-    return {
-        key: tensor_sha256(key, original(key, value) if original else value)
-        for key, value in whole_state(model).items()
-        if key not in leave_out and isinstance(value, Tensor)
-    }
-
-
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model of one process. Raises DeltaError if its tensors are spread over
-    several.
-    """
-    state = model.state_dict()
-    if sharded := [key for key, value in state.items() if is_sharded(value)]:
-        raise DeltaError(
-            f"{sharded[0]} and {len(sharded) - 1} others are sharded over processes; deltas are"
-            " made of whole tensors. Gather them"
-            " (torch.distributed.checkpoint.state_dict.get_model_state_dict with"
-            " full_state_dict=True) and load them into a model of one process"
-        )
-    return state
-
-
-def combined_hash(hashes: Mapping[str, str]) -> str:
-    """One SHA-256 over the hashes of all tensors, in the order of their keys."""
-    # sorted: a state dict is in the order in which the modules were made
-    return hashlib.sha256(
-        "".join(f"{key} {hashes[key]}\n" for key in sorted(hashes)).encode()
-    ).hexdigest()
-
-
-def tensor_of(model: nn.Module, key: str) -> Tensor:
-    path, _, name = key.rpartition(".")
-    try:
-        tensor = getattr(model.get_submodule(path), name)
-    except AttributeError as error:
-        near = ", ".join(k for k in model.state_dict() if k.endswith(name))[:200]
-        raise DeltaError(
-            f"the model has no {key}, which the delta changes; it has"
-            f" {near or 'nothing of that name'}"
-        ) from error
-    # a parameter that a module uses itself and that is sliced now is a module of its name
-    if isinstance(tensor, nn.Module):
-        tensor = getattr(tensor, "weight", tensor)
-    if not isinstance(tensor, Tensor):
-        raise DeltaError(
-            f"{key}, which the delta changes, is a {type(tensor).__name__} in the model; expected a"
-            " tensor"
-        )
-    return tensor
 
 
 def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:

@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slicefine.deltas.base import base_hashes, combined_hash, tensor_of, whole_state
 from slicefine.deltas.delta import (
     Delta,
     DeltaError,
     FullDelta,
     WeightDelta,
-    base_hashes,
-    combined_hash,
     slice_values,
-    tensor_of,
-    whole_state,
 )
 from slicefine.layer import SliceLayer
 from slicefine.originals import same_bits, set_version
