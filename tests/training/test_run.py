@@ -472,6 +472,7 @@ def test_chat_data_on_the_real_small_decoder(decoder, chat, tmp_path):
     datasets.Dataset.from_list(chats()).to_parquet(str(tmp_path / "chat.parquet"))
     data = str(tmp_path / "chat.parquet")
     recipe = language(decoder, data, tmp_path / "out", epochs=4, samples=1, max_length=128)
+    recipe.training["logging_steps"] = 1
     code, said = quiet(recipe)
     assert code == 0 and "weights in bfloat16" in said
     written = json.loads((tmp_path / "out" / "training.json").read_text())
