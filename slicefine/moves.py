@@ -62,7 +62,9 @@ class _Stack(threading.local):
 _STACK = _Stack()
 
 
-def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
+def _before_any_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     running = _STACK.running
     if running:
         # a step that raised has had no post hook; its entry would swallow the count of this one
@@ -75,7 +77,7 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
     following = _following(optimizer, closure)
     if "closure" in kwargs:
         return args, {**kwargs, "closure": following}
-    return (args[0], following, *args[2:]), kwargs
+    return (optimizer, following, *args[2:]), kwargs
 
 
 def _alive(running: list[_Running]) -> list[_Running]:

@@ -91,7 +91,6 @@ def predict_sizes(
             )
     for r in sizes:
         for parts in zip(*rows[r], strict=True):
-            # [edits, entries of one layer's slice]; inner products add up over layers
             gradient = torch.cat(parts)
             grams[r] += gradient @ gradient.t()
     need = torch.cat(needed)
@@ -112,8 +111,8 @@ def predict_sizes(
             else float((along[kept].square() / values[kept]).sum().sqrt()) / norm
         )
         parameters = sum(
-            r * (m.weight.numel() // _width(config, m)) for m in layers.values()
-        )  # pyright: ignore[reportCallIssue]
+            r * (_matrix(m).numel() // _width(config, m)) for m in layers.values()
+        )
         result.append(Prediction(r, parameters, rho, int(kept.sum()), verdict(rho)))
     return result
 

@@ -296,7 +296,7 @@ class ChunkedCrossEntropy(Function):
             part = slice(start, start + rows)
             # the gradient now, while the chunk's logits exist: backward would make them again
             with torch.enable_grad():
-                inputs = [
+                inputs: Any = [
                     t.detach().requires_grad_(n) if t is not None else None
                     for t, n in zip((hidden[part], weight, bias), needs, strict=True)
                 ]
@@ -305,7 +305,7 @@ class ChunkedCrossEntropy(Function):
                     logits = step(logits)
                 loss = F.cross_entropy(logits, target[part], reduction="sum", **options)
                 asked = [t for t, n in zip(inputs, needs, strict=True) if n]
-                found = torch.autograd.grad(loss, asked) if asked else ()
+                found: Any = torch.autograd.grad(loss, asked) if asked else ()
             if needs[0]:
                 grads[0][part] = found[0]
             # every chunk adds to weight and bias; needs[0] is 1 where hidden stands before them

@@ -98,7 +98,7 @@ def become(module: nn.Module, mixin: type, how: Any) -> None:
 def give_back(module: nn.Module) -> None:
     """Undo `become`."""
     if isinstance(module, LeanModule):
-        module.__class__ = module._lean_from
+        module.__class__ = module._lean_from  # pyright: ignore[reportAttributeAccessIssue]
         module.__dict__.pop("_lean", None)
 
 

@@ -171,7 +171,8 @@ def estimate(
         _estimate_of(workload, method, keep_layers(workload.build(), kept), batch, length)
         for kept in SHORT_STACKS
     ]
-    return _extended(*short, depth)
+    two, three = short
+    return _extended(two, three, depth)
 
 
 def _extended(two: Estimate, three: Estimate, depth: int) -> Estimate:

@@ -44,7 +44,7 @@ def kind_of(task: str) -> Any:
 
         return TrainingArguments
     try:
-        from trl import SFTConfig
+        from trl.trainer.sft_config import SFTConfig
     except ImportError as error:
         raise UserError(
             f"--task causal-lm needs TRL ({error}): pip install 'slicefine[train]'"

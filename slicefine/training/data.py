@@ -334,7 +334,7 @@ def _read_hub(name: str, what: str) -> list[Row]:
         raise UserError(
             f"{place}: no such file; to read it from the hub, pip install datasets"
         ) from error
-    options = {"name": parts["config"]} if parts["config"] else {}
+    options: Any = {"name": parts["config"]} if parts["config"] else {}
     try:
         split = parts["split"] or "train"
         return list(datasets.load_dataset(parts["id"], split=split, **options))

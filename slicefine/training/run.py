@@ -229,7 +229,8 @@ class _Run:
         trainer.accelerator.wait_for_everyone()
         if self.use_cache is not None:
             # Trainer switches it off for training, and the model would be saved so
-            self.model.config.use_cache = self.use_cache
+            config: Any = self.model.config
+            config.use_cache = self.use_cache
         interrupted, loss = self.interruption.hit, trainer.recent_loss()
         if main:
             self._leave(interrupted, loss)

@@ -184,7 +184,7 @@ def numbering(labels: list[str], model: str) -> list[str]:
 
     place, extra = location(model)
     try:
-        names = AutoConfig.from_pretrained(place, **extra).id2label
+        names: Any = AutoConfig.from_pretrained(place, **extra).id2label
         known = [str(names[i]) for i in sorted(names, key=int)]
     except (OSError, ValueError, AttributeError, TypeError):
         # whether the model can be loaded is said where it is loaded

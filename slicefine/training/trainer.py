@@ -248,7 +248,7 @@ class ClassifierTrainer(SliceTraining, transformers.Trainer):
 
 def _language_trainer() -> type:
     """SFTTrainer is imported only for language models; TRL is an extra."""
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     return type("LanguageTrainer", (SliceTraining, SFTTrainer), {})
 

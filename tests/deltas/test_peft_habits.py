@@ -94,6 +94,7 @@ def test_a_forward_compiles_as_before():
 def test_sentence_transformers_checkpoints_are_whole_models(tmp_path, inner):
     package = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer import modules
+
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
     (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     bert().base_model.save_pretrained(tmp_path / "b")
