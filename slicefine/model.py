@@ -151,7 +151,9 @@ def _notes_on(
             "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect"
         )
     weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
-    total = sum(p.numel() for p in model.parameters())
+    # a table of embeddings is looked up: its size says nothing of what the layers can learn
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in tables)
     share = sum(weights.values()) / total
     if share < _LITTLE and means_everything(config):
         notes.append(

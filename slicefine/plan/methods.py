@@ -40,9 +40,12 @@ def slices(
     """slicefine with SliceAdamW."""
 
     def prepare(model: nn.Module) -> Optimizer:
-        get_slice_model(
-            model, SliceConfig(r=r, slice_type=slice_type, target_modules=targets)
+        # of the slices alone: next to them a head that trains is small, and torch's step for what
+        # trains whole reads values, which planning does not have
+        config = SliceConfig(
+            r=r, slice_type=slice_type, target_modules=targets, modules_to_save=[]
         )
+        get_slice_model(model, config)
         return SliceAdamW(model.parameters(), optimizer_in_bwd=in_bwd)
 
     name = f"slice {slice_type} r={r}" + (", optimizer_in_bwd" if in_bwd else "")

@@ -389,7 +389,7 @@ def test_one_warning_for_many_layers():
 
 
 def test_slices_of_next_to_nothing_are_pointed_out():
-    model = nn.ModuleDict({"table": nn.Embedding(3000, 40), "out": nn.Linear(20, 20)})
+    model = nn.ModuleDict({"body": nn.Conv1d(200, 200, 3), "out": nn.Linear(20, 20)})
     with pytest.warns(
         UserWarning, match=r"the 1 sliced weights are 0\.33 % of this ModuleDict"
     ):
