@@ -19,8 +19,8 @@ from slicefine.deltas.delta import (
     DeltaError,
     FullDelta,
     WeightDelta,
-    slice_values,
 )
+from slicefine.deltas.values import slice_values
 from slicefine.layer import SliceLayer
 from slicefine.originals import same_bits, set_version
 

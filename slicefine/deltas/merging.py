@@ -13,8 +13,8 @@ from slicefine.deltas.delta import (
     FullDelta,
     SliceValues,
     WeightDelta,
-    meet,
 )
+from slicefine.deltas.values import meet
 
 
 def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
