@@ -112,7 +112,7 @@ def advise(
         if config_out is not None:
             SliceConfig.from_dict(found["config"]).save(config_out)
         if report is not None:
-            from slicefine.diagnose.report import advice_page
+            from slicefine.diagnose.advice_report import advice_page
 
             advice_page(found).write(report)
         _show(found)

@@ -130,15 +130,7 @@ def diagnose(
             "machine": machine(subject.device),
             **found,
         }
-        if subject.whole_modules:
-            found["notes"] = {
-                **found["notes"],
-                "winning": (
-                    found["notes"]["winning"]
-                    + " Newly initialised here, so gradients pass through random weights:"
-                    f" {', '.join(subject.whole_modules)}."
-                ),
-            }
+        _note_new_heads(found, subject)
         if as_json is not None:
             write_json(found, as_json)
         if report is not None:
@@ -151,6 +143,18 @@ def diagnose(
     except UserError as error:
         typer.echo(f"slicefine diagnose: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _note_new_heads(found: dict[str, Any], subject: Subject) -> None:
+    if subject.whole_modules:
+        found["notes"] = {
+            **found["notes"],
+            "winning": (
+                found["notes"]["winning"]
+                + " Newly initialised here, so gradients pass through random weights:"
+                f" {', '.join(subject.whole_modules)}."
+            ),
+        }
 
 
 # Shared with `slicefine advise`

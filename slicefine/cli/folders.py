@@ -16,7 +16,7 @@ from torch import nn
 from slicefine import atomic
 from slicefine.deltas.delta import Delta
 from slicefine.training.data import UserError
-from slicefine.training.tasks import pretrained
+from slicefine.training.loading import pretrained
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 # tokenizers, processors, templates

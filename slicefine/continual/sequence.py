@@ -13,9 +13,8 @@ Source: Guha & Lakshman, The Diminishing Returns of Width for Continual Learning
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from slicefine.capacity.samples import Samples, logits_of, predict
 from slicefine.capacity.side import default_feature
 from slicefine.capacity.side_file import base_sha256
 from slicefine.config import SliceConfig
+from slicefine.continual.heads import Heads
 from slicefine.continual.metrics import is_learned, majority_share, summary
 from slicefine.continual.task_deltas import TaskDeltas
 from slicefine.model import get_slice_model, slice_layers
@@ -253,7 +253,7 @@ class _Learner:
         self.memory: dict[int, Samples] = {}
         self.deltas = TaskDeltas(model) if mode == "attach" else None
         self.heads = (
-            _Heads(model, recipe.head, len(tasks))
+            Heads(model, recipe.head, len(tasks))
             if recipe.head and mode != "attach"
             else None
         )
@@ -566,28 +566,3 @@ class _Learner:
             for name, m in self.model.named_modules()
             if isinstance(m, nn.Linear) and not name.startswith(head)
         }
-
-
-class _Heads:
-    """One head per task in the place of the model's own; all start alike."""
-
-    def __init__(self, model: nn.Module, name: str, tasks: int) -> None:
-        path, _, self.name = name.rpartition(".")
-        try:
-            self.parent = model.get_submodule(path)
-            own = self.parent.get_submodule(self.name)
-        except AttributeError as error:
-            raise ValueError(
-                f"head is {name!r}, which the model does not have: {error}"
-            ) from error
-        self.modules = [own, *(copy.deepcopy(own) for _ in range(tasks - 1))]
-        for module in self.modules:
-            module.requires_grad_(True)
-
-    def use(self, task: int) -> None:
-        self.parent._modules[self.name] = self.modules[task]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for module in self.modules:
-            module.requires_grad_(True)
-            yield from module.parameters()

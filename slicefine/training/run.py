@@ -19,8 +19,9 @@ from slicefine.training import samples
 from slicefine.training.arguments import arguments, check_device
 from slicefine.training.data import UserError, read_rows, split_rows
 from slicefine.training.evaluation import file_sha256, measure, planned, rows_sha256
+from slicefine.training.loading import location
 from slicefine.training.recipe import RECIPE, Recipe
-from slicefine.training.tasks import TASKS, CausalLM, ImageClassification, Task, location
+from slicefine.training.tasks import TASKS, CausalLM, ImageClassification, Task
 from slicefine.training.trainer import Interruption, last_checkpoint, new_trainer
 
 RUN = "run.json"

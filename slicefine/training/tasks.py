@@ -19,10 +19,15 @@ from slicefine.training.data import (
     labels_of,
     text_in,
 )
+from slicefine.training.loading import (
+    Dtype,
+    new_modules,
+    numbering,
+    pretrained,
+    with_head,
+)
 
 Batch = dict[str, Tensor]
-# "auto": that of the checkpoint
-Dtype = torch.dtype | str
 
 
 @dataclass
@@ -137,91 +142,6 @@ class Task:
         return torch.tensor([index[name] for name in names])
 
 
-def location(model: str) -> tuple[str, dict[str, Any]]:
-    """A path or id, and what from_pretrained needs to read a single GGUF file."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model {model}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if (
-        model.startswith((".", "/", "~")) or "\\" in model
-    ) and not path.expanduser().exists():
-        raise UserError(
-            f"--model {model}: no such folder; give a folder with config.json and weights, a .gguf"
-            " file, or a hub id"
-        )
-    return str(path.expanduser()) if path.expanduser().exists() else model, {}
-
-
-def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> Any:
-    """``from_pretrained`` of an auto class. dtype: "auto" is the checkpoint's own; a GGUF file holds
-    packed weights, which have none, and become float32.
-    """
-    place, extra = location(model)
-    if dtype is not None:
-        packed = "gguf_file" in extra
-        extra["dtype"] = torch.float32 if packed and dtype == "auto" else dtype
-        if packed:
-            import transformers
-
-            # from transformers 5 on, weights may stay packed otherwise
-            if hasattr(transformers, "GgufConfig"):
-                extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        return kind.from_pretrained(place, **extra, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"--model {model}: {kind.__name__} cannot load it: {error}"
-        ) from error
-
-
-def numbering(labels: list[str], model: str) -> list[str]:
-    """The labels in the order of the checkpoint's classes where it has the same ones: a trained
-    head goes on meaning what it meant.
-    """
-    from transformers import AutoConfig
-
-    place, extra = location(model)
-    try:
-        names: Any = AutoConfig.from_pretrained(place, **extra).id2label
-        known = [str(names[i]) for i in sorted(names, key=int)]
-    except (OSError, ValueError, AttributeError, TypeError):
-        # whether the model can be loaded is said where it is loaded
-        return labels
-    same = len(set(known)) == len(known) and set(known) == set(labels)
-    return known if same else labels
-
-
-def _new_modules(info: dict[str, Any]) -> list[str]:
-    """Modules whose weights the checkpoint did not have."""
-    keys = {
-        *info.get("missing_keys", ()),
-        *(
-            # some versions of transformers put the two shapes behind the key
-            k[0] if isinstance(k, (tuple, list)) else k
-            for k in info.get("mismatched_keys", ())
-        ),
-    }
-    return sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
-
-
-def _with_head(model: nn.Module, modules: list[str]) -> list[str]:
-    """A classification head trains whole also where the checkpoint has one: its labels need not be
-    these.
-    """
-    return sorted(
-        {
-            *modules,
-            *(
-                name
-                for name in ("score", "classifier")
-                if getattr(model, name, None) is not None
-            ),
-        }
-    )
-
-
 class _TextTask(Task):
     tokenizer: Any = None
 
@@ -267,7 +187,7 @@ class TextClassification(_TextTask):
     def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
         self.labels = numbering(self.labels, model)
         loaded, new = self._load(model, dtype)
-        return loaded, _with_head(loaded, new)
+        return loaded, with_head(loaded, new)
 
     def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
         return self._load(model, torch.float32)
@@ -282,7 +202,7 @@ class TextClassification(_TextTask):
         # a decoder's classifier reads the last token before the padding, which it finds by this id
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self._check_length(loaded)
-        return loaded, _new_modules(info)
+        return loaded, new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
         texts = [text_in(row, self.columns.text, "a row") for row in rows]
@@ -369,7 +289,7 @@ class CausalLM(_TextTask):
         # a tied head is reported missing and is no new module
         tied = loaded.get_output_embeddings() if loaded.config.tie_word_embeddings else None
         names = {id(m): n for n, m in loaded.named_modules()}
-        return loaded, [n for n in _new_modules(info) if n != names.get(id(tied))]
+        return loaded, [n for n in new_modules(info) if n != names.get(id(tied))]
 
     def rendered(self, row: Row, where: str = "a row") -> Rendered:
         assert self.chat is not None
@@ -530,7 +450,7 @@ class ImageClassification(Task):
     def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
         self.labels = numbering(self.labels, model)
         loaded, new = self._load(model, dtype)
-        return loaded, _with_head(loaded, new)
+        return loaded, with_head(loaded, new)
 
     def load_trained(self, model: str) -> tuple[nn.Module, list[str]]:
         return self._load(model, torch.float32)
@@ -542,7 +462,7 @@ class ImageClassification(Task):
         loaded, info = _classifier(
             AutoModelForImageClassification, model, dtype, self.labels
         )
-        return loaded, _new_modules(info)
+        return loaded, new_modules(info)
 
     def batch(self, rows: list[Row]) -> Batch:
         images = [self._image(row[self.columns.image]) for row in rows]
