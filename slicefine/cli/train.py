@@ -80,7 +80,7 @@ def train(
         list[str] | None, _option("suffix of a module name; repeat for several", _CONFIG)
     ] = None,
     modules_to_save: Annotated[
-        list[str] | None, _option("module that trains whole; new heads do anyway", _CONFIG)
+        list[str] | None, _option("module to train fully; new heads are anyway", _CONFIG)
     ] = None,
     epochs: Annotated[int | None, _option("times through the data (3)", _TRAINING)] = None,
     batch_size: Annotated[
@@ -91,7 +91,7 @@ def train(
     ] = None,
     lr: Annotated[float | None, _option("of the slices (1e-3)", _TRAINING)] = None,
     head_lr: Annotated[
-        float | None, _option("of what trains whole (2e-3)", _TRAINING)
+        float | None, _option("of what is fully trained (2e-3)", _TRAINING)
     ] = None,
     warmup: Annotated[float | None, _option("share of the steps (0.1)", _TRAINING)] = None,
     clip: Annotated[float | None, _option("gradient norm (1); 0: none", _TRAINING)] = None,

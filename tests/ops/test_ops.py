@@ -29,17 +29,20 @@ HYPERPARAMETERS = {
 relaxed = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def assert_as_good_as_torch(result, exact, plain, factor=2.0):
+def assert_as_good_as_torch(result, exact, plain, factor=2.0, magnitude=0.0):
     """The error against float64 is at most ``factor`` times that of plain PyTorch in the same
     precision.
+
+    magnitude: the largest sum of absolute products; one float32 rounding of it is allowed as well,
+    since plain PyTorch can hit a sum of few terms exactly where another order of adding does not.
     """
     error, allowed = (result.double() - exact).abs(), (plain.double() - exact).abs()
+    if not exact.numel():
+        return
     bound = (
-        factor * allowed.max().item() + 1e-6 * exact.abs().max().item()
-        if exact.numel()
-        else 0.0
+        factor * allowed.max().item() + 1e-6 * exact.abs().max().item() + magnitude * 2**-24
     )
-    if exact.numel() and error.max().item() > bound:
+    if error.max().item() > bound:
         worst = divmod(int(error.argmax()), error.shape[-1])
         raise AssertionError(
             f"error {error.max():.3e} (RMS {error.square().mean().sqrt():.3e}) at {worst}, allowed"
@@ -90,7 +93,10 @@ def test_slice_grad(name, operands):
     with ops.use_backend(name):
         result = ops.slice_grad(grad_output, input, rows)
     assert result.dtype == torch.float32 and result.shape == exact.shape
-    assert_as_good_as_torch(result, exact, chosen.float().t() @ input.float())
+    magnitude = chosen.double().abs().t() @ input.double().abs()
+    most = magnitude.max().item() if magnitude.numel() else 0.0
+    plain = chosen.float().t() @ input.float()
+    assert_as_good_as_torch(result, exact, plain, magnitude=most)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
