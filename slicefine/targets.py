@@ -117,7 +117,26 @@ def resolve(model: nn.Module, config: SliceConfig) -> Targets:
             f"the model is a single {type(model).__name__}, whose parameters become slices within a"
             " model; put it into one"
         )
+    _refuse_adapters_of_peft(model)
     return _Search(model, config).result()
+
+
+def _refuse_adapters_of_peft(model: nn.Module) -> None:
+    """Raise ValueError if PEFT has put layers of its own into the model.
+
+    Slices of a layer that PEFT wraps, or of its A and B matrices, would be recorded under PEFT's
+    names, and a delta of them loads on no base.
+    """
+    # by the name of the package, so that PEFT is never imported
+    wrapped = [
+        n for n, m in model.named_modules() if type(m).__module__.startswith("peft.")
+    ]
+    if wrapped:
+        raise ValueError(
+            f"the model carries PEFT's layers ({wrapped[0] or type(model).__name__}"
+            f"{f' and {len(wrapped) - 1} more' if len(wrapped) > 1 else ''}): call its"
+            " merge_and_unload() (or unload()) first, then make slices of what it returns"
+        )
 
 
 class _Search:

@@ -273,3 +273,16 @@ def test_a_pattern_in_modules_to_save_still_matches():
         model, SliceConfig(r=2, target_modules=["a"], modules_to_save=[r"layer\d"])
     )
     assert model.layer1.weight.requires_grad and model.layer2.weight.requires_grad
+
+
+def test_a_model_with_peft_layers_is_refused_and_its_merged_model_is_not():
+    peft = pytest.importorskip("peft")
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    wrapped = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["0"], r=2))
+    for make in (list_targets, get_slice_model):
+        with pytest.raises(
+            ValueError, match=r"carries PEFT's layers .* merge_and_unload\(\)"
+        ):
+            make(wrapped, SliceConfig(r=2))
+    merged = wrapped.merge_and_unload()
+    assert [match.name for match in list_targets(merged, SliceConfig(r=2))] == ["0", "1"]
