@@ -17,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-TIMEOUT = 25  # seconds for one function, in which a deadlock becomes a failure
+# Seconds for one function, in which a deadlock becomes a failure. The first one also imports what its
+# file imports, which takes half a minute where other work is running.
+TIMEOUT = 150
 
 
 class Pair:
@@ -26,18 +28,23 @@ class Pair:
     """
 
     def __init__(self, connections: list[Any]) -> None:
-        self.connections = connections
+        self.connections, self.late = connections, False
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned, by rank. Raises AssertionError with the traceback of a
         process that raised.
         """
+        # a late answer would be taken for that of the next function
+        assert not self.late, "an earlier function has given no answer in time"
         for connection in self.connections:
             connection.send((function, args))
         answers = []
         for connection in self.connections:
-            late = (f"no answer within {TIMEOUT} s", None)
-            answers.append(connection.recv() if connection.poll(TIMEOUT) else late)
+            if connection.poll(TIMEOUT):
+                answers.append(connection.recv())
+            else:
+                self.late = True
+                answers.append((f"no answer within {TIMEOUT} s", None))
         failures = [
             f"process {rank}:\n{failure}"
             for rank, (failure, _) in enumerate(answers)
