@@ -460,7 +460,9 @@ def test_errors_name_what_was_given_and_what_to_do(encoder, reviews, tmp_path):
     assert "cannot write there" in message(output=reviews / "below-a-file")
     assert "no checkpoint at" in message("--resume")
     assert "nearest names: query" in message("--target-modules", "qery")
-    assert "does not fit a weight of shape" in message("--r", 5000)
+    assert "does not fit a weight of shape" in message(
+        "--r", 5000, "--target-modules", "query"
+    )
     assert "slice_type is 'diagonal'" in message("--slice-type", "diagonal")
     assert "it can neither clip nor accumulate" in message("--optimizer-in-bwd")
     assert "leaves 0 to evaluate" in message("--eval-share", 0.001)
