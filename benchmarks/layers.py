@@ -1,4 +1,4 @@
-"""One layer, forward + backward + update: slices beside the frozen floor, the masked baseline,
+"""One layer, forward + backward + update: slices beside the frozen baseline, the masked baseline,
 dense AdamW and LoRA.
 
 python -m benchmarks.layers --json FILE [--quick] [--device cuda]

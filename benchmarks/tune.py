@@ -79,7 +79,7 @@ def fits(config: Any, thin: int, side: str, element_size: int) -> bool:
     )
 
 
-def neighbours(config: Any, side: str, thin: int, element_size: int) -> Iterator[Any]:
+def neighbors(config: Any, side: str, thin: int, element_size: int) -> Iterator[Any]:
     """Configurations one step away in one value, then two of those at once (more tokens a block,
     fewer stages: the same memory).
     """
@@ -316,7 +316,7 @@ def tune(
         bench = Bench(side, thin, size, device)
         _, R, K = shapes(side, thin, bench.small)[0]
         start = default_config(R, K, size)
-        near = lambda c, side=side, thin=thin, size=size: neighbours(c, side, thin, size)
+        near = lambda c, side=side, thin=thin, size=size: neighbors(c, side, thin, size)
         count = [0]
 
         def in_time(until: float = until, count: list[int] = count) -> bool:

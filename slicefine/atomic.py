@@ -71,7 +71,7 @@ def tensor_sha256(name: str, tensor: Tensor) -> str:
     """SHA-256 in hex over name, dtype, shape and the bytes of a tensor in row-major order.
 
     Raises TypeError for a tensor without bytes of its own: on the meta device, sharded, or
-        quantised by a wrapper class.
+        quantized by a wrapper class.
     """
     if not tensor.is_meta:
         tensor = tensor.detach().to("cpu").contiguous()

@@ -64,7 +64,7 @@ class SliceConfig:
         layers_to_transform: layer numbers to which a list of target_modules is restricted.
         layers_pattern: name of the list of layers that layers_to_transform counts; None or "" is
             any.
-        modules_to_save: modules that train whole. None, the default, is the output head of a
+        modules_to_save: modules that are fully trained. None, the default, is the output head of a
             classifier where "all-linear" finds one: a new head has nothing to keep. A list names
             them all, so [] leaves the head frozen. The head of a language model is not new and
             stays frozen.

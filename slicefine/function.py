@@ -59,7 +59,7 @@ class SliceLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # gradients are recorded only for a gradient of the gradient, which this refuses
+        # grad mode is on only under create_graph=True; double backward is not supported
         return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_output)
 
 

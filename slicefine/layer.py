@@ -541,8 +541,8 @@ def _check_weight(weight: Tensor, name: str) -> None:
     dtypes = ", ".join(str(dtype) for dtype in _WEIGHT_DTYPES)
     if not weight.dtype.is_floating_point:
         raise TypeError(
-            f"layer {name!r} has a quantised weight ({weight.dtype}); slices train"
-            f" {dtypes} weights. Load the model unquantised,"
+            f"layer {name!r} has a quantized weight ({weight.dtype}); slices train"
+            f" {dtypes} weights. Load the model unquantized,"
             " or leave this layer out (exclude_modules)."
         )
     if weight.dtype not in _WEIGHT_DTYPES:

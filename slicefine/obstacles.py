@@ -13,7 +13,7 @@ from slicefine.past import linear_forward, reads_past
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An nn.Linear, or Hugging Face's Conv1D (recognised without importing transformers)."""
+    """An nn.Linear, or Hugging Face's Conv1D (recognized without importing transformers)."""
     kind = type(module)
     return isinstance(module, nn.Linear) or (
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
@@ -74,10 +74,10 @@ def _without_values(module: nn.Module, name: str) -> str | None:
     if isinstance(module, SliceLayer):
         return f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()"
     weight = getattr(module, "weight", None)
-    if reason := quantised(module):
+    if reason := quantized(module):
         return (
-            f"{name} is a {type(module).__name__} with a quantised weight ({reason}); slices train"
-            " floating-point weights. Load the model unquantised, or leave the layer out"
+            f"{name} is a {type(module).__name__} with a quantized weight ({reason}); slices train"
+            " floating-point weights. Load the model unquantized, or leave the layer out"
             " (exclude_modules)"
         )
     if not is_linear(module):
@@ -90,7 +90,7 @@ def _without_values(module: nn.Module, name: str) -> str | None:
     if not isinstance(weight, nn.Parameter):
         return (
             f"the weight of {name} is a {type(weight).__name__} and no parameter of its own"
-            " (pruned, or parametrised); make it permanent first, or leave the layer out"
+            " (pruned, or parameterized); make it permanent first, or leave the layer out"
             " (exclude_modules)"
         )
     if weight.is_meta:
@@ -158,7 +158,7 @@ def _read_past(module: nn.Module, place: Place, notes: list[str]) -> str | None:
     return f"is not called: {reader} reads its weight itself, so a slice would not train"
 
 
-_QUANTISERS = (
+_QUANTIZERS = (
     "torchao",
     "bitsandbytes",
     "optimum",
@@ -172,15 +172,15 @@ _QUANTISERS = (
 )
 
 
-def quantised(module: nn.Module) -> str | None:
-    """How the weight of a linear layer is quantised, found without importing any library that does
+def quantized(module: nn.Module) -> str | None:
+    """How the weight of a linear layer is quantized, found without importing any library that does
     it; None if it is not.
     """
     weight = getattr(module, "weight", None)
     # some libraries replace the layer, others only the tensor inside it
     for kind in (type(module), type(weight)):
         if (
-            kind.__module__.split(".")[0] in _QUANTISERS
+            kind.__module__.split(".")[0] in _QUANTIZERS
             and "linear" in type(module).__name__.lower()
         ):
             return f"{kind.__module__}.{kind.__name__}"

@@ -34,7 +34,7 @@ class SliceSpec:
 
     r: width of a slice; for a block its width along the input.
     r_out: height of a block, along the output.
-    contiguous: neighbouring features, or features scattered by a seeded permutation.
+    contiguous: neighboring features, or features scattered by a seeded permutation.
     """
 
     out_features: int

@@ -14,7 +14,7 @@ from slicefine.matching import Rules, check_entries, named, some
 from slicefine.modules.attention import is_attention, projections
 from slicefine.modules.experts import is_experts, why_not_experts
 from slicefine.modules.parameters import SlicedModule
-from slicefine.obstacles import Place, is_linear, quantised, why_not
+from slicefine.obstacles import Place, is_linear, quantized, why_not
 
 __all__ = [
     "Target",
@@ -72,7 +72,7 @@ class Targets:
 
     Attributes:
         layers: the targets in the model's order, those that are skipped too.
-        saved: name -> module of what trains whole.
+        saved: name -> module of what is fully trained.
         unused: sentences to warn with, on entries of the config that change nothing.
         notes: the same, on what a user may not have meant.
     """
@@ -83,7 +83,7 @@ class Targets:
     notes: list[str]
 
     def is_saved(self, name: str) -> bool:
-        """Whether a module trains whole, or is inside one that does."""
+        """Whether a module is fully trained, or is inside one that does."""
         return any(f"{name}.".startswith(f"{saved}.") for saved in self.saved)
 
 
@@ -106,7 +106,7 @@ def resolve(model: nn.Module, config: SliceConfig) -> Targets:
         config: how its layers are to become slices.
 
     Returns:
-        The layers, what trains whole, and what to warn of.
+        The layers, what is fully trained, and what to warn of.
 
     Raises:
         ValueError: an entry matches nothing (with the nearest names), a layer that the config
@@ -167,7 +167,7 @@ class _Search:
             _check_shared(targets, self.model, self.users)
         self._check_something_left(targets)
         names = [target.name for target in targets if target.skipped is None]
-        sliceable = (is_linear, quantised, is_attention, is_experts)
+        sliceable = (is_linear, quantized, is_attention, is_experts)
         candidates = [
             n for n, m in self.modules.items() if any(is_it(m) for is_it in sliceable)
         ]
@@ -198,7 +198,7 @@ class _Search:
         return found
 
     def _new_heads(self) -> dict[str, nn.Module]:
-        """The heads that train whole without being asked for."""
+        """The heads that are fully trained without being asked for."""
         if self.config.modules_to_save is not None or not self.rules.everything:
             return {}
         return {n: m for n, m in self.heads.task.items() if not self.rules.excluded(n)}
@@ -215,7 +215,7 @@ class _Search:
         of_attention = name != parent and parent in self.attentions
         if of_attention and not everything and self.rules.listed(parent):
             return [self._layer(name, everything=False, of_attention=True)]
-        linear = is_linear(module) or bool(quantised(module))
+        linear = is_linear(module) or bool(quantized(module))
         if not name or not (linear if everything else self.rules.listed(name)):
             return []
         if self.rules.excluded(name) or (everything and module is self.heads.language):
@@ -322,7 +322,7 @@ class _Search:
         if reason is not None:
             return reason
         if not parameter.dtype.is_floating_point:
-            return f"it is quantised ({parameter.dtype}); load the model unquantised"
+            return f"it is quantized ({parameter.dtype}); load the model unquantized"
         if parameter.is_meta:
             return "it is on the meta device, without values; load the weights first"
         if "forward" in module.__dict__ or isinstance(module, SlicedModule):

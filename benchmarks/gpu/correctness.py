@@ -100,7 +100,7 @@ def poisoned(device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GradientCase:
-    """rows: None, "run" (neighbours) or "scattered". layout: how dY and X lie in memory. runs: must
+    """rows: None, "run" (neighbors) or "scattered". layout: how dY and X lie in memory. runs: must
     agree bit for bit.
     """
 

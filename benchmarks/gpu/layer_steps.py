@@ -1,4 +1,4 @@
-"""One layer's forward, backward and update against the frozen floor and the peers:
+"""One layer's forward, backward and update against the frozen baseline and the peers:
 `benchmarks.layers` on this machine.
 """
 
@@ -32,7 +32,9 @@ def bars_of(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     ratios = {row["method"]: row["ratio_to_floor"] for row in rows if "absent" not in row}
     found = []
     for ours in OURS:
-        found.append(bar(f"{what}: {ours} / frozen floor", ratios[ours], 1.05, most=True))
+        found.append(
+            bar(f"{what}: {ours} / frozen baseline", ratios[ours], 1.05, most=True)
+        )
         for peer, least in (("masked", 1.6), ("lora", 1.2)):
             if peer in ratios:
                 found.append(

@@ -1,4 +1,4 @@
-"""A step of a Llama-3.2-3B-shaped model, random weights: slices beside the frozen floor, masked
+"""A step of a Llama-3.2-3B-shaped model, random weights: slices beside the frozen baseline, masked
 gradients, dense AdamW and peft.
 
 Every method gets the same input: embeddings that need a gradient, so that the floor (nothing
@@ -257,7 +257,7 @@ def model(job: Job) -> None:
                 what = f"model step, {method.name}, {run.layers}"
                 job.bars.append(
                     bar(
-                        f"{what}: time / frozen floor",
+                        f"{what}: time / frozen baseline",
                         row["ratio_to_floor"],
                         1.05,
                         most=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # too many rows to read; those that failed are shown
-SUMMARISED = (
+SUMMARizED = (
     "gradients",
     "gradients_cuda",
     "updates",
@@ -87,7 +87,7 @@ def markdown(report: dict[str, Any], rows: bool = True) -> str:
     ]
     for name, part in parts.items() if rows else ():
         shown = part["rows"]
-        if name in SUMMARISED:
+        if name in SUMMARizED:
             shown = [row for row in shown if row.get("ok") is not True]
         if "error" in part or shown:
             lines += [f"## {name}", ""]

@@ -63,7 +63,7 @@ class SentenceClassifier(nn.Module):
 
 
 class SentimentTask:
-    """Tokenised sentences, in batches."""
+    """Tokenized sentences, in batches."""
 
     def __init__(self, split: Split) -> None:
         from transformers import AutoTokenizer
@@ -128,7 +128,7 @@ def accuracy(model: SentenceClassifier, task: SentimentTask, bf16: bool) -> floa
 
 @torch.no_grad()
 def frozen_accuracy(task: SentimentTask, bf16: bool) -> float:
-    """Frozen features, standardised, logistic regression with C by cross-validation."""
+    """Frozen features, standardized, logistic regression with C by cross-validation."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

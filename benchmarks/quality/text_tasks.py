@@ -1,4 +1,4 @@
-"""Three labelled text tasks from package registries, and one small training of MiniLM on them by
+"""Three labeled text tasks from package registries, and one small training of MiniLM on them by
 what `slicefine train` calls.
 
 movie: sentiment of movie-review sentences (vaderSentiment's sdist, MIT). tweets: which of two

@@ -2,8 +2,8 @@
 
 Every method trains the same head and, within the same linear layers, what the method trains; the
 embeddings' output requires a gradient for every method. So all of them propagate through every
-layer, and the frozen floor (head only) is what no method that keeps its weights dense can undercut.
-torch's AdamW is the fused one, the fastest that torch has. Dropout is on, as in training.
+layer, and the frozen baseline (head only) is what no method that keeps its weights dense can
+undercut. torch's AdamW is the fused one, the fastest that torch has. Dropout is on, as in training.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from benchmarks.quality.sentiment import (
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
 from slicefine.model import named_slice_layers
 
-# As many parameters as LoRA r=8. Scattered: sixteen neighbouring columns of an attention output are
+# As many parameters as LoRA r=8. Scattered: sixteen neighboring columns of an attention output are
 # half a head.
 CONFIG = SliceConfig(
     r=16,

@@ -76,7 +76,7 @@ def ftc_curve(
     points = []
     for seed in seeds:
         for N in edits:
-            changed = relabelled(samples, N, answers.shape[1], seed)
+            changed = relabeled(samples, N, answers.shape[1], seed)
             for method, grid in sizes.items():
                 for size in grid:
                     points.append(
@@ -112,7 +112,7 @@ def _measure(
     seed: int,
 ) -> Point:
     trial = Attempt(model, method, size, config, layers, seed=seed)
-    # the order in which `relabelled` has changed the first N
+    # the order in which `relabeled` has changed the first N
     order = _order(len(samples), seed)
     fit = trial.fit(
         samples[order[:N]],
@@ -134,7 +134,7 @@ def _measure(
     )
 
 
-def relabelled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
+def relabeled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
     """N samples, the first of a seeded order, get another label, uniformly chosen."""
     if not 1 <= N <= len(samples):
         raise ValueError(f"N is {N}; there are {len(samples)} samples")

@@ -3,7 +3,7 @@ other sample listed.
 
 Both work along one projection w = direction . x. Two layers: a continuous piecewise linear function
 of w; an edit is a bump between the untouched samples beside it. Three layers: the edits are split
-into groups of neighbours; a unit of the second layer is a zigzag in w that meets one edit per group
+into groups of neighbors; a unit of the second layer is a zigzag in w that meets one edit per group
 inside [-1, 1] and is steep enough to be outside [-2, 2] at every other sample, where the hat ``2
 clamp(t, -1, 1) - clamp(t, -2, 2)`` on top of it is zero. Source: Sohn et al., Fine-Tuning Capacity,
 UAI 2024, arXiv 2408.00359, theorems 4.1 and 5.1. Unlike theirs the three-layer network needs no
@@ -156,12 +156,12 @@ class Zigzags(nn.Module):
         left, right = self.edges[:-1], self.edges[1:]
         # hard-tanh of group l: relu(t + 1) - relu(t - 1) - 1 with t from -1 at its left edge to 1
         # at its right edge
-        scale, centre = 2 / (right - left), (left + right) / 2
+        scale, center = 2 / (right - left), (left + right) / 2
         rise = (self.heights[:, 1:] - self.heights[:, :-1]) / 2
         middle = (self.heights[:, 0] + self.heights[:, -1]) / 2
         first = _linear(
             torch.cat([scale, scale])[:, None] * self.direction,
-            torch.cat([1 - centre * scale, -1 - centre * scale]),
+            torch.cat([1 - center * scale, -1 - center * scale]),
         )
         bend = torch.tensor([2.0, 1.0, -1.0, -2.0], dtype=self.edges.dtype)
         weight = torch.cat([rise, -rise], 1)
@@ -198,7 +198,7 @@ class Line:
 
     @property
     def smallest_gap(self) -> float:
-        """Between an edit and its nearest neighbour, as a share of the standard deviation of all
+        """Between an edit and its nearest neighbor, as a share of the standard deviation of all
         positions; inf if alone.
         """
         gaps = self.position.diff()
@@ -317,7 +317,7 @@ def three_layers(direction: Tensor, line: Line, slack: float) -> Zigzags:
 
 
 def _best_grouping(count: int, wanted: list[Tensor]) -> list[Tensor]:
-    """Runs of neighbouring edits such that 2 per group and 4 per unit are fewest in sum."""
+    """Runs of neighboring edits such that 2 per group and 4 per unit are fewest in sum."""
     best: tuple[int, list[Tensor]] | None = None
     for p in range(1, count + 1):
         groups = list(torch.arange(count).tensor_split(p))
@@ -413,7 +413,7 @@ def choose_direction(
     layers: int,
     seed: int,
 ) -> tuple[Tensor, Line]:
-    """The best of several projections: (direction (d,), unit length in standardised features; the
+    """The best of several projections: (direction (d,), unit length in standardized features; the
     samples along it).
 
     projection: "random" directions, or "lda": the one that separates the edits from the rest,
@@ -449,7 +449,7 @@ def choose_direction(
             continue
         if line.smallest_gap < _CLOSEST:
             clash = ValueError(
-                f"an edit is {line.smallest_gap:.1e} standard deviations from its neighbour along"
+                f"an edit is {line.smallest_gap:.1e} standard deviations from its neighbor along"
                 f" the best projection; expected {_CLOSEST:g} or more. Raise tries, or remove"
                 " samples that nearly coincide."
             )
@@ -475,8 +475,8 @@ def _discriminant(features: Tensor, index: Tensor) -> Tensor:
     inside, outside = features[edited], features[~edited]
     if not len(outside):
         return features.new_ones(features.shape[1])
-    centred = torch.cat([inside - inside.mean(0), outside - outside.mean(0)])
-    scatter = centred.t() @ centred / len(features)
+    centered = torch.cat([inside - inside.mean(0), outside - outside.mean(0)])
+    scatter = centered.t() @ centered / len(features)
     # with more features than samples the scatter matrix is singular
     ridge = 1e-3 * scatter.diagonal().mean() + torch.finfo(torch.float64).tiny
     eye = torch.eye(len(scatter), dtype=torch.float64)

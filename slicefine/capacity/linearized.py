@@ -1,7 +1,7 @@
 """rho: how far a slice would have to move to make edits, predicted from the pretrained point
 without training.
 
-The model is linearised in the slice; the least-norm change that gives every edit its margin is
+The model is linearized in the slice; the least-norm change that gives every edit its margin is
 compared with the norm of the slice's weights. Counting parameters or ranks predicts nothing here;
 rho was right to within a factor of 2 in r where it was tried.
 """

@@ -3,8 +3,8 @@ generality.
 
 Two modes. ``exact`` constructs a side network that is right on every listed sample and zero on
 every other listed one; it knows
-those samples only, so it does not generalise. ``train`` trains a side network, a slice or LoRA; it
-generalises a little and is
+those samples only, so it does not generalize. ``train`` trains a side network, a slice or LoRA; it
+generalizes a little and is
 not exact. Edits alone, with nothing listed to keep, destroyed 45 to 69 % of the other answers where
 that was measured.
 """
@@ -425,7 +425,7 @@ def patch(
     )
     result.solved = result.solved and result.report.efficacy == 1.0
     said.append(
-        "an exact patch knows the listed samples only: it does not generalise, and what generality"
+        "an exact patch knows the listed samples only: it does not generalize, and what generality"
         " says of it is the luck of the projection"
         if mode == "exact"
         else (

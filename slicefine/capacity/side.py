@@ -27,7 +27,7 @@ from slicefine.targets import output_head
 
 Features = str | Callable[..., Tensor]
 WHY_NOT_HALF = (
-    "an exact side network cannot run in {}: its knots lie between neighbouring samples and its"
+    "an exact side network cannot run in {}: its knots lie between neighboring samples and its"
     " slopes reach 1e4 and more, so rounding the features to 8 or 11 bits moves samples across"
     " knots (errors of 14 to 200 were measured where 1e-6 is promised). Keep it in float64; the"
     " model beside it may have any dtype that gives float32 features."
@@ -257,8 +257,8 @@ def exact_side(
     what g must add there, (outputs,), or the class that must win, which takes ``logits`` too.
     logits: (K, outputs) of f. margin: by which the class wins. layers: 2 (at most 3 N neurons) or 3
     (at most 6 sqrt(3 N + 2), and rounding, for one output). projection, tries, prefer:
-    `choose_direction`. slack: share of the gap between an edit and its neighbour in which the
-    neighbour's answer stays; features that vary a little (other batches) need some. out: an
+    `choose_direction`. slack: share of the gap between an edit and its neighbor in which the
+    neighbor's answer stays; features that vary a little (other batches) need some. out: an
     `AdditiveSide` in float64; zero generality: it knows the samples and nothing around them. Raises
     TypeError for bfloat16 or float16 features, ValueError for samples that cannot be told apart.
     Source: Sohn et al., UAI 2024, theorems 4.1 and 5.1.

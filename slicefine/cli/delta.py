@@ -126,8 +126,8 @@ def list_(store: StorePath = _STORE, as_json: AsJson = False) -> None:
     log, entries = opened.log(), opened.entries()
     if log.torn:
         typer.echo(
-            f"{len(log.torn)} bytes of a torn last line in the log: a writer died; what was before"
-            " it is whole",
+            f"{len(log.torn)} bytes of a truncated last line in the log: a writer died; what was"
+            " before it is whole",
             err=True,
         )
     if as_json:

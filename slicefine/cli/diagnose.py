@@ -151,7 +151,7 @@ def _note_new_heads(found: dict[str, Any], subject: Subject) -> None:
             **found["notes"],
             "winning": (
                 found["notes"]["winning"]
-                + " Newly initialised here, so gradients pass through random weights:"
+                + " Newly initialized here, so gradients pass through random weights:"
                 f" {', '.join(subject.whole_modules)}."
             ),
         }

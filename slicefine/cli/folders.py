@@ -21,7 +21,7 @@ from slicefine.training.loading import pretrained
 _WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 # tokenizers, processors, templates
 _BESIDE = (".json", ".txt", ".model", ".jinja")
-# what another run says of itself
+# the records of another run
 _NOT_BESIDE = ("training.json", "slice_config.json")
 
 

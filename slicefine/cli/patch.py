@@ -38,7 +38,7 @@ def patch(
         str,
         typer.Option(
             help=(
-                "exact: constructed, right on what is listed, does not generalise; train: trained,"
+                "exact: constructed, right on what is listed, does not generalize; train: trained,"
                 " not exact"
             )
         ),
@@ -157,16 +157,16 @@ def _run(
     task = studying.new_task(task_name, Columns(text, label, image), max_length, edits_file)
     rows = studying.read(edits_file, task, "--edits")
     keep_rows = (
-        studying.read(keep_file, task, "--keep", labelled=False) if keep_file else None
+        studying.read(keep_file, task, "--keep", labeled=False) if keep_file else None
     )
     held_rows = (
-        studying.read(held_file, task, "--held-out", labelled=False) if held_file else None
+        studying.read(held_file, task, "--held-out", labeled=False) if held_file else None
     )
     loaded = studying.trained_classifier(task, model_name)
     config = SliceConfig(target_modules=target_modules or "all-linear")
     edits = studying.encode(task, rows)
-    keep = studying.unlabelled(task, keep_rows).inputs if keep_rows else None
-    held = studying.unlabelled(task, held_rows).inputs if held_rows else None
+    keep = studying.unlabeled(task, keep_rows).inputs if keep_rows else None
+    held = studying.unlabeled(task, held_rows).inputs if held_rows else None
     try:
         with warnings.catch_warnings():
             # they are in the patch too, and printed below

@@ -19,7 +19,7 @@ GIB = 2**30
 DTYPES = ("bf16", "fp16", "fp32")
 # tokens; the longest sequence is a multiple of it
 LENGTH_UNIT = 64
-COLOURS = {
+COLORS = {
     "weights": "blue",
     "moments": "magenta",
     "gradients": "red",
@@ -227,16 +227,16 @@ def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
 
 
 def bar(row: dict[str, Any], largest: int, width: int) -> Any:
-    """A line of coloured blocks, to the scale of the largest peak."""
+    """A line of colored blocks, to the scale of the largest peak."""
     from rich.text import Text
 
     text, done = Text(), 0
     total = 0
-    for kind, colour in COLOURS.items():
+    for kind, color in COLORS.items():
         total += row[kind]
         # Ends are rounded, not lengths: so the blocks of a row are as long as its total.
         upto = round(width * total / largest)
-        text.append("█" * (upto - done), style=colour)
+        text.append("█" * (upto - done), style=color)
         done = upto
     return text
 
@@ -345,7 +345,7 @@ def _print(
             cells.append(str(row.get("longest_sequence", "-")))
         table.add_row(*cells, bar(row, largest, width))
     console.print(table)
-    legend = ", ".join(f"[{colour}]█[/] {kind}" for kind, colour in COLOURS.items())
+    legend = ", ".join(f"[{color}]█[/] {kind}" for kind, color in COLORS.items())
     console.print("made of: " + legend)
     if gpu:
         also = f"; tokens: the longest sequence at batch {request.batch}" if tokens else ""

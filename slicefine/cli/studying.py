@@ -28,9 +28,9 @@ def new_task(name: str, columns: Columns, max_length: int, beside: str) -> Task:
     return task
 
 
-def read(path: str, task: Task, what: str, labelled: bool = True) -> list[Row]:
+def read(path: str, task: Task, what: str, labeled: bool = True) -> list[Row]:
     """Rows with the columns that the task needs; without labels only its input is needed."""
-    columns = task.required() if labelled else task.required()[:1]
+    columns = task.required() if labeled else task.required()[:1]
     return read_rows(path, columns, what)
 
 
@@ -70,12 +70,12 @@ def trained_classifier(task: Task, model: str) -> nn.Module:
     if new:
         raise UserError(
             f"--model {model}: {', '.join(new)} {'is' if len(new) == 1 else 'are'} newly"
-            " initialised, so it is no trained classifier; train one with `slicefine train`"
+            " initialized, so it is no trained classifier; train one with `slicefine train`"
         )
     return loaded.eval()
 
 
-def unlabelled(task: Task, rows: list[Row]) -> Samples:
+def unlabeled(task: Task, rows: list[Row]) -> Samples:
     """Inputs of rows whose labels do not matter."""
     return encode(task, [{**row, task.columns.label: task.labels[0]} for row in rows])
 

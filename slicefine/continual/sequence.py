@@ -49,11 +49,11 @@ class TaskSamples:
 class TrainingOptions:
     """How every task trains.
 
-    lr: of the slices (of all weights in mode ``full``). head_lr: of a head that trains whole.
+    lr: of the slices (of all weights in mode ``full``). head_lr: of a head that is fully trained.
     optimizer: "adamw" or "sgd" (mode ``full`` only). warmup: share of the steps, linear decay after
     it; None: constant. replay: samples kept of every earlier task, a batch of which joins each
     step. functional: weight of the mean squared change of the logits that earlier tasks gave on the
-    present task's inputs. head: module that trains whole, each task its own (task id known when
+    present task's inputs. head: module that is fully trained, each task its own (task id known when
     asked); None: one frozen or sliced output for all. seed: of batches, replay and dropout.
     """
 

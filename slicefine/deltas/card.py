@@ -48,7 +48,9 @@ def model_card(delta: Delta, name: str) -> str:
     base = delta.base.get("model")
     config, info = delta.config, dict(delta.info)
     entries = sum(p.new.numel() for w in delta.weights.values() for p in w.patches)
-    whole = f" and {len(delta.whole)} tensors that trained whole" if delta.whole else ""
+    whole = (
+        f" and {len(delta.whole)} tensors that were fully trained" if delta.whole else ""
+    )
     steps, coverage = info.pop("steps", None), info.pop("coverage", None)
     measured = isinstance(coverage, (int, float))
     # for programs

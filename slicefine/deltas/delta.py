@@ -114,8 +114,8 @@ class Delta:
         # form.
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DeltaError(
-                f"{path} is whole but no well-formed delta ({type(error).__name__}: {error}); it"
-                " was not written by slicefine"
+                f"{path} passes its checksum but is not a valid delta ({type(error).__name__}:"
+                f" {error}); it was not written by slicefine"
             ) from error
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:

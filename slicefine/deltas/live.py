@@ -56,7 +56,7 @@ class AdapterRegister:
 def register_slices(
     model: Any, name: str, full: dict[str, bool], keep_originals: bool
 ) -> None:
-    """Make the slices of a model an adapter.
+    """Register the slices in training as an adapter.
 
     Args:
         model: a model whose slices have just been made.
@@ -77,7 +77,7 @@ def register_slices(
 
 @torch.no_grad()
 def resume_from(model: Any, delta: Delta) -> None:
-    """Initialize slices that have just been made from a delta; its old values are their originals.
+    """Initialize new slices from a delta; its old values are their originals.
 
     Raises:
         DeltaError: the delta changes a weight that has no slices here.

@@ -252,7 +252,7 @@ def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[str]]:
-    """Keys of what trained whole: (those that the adapter holds, those left out)."""
+    """Keys of what was fully trained: (those that the adapter holds, those left out)."""
     biases = [key for key, entry in delta.whole.items() if entry.replaces]
     heads = [key for key, entry in delta.whole.items() if not entry.replaces]
     refused = biases + (heads if server == "vllm" else [])
@@ -264,8 +264,8 @@ def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[
         )
     if heads and server == "vllm" and not leave_out:
         raise DeltaError(
-            f"the head trained whole ({', '.join(heads[:3])}), and vLLM takes no modules_to_save:"
-            " serve the merged model, or leave the head out (leave_out=True, --leave-out) and put"
+            f"the head was fully trained ({', '.join(heads[:3])}), and vLLM takes no"
+            " modules_to_save: serve the merged model, or leave the head out (leave_out=True, --leave-out) and put"
             " it into the base model"
         )
     return [key for key in heads if key not in refused], refused

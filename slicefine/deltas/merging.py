@@ -44,8 +44,8 @@ def weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         for key, entry in delta.whole.items():
             if key in whole:
                 raise DeltaError(
-                    f"{key} trains whole in several of the adapters; it can come from one of them"
-                    " only"
+                    f"{key} is fully trained in several of the adapters; it can come from one"
+                    " of them only"
                 )
             whole[key] = (
                 entry

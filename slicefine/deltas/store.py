@@ -2,10 +2,8 @@
 named by their SHA-256.
 
 ``index.jsonl`` holds one JSON object a line, each with its own SHA-256 and that of the line before
-it, so a changed, removed or
-inserted line is found. ``blobs/<sha256>.safetensors`` are delta files. Writers take a lock; a crash
-leaves at most a torn last line, which is
-said, and files that nothing names.
+it, so a changed, removed or inserted line is found. ``blobs/<sha256>.safetensors`` are delta files.
+Writers take a lock; a crash leaves at most a truncated last line (reported) and unreferenced files.
 """
 
 from __future__ import annotations
@@ -64,8 +62,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Log:
-    """events: all whole lines. torn: what a crash left of a last line. head: SHA-256 of the last
-    whole line.
+    """events: all whole lines. torn: a truncated last line, as a crash left it. head: SHA-256 of
+    the last whole line.
     """
 
     events: list[dict[str, Any]]
@@ -98,7 +96,7 @@ class Store:
                     f"{self.path / INDEX} is missing, but there are deltas in {self.path / BLOBS}"
                 ) from None
             content = b""
-        # A whole line ends in a newline: behind the last one there is nothing, or a torn line.
+        # A whole line ends in a newline: behind the last one there is nothing, or a truncated line.
         *lines, torn = content.split(b"\n")
         events, head = [], _NOTHING
         for number, line in enumerate(lines, 1):
@@ -387,7 +385,7 @@ def parents_of(delta: Delta) -> list[str]:
 
 def _torn_line(path: Path, log: Log) -> str:
     return (
-        f"{path / INDEX}: the last line is torn ({len(log.torn)} bytes of event"
+        f"{path / INDEX}: the last line is truncated ({len(log.torn)} bytes of event"
         f" {len(log.events) + 1}): a writer died. The {len(log.events)} events before it are whole;"
         " the next write removes it."
     )

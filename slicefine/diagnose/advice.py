@@ -60,8 +60,9 @@ class Advice:
 
 
 def method_of(config: SliceConfig, name: str = "slices") -> Method:
-    """A `slicefine.plan.estimate.Method` of a config. Heads that train whole are left out: fake
-    tensors have no values for their optimizer to read, and they cost every candidate the same."""
+    """A `slicefine.plan.estimate.Method` of a config. Heads that are fully trained are left out:
+    fake tensors have no values for their optimizer to read, and they cost every candidate the same.
+    """
     slices = _changed(
         config,
         modules_to_save=None,

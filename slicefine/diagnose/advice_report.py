@@ -8,7 +8,7 @@ from slicefine.config import SliceConfig
 from slicefine.diagnose.html import Page, new_figure
 from slicefine.diagnose.report import (
     BLUE,
-    GREY,
+    GRAY,
     ORANGE,
     energy_section,
     short_name,
@@ -45,7 +45,7 @@ def advice_page(found: dict[str, Any]) -> Page:
     page.heading("Learning rate")
     figure, (left, right) = new_figure(12, 3.6, ncols=2)
     test = found["range_test"]
-    left.plot(test["lrs"], test["losses"], color=GREY, lw=0.8, label="loss")
+    left.plot(test["lrs"], test["losses"], color=GRAY, lw=0.8, label="loss")
     left.plot(test["lrs"], test["smoothed"], color=BLUE, label="smoothed")
     left.axvspan(test["low"], test["high"], color=BLUE, alpha=0.08)
     left.axvline(found["lr"], color=ORANGE, ls="--", label="recommended")

@@ -225,12 +225,12 @@ def input_features(
 
 @contextmanager
 def random_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Inside, every module computes with freshly initialised parameters, which exist only while
+    """Inside, every module computes with freshly initialized parameters, which exist only while
     that module runs.
 
-    So the randomly initialised twin of a model takes the memory of its largest module and not that
+    So the randomly initialized twin of a model takes the memory of its largest module and not that
     of a second model. Linear and embedding weights are normal with
-    ``model.config.initializer_range`` where there is one; else modules initialise themselves
+    ``model.config.initializer_range`` where there is one; else modules initialize themselves
     (``reset_parameters``). Other parameters: vectors called weight are ones, biases zeros,
     everything else normal with 0.02. A module whose weights its parent reads without calling it
     keeps them.

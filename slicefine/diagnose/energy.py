@@ -1,8 +1,8 @@
 """Task energy: how many directions the features of the user's data span at the input of a layer.
 
-Always to be read beside the same quantity of a randomly initialised model
-(`slicefine.diagnose.capture.random_weights`). Source: cumulative explained variance of centred
-features, arXiv 2510.08513; the label-aligned variant is the share of the centred label matrix
+Always to be read beside the same quantity of a randomly initialized model
+(`slicefine.diagnose.capture.random_weights`). Source: cumulative explained variance of centered
+features, arXiv 2510.08513; the label-aligned variant is the share of the centered label matrix
 inside the span of the first k principal components.
 """
 
@@ -23,7 +23,7 @@ class Energy:
 
     curve: (min(n, d),) cumulative explained variance after 1, 2, ... components. k: tau -> least
     number of components with that share. effective_rank: exp of the spectrum's entropy. aligned:
-    (min(n, d),) share of the centred labels' energy within the first components, or None without
+    (min(n, d),) share of the centered labels' energy within the first components, or None without
     labels. aligned_k: tau -> least number of components that hold tau of what all of them hold.
     dead: number of features that never vary.
     """
@@ -44,11 +44,11 @@ def task_energy(
     labels: Tensor | None = None,
     label_features: Tensor | None = None,
 ) -> Energy:
-    """Cumulative explained variance of centred features.
+    """Cumulative explained variance of centered features.
 
     features: (n, d). labels: (m,) class numbers or (m, c) targets, for the label-aligned variant.
     label_features: (m, d), one row per label where features are finer than labels (tokens of a
-    labelled text); ``features`` otherwise. out: an `Energy`. Raises ValueError for fewer than two
+    labeled text); ``features`` otherwise. out: an `Energy`. Raises ValueError for fewer than two
     rows, features that do not vary, labels of another length.
     """
     if features.dim() != 2 or features.shape[0] < 2:
@@ -60,19 +60,19 @@ def task_energy(
             f"taus are {tuple(taus)}; expected shares between 0, exclusive, and 1"
         )
     # a common offset is no direction in which examples differ
-    centred = _centred(features)
-    energy = centred.square().sum(0)
+    centered = _centered(features)
+    energy = centered.square().sum(0)
     if not float(energy.sum()) > 0.0 or not bool(torch.isfinite(energy).all()):
         raise ValueError(
             "the features do not vary or are not finite; they have no principal components"
         )
-    spectrum, _ = _principal(centred, vectors=False)
+    spectrum, _ = _principal(centered, vectors=False)
     curve = (spectrum.cumsum(0) / spectrum.sum()).clamp_max(1.0)
     share = spectrum / spectrum.sum()
     aligned = aligned_k = None
     if labels is not None:
         held = _aligned(
-            centred if label_features is None else _centred(label_features), labels
+            centered if label_features is None else _centered(label_features), labels
         )
         aligned, aligned_k = (
             held.tolist(),
@@ -90,22 +90,22 @@ def task_energy(
     )
 
 
-def _centred(features: Tensor) -> Tensor:
+def _centered(features: Tensor) -> Tensor:
     # float64: small shares are read off the far end of the spectrum
     features = features.to("cpu", torch.float64)
     return features - features.mean(0)
 
 
-def _principal(centred: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
+def _principal(centered: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
     """(eigenvalues, left singular vectors (n, k) if asked for), largest first, from the smaller of
     the two Gram matrices."""
     # the nonzero eigenvalues of both Gram matrices are the same; the smaller one is cheaper
-    n, d = centred.shape
+    n, d = centered.shape
     if n <= d or vectors:
-        values, left = torch.linalg.eigh(centred @ centred.t())
+        values, left = torch.linalg.eigh(centered @ centered.t())
         keep = min(n, d)
         return values.flip(0)[:keep].clamp_min(0.0), left.flip(1)[:, :keep]
-    return torch.linalg.eigvalsh(centred.t() @ centred).flip(0).clamp_min(0.0), None
+    return torch.linalg.eigvalsh(centered.t() @ centered).flip(0).clamp_min(0.0), None
 
 
 def _reach(curve: Tensor, level: float) -> int:
@@ -115,19 +115,19 @@ def _reach(curve: Tensor, level: float) -> int:
     return min(int((curve < level - 1e-12).sum()) + 1, len(curve))
 
 
-def _aligned(centred: Tensor, labels: Tensor) -> Tensor:
-    """||U_k^T Y||^2 / ||Y||^2 of the centred labels Y for every k."""
-    if len(labels) != len(centred):
+def _aligned(centered: Tensor, labels: Tensor) -> Tensor:
+    """||U_k^T Y||^2 / ||Y||^2 of the centered labels Y for every k."""
+    if len(labels) != len(centered):
         raise ValueError(
-            f"{len(labels)} labels for {len(centred)} rows of features; expected one each"
+            f"{len(labels)} labels for {len(centered)} rows of features; expected one each"
         )
     # regression targets come as a matrix already
     targets = torch.nn.functional.one_hot(labels.long()) if labels.dim() == 1 else labels
-    targets = _centred(targets)
+    targets = _centered(targets)
     total = targets.square().sum()
     if not float(total) > 0.0:
         raise ValueError("all labels are the same; there is nothing to align with")
-    spectrum, left = _principal(centred, vectors=True)
+    spectrum, left = _principal(centered, vectors=True)
     assert left is not None
     # directions without variance hold nothing a linear layer could read
     left = left[:, spectrum > 1e-12 * spectrum[0]]

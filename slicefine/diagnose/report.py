@@ -9,9 +9,9 @@ from typing import Any
 from slicefine.diagnose.html import Page, new_figure
 from slicefine.diagnose.survey import kind_of
 
-BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#9aa4b2"
+BLUE, ORANGE, GRAY = "#1f5fa8", "#d9772b", "#9aa4b2"
 
-# title, what the colour is, layer row -> value, logarithmic
+# title, what the color is, layer row -> value, logarithmic
 QUANTITIES: list[tuple[str, Callable[[dict[str, Any]], float | None], bool]] = [
     (
         "k(0.9) of the features",
@@ -65,7 +65,7 @@ def survey_page(result: dict[str, Any]) -> Page:
     )
     page.figure(
         _heat_map(result["layers"]),
-        "Every layer, every quantity. Logarithmic colour scales but for the spread.",
+        "Every layer, every quantity. Logarithmic color scales but for the spread.",
     )
     energy_section(page, result)
     winning_section(page, result)
@@ -226,14 +226,14 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
     page.heading("Task energy")
     page.text(result["notes"]["energy"])
     figure, (left, right) = new_figure(12, 4, ncols=2)
-    groups = [("energy", "pretrained", BLUE), ("random_energy", "random weights", GREY)]
-    for key, label, colour in groups:
+    groups = [("energy", "pretrained", BLUE), ("random_energy", "random weights", GRAY)]
+    for key, label, color in groups:
         for i, row in enumerate(rows):
             curve = row[key]["curve"]
             left.plot(
                 range(1, len(curve) + 1),
                 curve,
-                color=colour,
+                color=color,
                 alpha=max(0.08, 3 / len(rows)),
                 lw=1,
                 label=label if i == 0 else None,
@@ -241,7 +241,7 @@ def energy_section(page: Page, result: dict[str, Any]) -> None:
         right.plot(
             [row[key]["k"]["0.9"] for row in rows],
             ".",
-            color=colour,
+            color=color,
             label=f"k(0.9), {label}",
             ms=5,
         )
@@ -318,8 +318,8 @@ def winning_section(page: Page, result: dict[str, Any]) -> None:
                 alpha=0.5,
                 ms=11,
             )
-        left.axvline(0, color=GREY, lw=0.8)
-        right.axvline(1, color=GREY, lw=0.8)
+        left.axvline(0, color=GRAY, lw=0.8)
+        right.axvline(1, color=GRAY, lw=0.8)
         left.set_yticks(range(len(tried)), [w["name"] for w in tried], fontsize=8)
         left.set_xlabel(
             f"fall of the loss after {result['options']['steps']} steps, one dot per position"

@@ -39,7 +39,7 @@ class Balance:
     norm per feature. energy_ratio: largest of them over smallest. energy_cv: their coefficient of
     variation. energy_z: (k,) of each group, in standard deviations of a random group of as many
     features (exact under a shuffle). profile_ratio: largest ratio, over pairs of groups and the top
-    half of the ranks, of their normalised spectra. group_profile_ratios: (k,) the same of each
+    half of the ranks, of their normalized spectra. group_profile_ratios: (k,) the same of each
     group to the median group. effective_ranks: (k,) exp of the spectrum's entropy. permutation,
     gaussian: statistic ("energy_ratio", "profile_ratio", "effective_rank_min") -> its `Null`: the
     weight's own features shuffled; a Gaussian matrix of the same shape. flagged: (group, first

@@ -432,8 +432,8 @@ def label_alignment(gram: Tensor, targets: Tensor) -> float:
     """yᵀ K y / (‖y‖² ‖K‖) in [0, 1]: how much the labels lie where the slices move the outputs
     most.
 
-    gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centred one-hot labels. ‖K‖ is
-    the largest eigenvalue.
+    gram: (n C, n C), as of `slice_gram`. targets: (n, C), such as centered one-hot labels. ‖K‖
+    is the largest eigenvalue.
     """
     y = targets.to("cpu", torch.float64).flatten()
     if len(y) != len(gram) or not float(y.square().sum()) > 0.0:

@@ -21,8 +21,8 @@ from slicefine.optim import SliceAdamW
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """How a short training runs. head_lr: of what trains whole. warmup: share of the steps, linear
-    decay to 0 after it. clip: gradient norm, 0 for none."""
+    """How a short training runs. head_lr: of what is fully trained. warmup: share of the steps,
+    linear decay to 0 after it. clip: gradient norm, 0 for none."""
 
     head_lr: float = 2e-3
     warmup: float = 0.1

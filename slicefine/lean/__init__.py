@@ -1,4 +1,5 @@
-"""Below the frozen floor: a model that keeps less for its backward pass. `slicefine.lean(model)`.
+"""Below the frozen baseline: a model that keeps less for its backward pass.
+`slicefine.lean(model)` is how it is called.
 
 The package can be called, so that the function is there whichever of the two names was imported
 first.

@@ -76,7 +76,7 @@ def lean(
             operators becomes one.
         checkpoint: "full" recomputes each layer in backward, "selective" all but its attention and
             those products that are not wider than their input.
-        verbose: print what was changed, and what was not recognised.
+        verbose: print what was changed, and what was not recognized.
     Returns:
         The same object.
     Raises:
@@ -98,12 +98,12 @@ def lean(
         head.attach(model)
         report.loss = name
     if norms:
-        report.norms = _become(model, modules.recognise_norm, modules.LeanRMSNorm)
+        report.norms = _become(model, modules.recognize_norm, modules.LeanRMSNorm)
         report.left |= modules.unknown_norms(model)
     if mlp:
-        report.mlps = _become(model, modules.recognise_mlp, modules.LeanGatedMLP)
+        report.mlps = _become(model, modules.recognize_mlp, modules.LeanGatedMLP)
         report.activations = _become(
-            model, modules.recognise_activation, modules.LeanActivation
+            model, modules.recognize_activation, modules.LeanActivation
         )
         report.left |= modules.unknown_mlps(model)
     model.__dict__["_lean_report"] = report
@@ -114,8 +114,8 @@ def lean(
     return model
 
 
-def _become(model: nn.Module, recognise: Any, mixin: type) -> list[str]:
-    found = list(modules.candidates(model, recognise))
+def _become(model: nn.Module, recognize: Any, mixin: type) -> list[str]:
+    found = list(modules.candidates(model, recognize))
     for _, module, how in found:
         modules.become(module, mixin, how)
     return [name for name, *_ in found]

@@ -1,4 +1,4 @@
-"""Norms, gated MLPs and activations that keep less, recognised by what they compute.
+"""Norms, gated MLPs and activations that keep less, recognized by what they compute.
 
 No table of classes: a module's own ``forward`` is run on a few random numbers, with weights of a
 few features in place of its own, and compared with the formula. A module becomes lean by its class
@@ -105,7 +105,7 @@ def give_back(module: nn.Module) -> None:
 # Recognition
 
 
-def recognise_norm(
+def recognize_norm(
     module: nn.Module,
 ) -> tuple[float, bool, torch.dtype | None, float] | None:
     """(offset, late_cast, internal dtype or None for the input's, eps) of an RMSNorm."""
@@ -164,7 +164,7 @@ def _try_norm(
     return None
 
 
-def recognise_mlp(module: nn.Module) -> tuple[tuple[str, ...], str, bool] | None:
+def recognize_mlp(module: nn.Module) -> tuple[tuple[str, ...], str, bool] | None:
     """(names of its layers, activation, whether the gate is the first half) of a gated MLP."""
     linear = {n: m for n, m in module._modules.items() if isinstance(m, nn.Linear)}
     others = [m for n, m in module._modules.items() if n not in linear and m is not None]
@@ -220,7 +220,7 @@ def _computes_gated(
         return _equal(_run(shell, {}, x), wanted, 1e-12)
 
 
-def recognise_activation(module: nn.Module) -> str | None:
+def recognize_activation(module: nn.Module) -> str | None:
     """The operator that computes what a module without tensors computes by several; else None."""
     if (
         _holds_tensors(module)
@@ -283,17 +283,17 @@ def _equal(found: Any, wanted: Tensor, tolerance: float) -> bool:
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
-def candidates(model: nn.Module, recognise: Callable[[nn.Module], Any]) -> Iterator[tuple]:
-    """(name, module, what was recognised) of each module once."""
+def candidates(model: nn.Module, recognize: Callable[[nn.Module], Any]) -> Iterator[tuple]:
+    """(name, module, what was recognized) of each module once."""
     for name, module in model.named_modules():
         if isinstance(module, LeanModule):
             continue
-        how = recognise(module)
+        how = recognize(module)
         if how is not None:
             yield name, module, how
 
 
-# What was not recognised
+# What was not recognized
 
 
 def unknown_norms(model: nn.Module) -> dict[str, str]:

@@ -21,9 +21,7 @@ from slicefine.modules.parameters import SlicedModule, SliceParameter
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module says of itself what transformers' ``use_experts_implementation`` has its
-    experts say.
-    """
+    """True if the module follows transformers' ``use_experts_implementation`` interface."""
     return all(
         hasattr(module, name)
         for name in ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")

@@ -40,7 +40,7 @@ class Workload:
     build: () -> the model on the meta device.
     inputs: batch size, length -> keyword arguments, made of fake tensors.
     loss: what the model returned, inputs -> scalar.
-    embeddings: the module whose output must receive gradients in the frozen-floor run.
+    embeddings: the module whose output must receive gradients in the frozen-baseline run.
     logits_width: size of the vocabulary, if it has one.
     context: context manager that is active during the step.
     lean: the options with which `slicefine.lean` changes the model, None to leave it as it is.

@@ -28,7 +28,7 @@ def floor() -> Method:
     def prepare(model: nn.Module) -> None:
         model.requires_grad_(False)
 
-    return Method("frozen floor", prepare, targets="-")
+    return Method("frozen baseline", prepare, targets="-")
 
 
 def slices(
@@ -40,8 +40,8 @@ def slices(
     """slicefine with SliceAdamW."""
 
     def prepare(model: nn.Module) -> Optimizer:
-        # of the slices alone: next to them a head that trains is small, and torch's step for what
-        # trains whole reads values, which planning does not have
+        # of the slices alone: next to them a head that trains is small, and torch's step for a
+        # fully trained module reads values, which planning does not have
         config = SliceConfig(
             r=r, slice_type=slice_type, target_modules=targets, modules_to_save=[]
         )

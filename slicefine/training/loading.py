@@ -84,8 +84,8 @@ def new_modules(info: dict[str, Any]) -> list[str]:
 
 
 def with_head(model: nn.Module, modules: list[str]) -> list[str]:
-    """A classification head trains whole also where the checkpoint has one: its labels need not be
-    these.
+    """A classification head is fully trained also where the checkpoint has one: its labels need not
+    be these.
     """
     return sorted(
         {

@@ -251,7 +251,7 @@ class _Run:
             f"trainable {trainable:,d} of {total:,d} parameters ({100 * trainable / total:.2f} %)"
         ]
         if self.whole:
-            lines.append(f"train whole: {', '.join(self.whole)}")
+            lines.append(f"fully trained: {', '.join(self.whole)}")
         if isinstance(self.task, CausalLM):
             lines.append(f"rows: {self.task.form}, weights in {self.evaluation.dtype}")
         lines.append(str(self.model.planned_coverage(steps)))  # type: ignore[operator]

@@ -71,7 +71,7 @@ class Task:
         raise NotImplementedError
 
     def load(self, model: str, dtype: Dtype) -> tuple[nn.Module, list[str]]:
-        """(model, names of its modules that are newly initialised)."""
+        """(model, names of its modules that are newly initialized)."""
         raise NotImplementedError
 
     def config_of(self, model: Any) -> dict[str, Any]:
@@ -473,7 +473,7 @@ class ImageClassification(Task):
         from PIL import Image, UnidentifiedImageError
 
         if not isinstance(image, str):
-            # a processor takes three channels: grey images have one, those with alpha four
+            # a processor takes three channels: gray images have one, those with alpha four
             return image.convert("RGB")
         try:
             with Image.open(self.folder / image) as opened:

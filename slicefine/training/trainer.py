@@ -90,13 +90,13 @@ def refuse_sliced_head(model: Any) -> None:
         raise UserError(
             f"{name} has slices, and SFTTrainer computes its loss from {name}.weight without"
             " calling the layer, so they would never train. Leave it out of --target-modules, or"
-            f" train it whole with --modules-to-save {name}"
+            f" train all of it with --modules-to-save {name}"
         )
 
 
 def slice_adamw(model: nn.Module, recipe: Recipe, args: Any) -> SliceAdamW:
-    """SliceAdamW with the slices at ``lr`` and what trains whole at ``head_lr``; vectors (biases,
-    norms) without weight decay.
+    """SliceAdamW with the slices at ``lr`` and what is fully trained at ``head_lr``; vectors
+    (biases, norms) without weight decay.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     slices = [p for p in trained if layers_of(p)]

@@ -24,7 +24,7 @@ def test_the_tuners_candidates():
     for side, thin, size in tune.classes():
         R, K = (4096, thin) if side == "rows" else (thin, 4096)
         start = default_config(R, K, size)
-        near = list(tune.neighbours(start, side, thin, size))
+        near = list(tune.neighbors(start, side, thin, size))
         assert 5 <= len(near) == len(set(near)) and start not in near
         for config in near:
             assert config.BLOCK_R * config.BLOCK_K <= MAX_TILE

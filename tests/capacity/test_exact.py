@@ -134,7 +134,7 @@ def test_float32_keeps_its_bound_and_half_precision_is_refused():
     assert 1e-6 < error < bound < 1000 * error
     with pytest.raises(
         TypeError,
-        match="cannot run in torch.bfloat16.*knots lie between neighbouring samples",
+        match="cannot run in torch.bfloat16.*knots lie between neighboring samples",
     ):
         exact_side(x, edits).to(torch.bfloat16)
     with pytest.raises(TypeError, match="cannot run in torch.float16"):

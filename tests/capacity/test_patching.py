@@ -17,7 +17,7 @@ from slicefine import SliceConfig
 
 pytest.importorskip("sklearn")
 
-from slicefine.capacity.curves import ftc_curve, relabelled, smallest
+from slicefine.capacity.curves import ftc_curve, relabeled, smallest
 from slicefine.capacity.linearized import predict_sizes, verdict
 from slicefine.capacity.patching import edit_report, load_patch, patch, perturbed
 from slicefine.capacity.samples import Samples, predict, take
@@ -40,7 +40,7 @@ def trained():
 
 def edits_of(samples, N, seed=0):
     """(edits, inputs of the others)."""
-    changed = relabelled(samples, N, 10, seed)
+    changed = relabeled(samples, N, 10, seed)
     mask = changed.labels != samples.labels
     assert int(mask.sum()) == N
     return changed[mask], samples.inputs[~mask]
@@ -199,7 +199,7 @@ def test_an_exact_patch_keeps_every_bit_and_goes_away(trained, layers, tmp_path)
     # held-out flips were 0.4 to 1.4 % where this was tried first; a trained patch's are 6 to 17 %
     assert made.report.held_out_flips < 0.03
     assert made.report.generality < 0.9  # it knows the samples and nothing around them
-    assert any("does not generalise" in line for line in made.warnings)
+    assert any("does not generalize" in line for line in made.warnings)
     made.save(tmp_path)
     patched = logits_bits(model, test.inputs)
     made.remove()
@@ -402,7 +402,7 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
     )
     table = smallest(points)
     assert all(row["size"] is not None for row in table.values()), table
-    # a slice of one layer is the least efficient memoriser by the number; sides and LoRA need a
+    # a slice of one layer is the least efficient memorizer by the number; sides and LoRA need a
     # fraction
     assert table["slice", 4]["parameters"] > table["lora", 4]["parameters"]
     for point in points:
@@ -414,13 +414,13 @@ def test_one_protocol_measures_slices_lora_and_sides(trained):
         assert point.parameters == expected and point.solved == (point.wrong == 0)
     with pytest.raises(ValueError, match="labels wrong before any edit"):
         ftc_curve(
-            lambda: copy.deepcopy(model), relabelled(samples, 2, 10, 0), [1], {"side": [4]}
+            lambda: copy.deepcopy(model), relabeled(samples, 2, 10, 0), [1], {"side": [4]}
         )
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_rho_is_the_least_norm_change_of_the_linearised_slice(trained, kind, contiguous):
+def test_rho_is_the_least_norm_change_of_the_linearized_slice(trained, kind, contiguous):
     """Against torch.func: the Jacobian of the contrasts in the slice that SliceLinear really takes,
     the least-norm solution.
     """

@@ -420,7 +420,7 @@ def test_a_language_model_with_tied_embeddings(here):
     assert same(weights("llama"), weights("tuned"))
     assert (
         delta("export tuned/delta --output lora --server vllm")["left_out"] == []
-    )  # nothing trained whole
+    )  # nothing was fully trained
     assert delta("revert tuned/delta --model llama")["is_base"]
     shutil.move("llama/model.safetensors", "llama/model.bin.gone")
     assert "cannot load it" in run("delta apply tuned/delta --model llama", 2)

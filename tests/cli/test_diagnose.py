@@ -144,7 +144,7 @@ def test_diagnose_measures_every_layer_and_says_what_it_found(diagnosed):
     )
     assert {len(w["trials"]) for w in found["winning"]} == {0, 8}
     assert found["tangent"][-1]["outputs"] == 2 and found["tangent"][-1]["examples"] == 12
-    assert "Newly initialised here" in found["notes"]["winning"]
+    assert "Newly initialized here" in found["notes"]["winning"]
     assert (
         "13 linear layers, 13 of them used on this data" in said
         and "with random weights" in said

@@ -144,7 +144,7 @@ def test_patch_exactly_and_put_it_back(classifier, listed, tmp_path):
         "generality"
     ] <= 1
     assert (
-        "100.0 % of 2 edits answered as asked" in output and "does not generalise" in output
+        "100.0 % of 2 edits answered as asked" in output and "does not generalize" in output
     )
     assert "Efficacy, locality, generality" in (tmp_path / "p.html").read_text()
     ask, model = asked(classifier)
@@ -217,7 +217,7 @@ def test_patch_says_what_is_wrong(classifier, listed, options, said):
 
 
 def test_a_model_without_a_trained_head_cannot_be_patched(encoder, listed):
-    assert "newly initialised, so it is no trained classifier" in run(
+    assert "newly initialized, so it is no trained classifier" in run(
         "patch", "--model", encoder, "--edits", listed[0], code=2
     )
 

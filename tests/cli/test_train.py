@@ -111,7 +111,7 @@ def test_text_classification(encoder, reviews, tmp_path):
         "--epochs",
         6,
     )
-    assert "train whole: classifier" in printed
+    assert "fully trained: classifier" in printed
     assert (
         "36 steps, interval 3, r 8: 12 positions, 25 % of each 384-wide weight" in printed
     )  # 12 x 8 / 384
@@ -299,7 +299,7 @@ def test_causal_lm(tmp_path):
         4,
         "--gradient-checkpointing",
     )
-    assert "train whole" not in printed  # a tied head is not new
+    assert "fully trained" not in printed  # a tied head is not new
     assert (
         1
         < json.loads((tmp_path / "out" / "training.json").read_text())["metrics"][

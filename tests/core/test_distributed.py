@@ -340,14 +340,14 @@ def fsdp_low_precision(one_group: bool) -> dict[str, Any]:
     optimizer = optimizer_for(model, "SliceAdamW")
     train(model, optimizer, range(STEPS))
     layer: Any = model[0]
-    synchronised = torch.equal(
+    synchronized = torch.equal(
         layer.active(layer.slice_weight).bfloat16(),
         layer.weight_matrix[:, layer.slice_cols],
     )
     return {
         "state": whole(model),
         "dtypes": {p.dtype for p in model.parameters()},
-        "synchronised": synchronised,
+        "synchronized": synchronized,
     }
 
 
@@ -356,8 +356,8 @@ def test_bfloat16_weights_keep_float32_masters_under_fsdp2(both, one_group):
     first, second = both(fsdp_low_precision, one_group)
     assert (
         first["dtypes"] == {torch.bfloat16, torch.float32}
-        and first["synchronised"]
-        and second["synchronised"]
+        and first["synchronized"]
+        and second["synchronized"]
     )
     expected, _ = alone("SliceAdamW", dtype=torch.bfloat16)
     assert_close(

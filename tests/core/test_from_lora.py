@@ -74,8 +74,8 @@ def test_every_name_of_pefts_in_the_table_is_pefts_and_ours():
 
 
 def test_trainable_parameters_are_counted_as_peft_counts_them():
-    """A head that trains whole counts once; peft keeps a second copy of it, which it counts in the
-    total.
+    """A head that is fully trained counts once; peft keeps a second copy of it, which it counts in
+    the total.
     """
     model = slicefine.get_slice_model(
         bert(),

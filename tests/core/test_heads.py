@@ -92,7 +92,7 @@ def check(model: nn.Module, names: list[str]) -> None:
     """The default config trains the heads whole, says so once, and makes slices of the rest."""
     if names:
         with pytest.warns(
-            UserWarning, match="trained whole, as a new output head needs"
+            UserWarning, match="fully trained, as a new output head needs"
         ) as warned:
             get_slice_model(model, SliceConfig(r=2))
         assert len(warned) == 1

@@ -377,10 +377,10 @@ def test_optimizer_in_bwd_refuses_compilation():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-def test_quantised_weights_are_refused(dtype):
+def test_quantized_weights_are_refused(dtype):
     plain = nn.Linear(11, 8)
     plain.weight = nn.Parameter(torch.zeros(8, 11, dtype=dtype), requires_grad=False)
-    with pytest.raises(TypeError, match="quantised weight"):
+    with pytest.raises(TypeError, match="quantized weight"):
         SliceLinear.from_linear(plain, SliceConfig(r=3), "layer.0")
 
 
@@ -419,7 +419,7 @@ def test_layers_die_with_their_model():
     "twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
 )
 @pytest.mark.parametrize("side", ["slice_weight", "weight"])
-def test_a_copy_of_an_unsynchronised_layer_is_synchronised(side, twin_of):
+def test_a_copy_of_an_unsynchronized_layer_is_synchronized(side, twin_of):
     layer, x = make(), torch.randn(2, 11)
     with torch.no_grad():
         getattr(layer, side).fill_(0.25)

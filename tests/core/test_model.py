@@ -277,7 +277,7 @@ def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
 
 def test_a_new_head_trains_whole_by_default_and_that_is_said():
     said = (
-        r"^classifier is trained whole, as a new output head needs; modules_to_save="
+        r"^classifier is fully trained, as a new output head needs; modules_to_save="
         r"\['classifier'\] says so without this warning, modules_to_save=\[\] keeps it frozen$"
     )
     with pytest.warns(UserWarning, match=said) as warned:
@@ -515,7 +515,7 @@ def test_a_delta_that_is_only_used_freezes_its_base_until_it_is_taken_off(tmp_pa
 
 
 def test_training_goes_on_with_the_heads_that_trained_before(tmp_path):
-    with pytest.warns(UserWarning, match="classifier is trained whole"):
+    with pytest.warns(UserWarning, match="classifier is fully trained"):
         model = get_slice_model(Net(), SliceConfig(r=3))
     train(model)
     model.save_pretrained(tmp_path / "new")

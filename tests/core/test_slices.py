@@ -205,7 +205,7 @@ def test_more_positions_than_a_list_is_made_for():
     first, second = order[: 140 * 130], order[140 * 130 :]
     assert order[0] == 77 and sorted(first) == sorted(second) == list(range(140 * 130))
     assert first != second
-    # neighbours in time are no neighbours in place
+    # neighbors in time are no neighbors in place
     steps = torch.tensor(first, dtype=torch.float64).diff().abs()
     assert steps.mean() == pytest.approx(140 * 130 / 3, rel=0.05)
 

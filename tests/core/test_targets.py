@@ -189,13 +189,13 @@ def test_layers_that_would_never_train_are_refused_or_skipped():
         find_targets(patched, SliceConfig(r=2))
 
 
-def test_quantised_and_meta_weights_are_named():
-    quantised = nn.Sequential(nn.Linear(4, 4))
-    quantised[0].weight = nn.Parameter(
+def test_quantized_and_meta_weights_are_named():
+    quantized = nn.Sequential(nn.Linear(4, 4))
+    quantized[0].weight = nn.Parameter(
         torch.zeros(4, 4, dtype=torch.int8), requires_grad=False
     )
-    with pytest.raises(ValueError, match="0 is a Linear with a quantised weight"):
-        find_targets(quantised, SliceConfig(r=2))
+    with pytest.raises(ValueError, match="0 is a Linear with a quantized weight"):
+        find_targets(quantized, SliceConfig(r=2))
     with pytest.raises(
         ValueError, match="meta device, without values; load the weights first"
     ):

@@ -538,7 +538,8 @@ def test_a_whole_file_with_nonsense_in_it_is_refused(tmp_path, delta, problem):
     assert not (tmp_path / FILE).exists()
     forge(delta, tmp_path)
     with pytest.raises(
-        DeltaError, match=rf"is whole but no well-formed delta \(ValueError: .*{problem}"
+        DeltaError,
+        match=rf"passes its checksum but is not a valid delta \(ValueError: .*{problem}",
     ):
         Delta.load(tmp_path)
 
@@ -559,7 +560,7 @@ def test_a_whole_file_with_another_manifest_is_refused(tmp_path, content, monkey
     )
     monkeypatch.setattr(Delta, "_manifest", lambda self: {**manifest(self), **content})
     delta.save(tmp_path)
-    with pytest.raises(DeltaError, match="is whole but no well-formed delta"):
+    with pytest.raises(DeltaError, match="passes its checksum but is not a valid delta"):
         Delta.load(tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_faq_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
 
     with pytest.raises(
         DeltaError,
-        match=r"the head trained whole \(bert.pooler.dense.bias.*vLLM takes no modules_to_save",
+        match=r"the head was fully trained \(bert.pooler.dense.bias.*vLLM takes no modules_to_save",
     ):
         to_lora(delta, server="vllm")
     legal = to_lora(delta, server="vllm", leave_out=True)

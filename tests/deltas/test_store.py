@@ -112,8 +112,8 @@ def test_every_changed_byte_of_the_log_is_found(store):
         flipped = bytearray(content)
         flipped[place] ^= 1 << int(torch.randint(8, (), generator=generator))
         (store.path / "index.jsonl").write_bytes(flipped)
-        if place == len(content) - 1:  # the last line break: a torn line
-            assert ["is torn" in p for p in store.verify()] == [True]
+        if place == len(content) - 1:  # the last line break: a truncated line
+            assert ["is truncated" in p for p in store.verify()] == [True]
             continue
         with pytest.raises(
             StoreError, match=r"index.jsonl, line \d+ is not as it was written"
@@ -172,11 +172,11 @@ def test_a_damaged_swapped_or_missing_file_is_found(store):
     assert store.verify() == []
 
 
-def test_a_torn_last_line_is_named_and_mended_by_the_next_write(store):
+def test_a_truncated_last_line_is_named_and_mended_by_the_next_write(store):
     lines = filled(store)
     for cut in (1, 40, len(lines[-1]) - 1):
         (store.path / "index.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
-        assert f"the last line is torn ({cut} bytes of event 5)" in store.verify()[0]
+        assert f"the last line is truncated ({cut} bytes of event 5)" in store.verify()[0]
         assert [e.revoked for e in store.entries()] == [
             None
         ] * 3  # the event that tore did not happen
@@ -239,7 +239,9 @@ def test_two_writers_and_kill_9_lose_nothing(store):
         range(1, len(entries) + 1)
     )  # no version twice
     problems = [
-        p for p in store.verify() if "named by no event" not in p and "is torn" not in p
+        p
+        for p in store.verify()
+        if "named by no event" not in p and "is truncated" not in p
     ]
     assert problems == []
     store.save("a", small(-1.0))  # goes on, and clears what the dead have left

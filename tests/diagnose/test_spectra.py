@@ -18,7 +18,7 @@ from slicefine.diagnose.spectra import gaussian_null, group_bounds, spectral_bal
 
 @pytest.fixture(scope="module")
 def digits():
-    """(trained 64-256-256-10 MLP, 600 standardised images, their labels)."""
+    """(trained 64-256-256-10 MLP, 600 standardized images, their labels)."""
     sklearn = pytest.importorskip("sklearn.datasets")
     data = sklearn.load_digits()
     order = np.random.RandomState(0).permutation(len(data.target))
@@ -203,7 +203,7 @@ def test_label_alignment_equals_a_regression():
 
 
 def test_trained_digits_features_are_narrow_against_random_ones(digits):
-    """k(0.9) of the second hidden layer was measured as 6 against 32 at random initialisation, of
+    """k(0.9) of the second hidden layer was measured as 6 against 32 at random initialization, of
     256.
     """
     model, x, y = digits
@@ -302,7 +302,7 @@ def test_random_weights_leave_the_model_as_it_was_and_need_one_module_at_a_time(
     )
 
 
-def test_random_weights_follow_the_modules_own_initialisation():
+def test_random_weights_follow_the_modules_own_initialization():
     model = nn.Sequential(nn.Linear(300, 400))
     with capture.random_weights(model):
         output = model(torch.eye(300))

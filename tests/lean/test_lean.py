@@ -142,7 +142,7 @@ def assert_equal(found: dict, wanted: dict, tolerance: float = 1e-10) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore:classifier is trained whole")
+@pytest.mark.filterwarnings("ignore:classifier is fully trained")
 @pytest.mark.parametrize("first", ["slices first", "lean first"])
 @pytest.mark.parametrize("slice_type", ["column", "row"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -490,5 +490,5 @@ def test_a_norm_rounds_as_its_own_forward_does(name):
     norm.requires_grad_(False)
     x = torch.randn(50, 32, dtype=torch.bfloat16)
     wanted = norm(x)
-    modules.become(norm, modules.LeanRMSNorm, modules.recognise_norm(norm))
+    modules.become(norm, modules.LeanRMSNorm, modules.recognize_norm(norm))
     assert torch.equal(norm(x.requires_grad_()), wanted)

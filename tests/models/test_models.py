@@ -59,7 +59,7 @@ class DenseMasked:
     """torch's dense AdamW on whole weights whose gradients are masked; its state starts anew
     wherever the slice has moved.
 
-    The slices are written from the definition: r neighbouring features, one position further every
+    The slices are written from the definition: r neighboring features, one position further every
         INTERVAL steps.
     """
 
@@ -272,8 +272,8 @@ def test_faq_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_p
     )
 
 
-def quantised_by(how: str) -> nn.Module:
-    """Two linear layers, the first of them quantised."""
+def quantized_by(how: str) -> nn.Module:
+    """Two linear layers, the first of them quantized."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
     if how == "torch, dynamic":
         return torch.ao.quantization.quantize_dynamic(
@@ -304,14 +304,14 @@ def quantised_by(how: str) -> nn.Module:
 @pytest.mark.parametrize(
     "how", ["int8 parameter", "packed", "torch, dynamic", "torchao", "bitsandbytes"]
 )
-def test_faq_20_a_quantised_base_is_refused_by_name(how):
-    model = quantised_by(how)
+def test_faq_20_a_quantized_base_is_refused_by_name(how):
+    model = quantized_by(how)
     for targets in ("all-linear", ["0"]):
         with pytest.raises(
             ValueError,
             match=(
-                r"^0 is a \w+ with a quantised weight \(.+\); slices train floating-point weights."
-                r" Load the model unquantised, or leave "
+                r"^0 is a \w+ with a quantized weight \(.+\); slices train floating-point weights."
+                r" Load the model unquantized, or leave "
                 r"the layer out \(exclude_modules\)"
             ),
         ):
@@ -421,9 +421,9 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
         {},
     ),
-    "a quantised layer": (lambda: quantised_by("int8 parameter")[0], {}),
+    "a quantized layer": (lambda: quantized_by("int8 parameter")[0], {}),
     "a weight on the meta device": (lambda: nn.Linear(8, 8, device="meta"), {}),
-    "a pruned or parametrised weight": (pruned, {}),
+    "a pruned or parameterized weight": (pruned, {}),
     "a layer whose forward was replaced": (replaced, {}),
     "a linear layer with a forward of its own": (lambda: Odd(8, 8), {}),
     "row slices of experts": (

@@ -369,7 +369,7 @@ def test_triton_splits_tokens_and_the_last_arriver_adds_them_up(
         )  # it was used, and left as it was found
 
 
-def test_stochastic_rounding_is_unbiased_and_only_picks_neighbours():
+def test_stochastic_rounding_is_unbiased_and_only_picks_neighbors():
     value = torch.full((40_000,), 1.0 + 0.3 * 2**-7)  # 30 % of the way to the next bfloat16
     rounded = reference.round_to(value, torch.bfloat16, seed=5).float()
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}

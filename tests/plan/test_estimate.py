@@ -177,7 +177,7 @@ def test_a_compiled_estimate_equals_what_the_allocator_gives(tmp_path, method):
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore:classifier is trained whole")
+@pytest.mark.filterwarnings("ignore:classifier is fully trained")
 @pytest.mark.parametrize("method", ["column", "full"])
 def test_an_estimate_equals_the_measured_step_of_the_real_encoder(method):
     """all-MiniLM-L6-v2 from its config alone, beside the model with its weights."""
@@ -205,8 +205,8 @@ def test_an_estimate_equals_the_measured_step_of_the_real_encoder(method):
 
 @pytest.mark.slow
 def test_faq_13_ceilings_on_llama_3_2_3b():
-    """Batch 4 x 768, bfloat16, all linears, r = 16: column within 1 % of the frozen floor and below
-    every peer at equal precision.
+    """Batch 4 x 768, bfloat16, all linears, r = 16: column within 1 % of the frozen baseline and
+    below every peer at equal precision.
     """
     pytest.importorskip("peft")
     from slicefine.plan import peft
@@ -331,7 +331,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert {
-        "frozen floor",
+        "frozen baseline",
         "slice column r=16",
         "slice row r=16",
         "masked r=16",

@@ -54,7 +54,7 @@ def test_a_llama_of_eleven_layers(name, mode, length):
     assert found.row() == full.row()
 
 
-@pytest.mark.filterwarnings("ignore:classifier is trained whole")
+@pytest.mark.filterwarnings("ignore:classifier is fully trained")
 @pytest.mark.parametrize("kind", ["BertConfig", "ViTConfig", "GPTNeoXConfig"])
 def test_other_families(kind):
     made = stacked(kind)

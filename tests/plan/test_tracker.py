@@ -140,8 +140,8 @@ def make_deep(width=256, depth=6):
 
 
 def test_peaks_are_ordered_as_the_design_says():
-    """Above the frozen floor: column a little, row an activation per layer, full training weights x
-    3.
+    """Above the frozen baseline: column a little, row an activation per layer, full training
+    weights x 3.
     """
     x = torch.randn(1024, 256, requires_grad=True)
     floor = make_deep().requires_grad_(False)

@@ -864,7 +864,7 @@ def test_faq_37_new_heads_train_all_the_time():
         dict(model.classifier.state_dict()), dict(head.state_dict()), rtol=0, atol=1e-7
     )
     with pytest.warns(
-        UserWarning, match="classifier is trained whole, as a new output head"
+        UserWarning, match="classifier is fully trained, as a new output head"
     ):
         model = get_slice_model(Net(), SliceConfig(r=4))
     assert all(p.requires_grad for p in model.classifier.parameters())

@@ -50,7 +50,7 @@ def load_model(params: TrainParams, device: torch.device) -> tuple[nn.Module, An
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.model_max_length, tokenizer.padding_side = params.max_seq_length, "right"
     tokenizer.pad_token = tokenizer.eos_token
-    # float32 first where the file is a GGUF: packed weights dequantise to it
+    # float32 first where the file is a GGUF: packed weights dequantize to it
     model = AutoModelForCausalLM.from_pretrained(
         **where,
         dtype=torch.float32 if "gguf_file" in where else DTYPES[params.dtype],
