@@ -47,7 +47,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" $(foreach package,$(TORCH),"$(package)")
 	$(BIN)/python docs/pages.py
 	$(BIN)/python -m mkdocs build --strict
 

@@ -176,7 +176,7 @@ class _Search:
         if new_heads:
             one = len(new_heads) == 1
             self.notes.append(
-                f"{', '.join(new_heads)} {'is trained' if one else 'are trained'} whole, as a new"
+                f"{', '.join(new_heads)} {'is' if one else 'are'} fully trained, as a new"
                 f" output head needs; modules_to_save={list(new_heads)!r} says so without this"
                 " warning, modules_to_save=[] keeps it frozen"
             )
@@ -226,7 +226,7 @@ class _Search:
         if head is not None:
             reason = (
                 "'all-linear' leaves out the head;"
-                f" modules_to_save=[{head!r}] trains it whole, as a new head needs"
+                f" modules_to_save=[{head!r}] trains all of it, as a new head needs"
             )
             r = self.config.r
             return [Target(name, module, r, r, reason, is_head=True)]

@@ -86,7 +86,7 @@ class TrainingOptions:
 class Run:
     """What one mode and size did.
 
-    matrix[i][t]: accuracy on task t after training on task i; AA, AF, LA, BWT: `metrics`.
+    ``matrix[i][t]``: accuracy on task t after training on task i; AA, AF, LA, BWT: `metrics`.
     chance: what the most common label alone would reach, per task. learned: whether a task was
     better than that just after its training. joint: accuracy per task of training on all of them at
     once. alone: of training each from the base. output_drift: L2 distance of the logits on a task's

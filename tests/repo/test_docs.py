@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -52,14 +53,15 @@ def test_the_readme_is_a_door_and_not_a_manual():
     assert "Status: alpha" in "\n".join(lines[:10]) and "GPU" in "\n".join(lines[:10])
 
 
-def test_the_pictures_are_what_their_script_draws():
-    drawing = script("docs/img/moving_slice.py")
+@pytest.mark.parametrize("name", ["moving_slice", "time_and_memory"])
+def test_the_pictures_are_what_their_script_draws(name):
+    drawing = script(f"docs/img/{name}.py")
     for theme in ("light", "dark"):
-        name = f"docs/img/moving-slice-{theme}.svg"
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert text == drawing.draw(theme), "run python docs/img/moving_slice.py"
+        picture = f"docs/img/{name.replace('_', '-')}-{theme}.svg"
+        text = (ROOT / picture).read_text(encoding="utf-8")
+        assert text == drawing.draw(theme), f"run python docs/img/{name}.py"
         ElementTree.fromstring(text)
-        assert name in README
+        assert picture in README
 
 
 def test_the_configuration_page_is_that_of_sliceconfig():
@@ -139,11 +141,19 @@ def test_pictures_have_stable_names():
         assert not re.search(r"[0-9a-f]{7,}", picture.stem), picture.name
 
 
-def test_the_api_page_has_every_public_name():
+def test_the_api_pages_have_every_public_name():
     import slicefine
 
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert all(f"`{name}" in page for name in slicefine.__all__ if name != "__version__")
+    public = [name for name in slicefine.__all__ if name != "__version__"]
+    assert all(f"`{name}" in page and f".{name}\n" in page for name in public)
+    packages = (ROOT / "docs" / "api-packages.md").read_text(encoding="utf-8")
+    for package in ("diagnose", "capacity", "continual"):
+        module = importlib.import_module(f"slicefine.{package}")
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                assert f"::: {thing.__module__}.{name}\n" in packages, name
 
 
 @pytest.mark.slow
@@ -167,3 +177,4 @@ def test_the_site_builds_strictly(tmp_path):
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "api.html").read_text(encoding="utf-8")
     assert "print_trainable_parameters" in page and "planned_coverage" in page
+    assert "tangent_rank" in (tmp_path / "api-packages.html").read_text(encoding="utf-8")
