@@ -1,7 +1,7 @@
 """The output head of a model: a language model's, which is pretrained, or a classifier's.
 
 A classifier's head is usually new: as many outputs as the task has classes, with random weights. So
-"all-linear" trains it whole and never makes slices of it. It is told by what each library says of
+"all-linear" trains all of it and never makes slices of it. It is told by what each library says of
 its models: PEFT's and transformers' names of heads, timm's ``get_classifier()``, torchvision's
 ``fc``, ``head``, ``heads`` and ``classifier``.
 """

@@ -206,7 +206,7 @@ def quantized(module: nn.Module) -> str | None:
 
 def _what_instead(module: nn.Module, name: str) -> str:
     """What to do with a module that was named and is no linear layer."""
-    whole = f"modules_to_save=[{name!r}] trains it whole"
+    whole = f"modules_to_save=[{name!r}] trains all of it"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return (
             "an embedding looks rows up and has no slice of columns to train cheaply. Leave it"

@@ -9,6 +9,11 @@ the same outputs); ``attach``, each task's delta by itself on the untouched base
 Source: Guha & Lakshman, The Diminishing Returns of Width for Continual Learning, ICML 2024, arXiv
 2403.06398; replay is Chaudhry et al., arXiv 1902.10486, the functional penalty Li & Hoiem, arXiv
 1606.09282, on logits.
+
+`slicefine train` runs on transformers' Trainer; tasks in a row keep a loop of their own. A step adds
+to its own loss that of one earlier task, by that task's head, and the change of what another head
+said; head and delta change from task to task while the model stays; and models are any nn.Module on
+plain tensors, such as the paper's own small networks.
 """
 
 from __future__ import annotations

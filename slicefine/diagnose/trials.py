@@ -1,5 +1,12 @@
 """Short trainings on the user's data that are taken back afterwards: the learning-rate range test,
-and candidates side by side."""
+and candidates side by side.
+
+`slicefine train` runs on transformers' Trainer; a trial keeps a loop of its own. It takes any
+nn.Module with any loss, where transformers need not be installed; it stops before the backward pass
+of the step whose loss says so; every step draws the same dropout for every candidate; and it leaves
+parameters, buffers and modes as they were, bit for bit. Trainer would have to be overridden in each
+of these, and nothing of what it adds (checkpoints, schedulers, trackers) is wanted here.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -71,6 +72,25 @@ def check_settings(recipe: Recipe) -> None:
 
 def _flag(name: str) -> str:
     return _OWN[name].replace("_", "-")
+
+
+def lonely_launch(environment: Mapping[str, str]) -> str | None:
+    """What to say where ``accelerate launch`` was told to start several processes and started one.
+
+    ``--cpu`` with ``--num_processes`` does that without a word, unless an MPI host file is given: it
+    prepares an address for processes to meet at, and starts none.
+    """
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    launched = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if not launched or "MASTER_ADDR" not in environment:
+        return None
+    if any(size in environment for size in sizes):
+        return None
+    return (
+        "this is one process: accelerate launch --cpu starts no others, whatever --num_processes"
+        " says. Several processes on a CPU: accelerate launch --multi_gpu --num_processes 2 -m"
+        " slicefine train ..., or torchrun --nproc_per_node 2 -m slicefine train ..."
+    )
 
 
 def arguments(recipe: Recipe) -> Any:

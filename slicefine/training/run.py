@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ import torch
 from slicefine import atomic
 from slicefine.model import get_slice_model
 from slicefine.training import samples
-from slicefine.training.arguments import arguments, check_device
+from slicefine.training.arguments import arguments, check_device, lonely_launch
 from slicefine.training.data import UserError, read_rows, split_rows
 from slicefine.training.evaluation import file_sha256, measure, planned, rows_sha256
 from slicefine.training.loading import location
@@ -210,6 +211,8 @@ class _Run:
         trainer, task = self.trainer, self.task
         main = self.args.process_index == 0
         total = total_steps(trainer)
+        if lonely := lonely_launch(os.environ):
+            self.say(f"warning: {lonely}")
         self.say(self._summary(total))
         for note in task.notes:
             self.say(note)

@@ -1,13 +1,14 @@
 """Hostile deltas by the thousand: a program, so that its memory can be measured.
 
 ``python -m tests.deltas.hostile FOLDER CASES`` prints as JSON how many were refused, how many did no
-harm, and by how much the process grew.
+harm, and by how much the process grew; ``... FOLDER files`` what loading each of a few files does.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import resource
 import sys
@@ -218,25 +219,53 @@ def bombs() -> dict[str, bytes]:
     }
 
 
-def large(folder: Path) -> dict[str, Any]:
-    """A whole delta of 64 MiB, as the process grows by it."""
+def large(folder: Path) -> None:
+    """Writes a whole delta of 64 MiB."""
     from slicefine.deltas.delta import SliceValues, WeightDelta
 
     old = torch.zeros(4096, 2048)
     values = SliceValues(None, torch.arange(2048), old, old + 1)
     path = folder / "large.safetensors"
     Delta({"w": WeightDelta((4096, 4096), False, "", [values])}).save(path)
-    return {"size": path.stat().st_size}
 
 
-def measured(path: Path, size: int) -> dict[str, Any]:
-    start = peak()
+def measured(path: Path) -> dict[str, Any]:
+    size, start = path.stat().st_size, peak()
     try:
         Delta.load(path)
         said = "loaded"
     except DeltaError as error:
         said = str(error)[-120:]
     return {"size": size, "grew": peak() - start, "said": said}
+
+
+def each(folder: Path) -> dict[str, Any]:
+    """What loading each file does to the memory of a process of its own."""
+    warm = folder / "rows.safetensors"
+
+    def after_another(path: Path) -> dict[str, Any]:
+        # a forked process has none of the libraries' pages yet, which are no memory of a file's
+        measured(warm)
+        return measured(path)
+
+    return {path.stem: alone(after_another, path) for path in folder.glob("*.safetensors")}
+
+
+def alone(function: Callable[[Path], Any], path: Path) -> Any:
+    """The result of a function in a forked process, whose peak starts at what it holds already."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as file:
+            json.dump(function(path), file)
+        # no cleanup of what belongs to the parent
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        told = file.read()
+    assert os.waitpid(child, 0)[1] == 0, path
+    return json.loads(told)
 
 
 def peak() -> int:
@@ -247,10 +276,8 @@ if __name__ == "__main__":
     where, what = Path(sys.argv[1]), sys.argv[2]
     if what.isdigit():
         print(json.dumps(cases(where, int(what))))
-    elif what == "make":
+    else:
         for name, content in bombs().items():
             (where / f"{name}.safetensors").write_bytes(content)
-        print(json.dumps(large(where)))
-    else:
-        file = where / f"{what}.safetensors"
-        print(json.dumps(measured(file, file.stat().st_size)))
+        alone(large, where)
+        print(json.dumps(each(where)))

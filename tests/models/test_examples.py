@@ -316,7 +316,7 @@ def test_lightning_resumes_bit_for_bit(tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
-def test_trl(tmp_path, decoder):
+def test_trl_learns_and_resumes_bit_for_bit(tmp_path, decoder):
     pytest.importorskip("trl", reason="pip install trl datasets")
     from examples import train_with_trl
 
@@ -338,15 +338,20 @@ def test_trl(tmp_path, decoder):
         "--lr",
         "2e-3",
     ]
-    trainer = train_with_trl.main(
-        [*more, "--r", "8", "--output", str(tmp_path)], logging_steps=1, disable_tqdm=True
-    )
+    once = str(tmp_path / "once")
+    more += ["--r", "8", "--output", once]
+    options = {"logging_steps": 1, "disable_tqdm": True, "save_steps": 4}
+    trainer = train_with_trl.main(more, **options)
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     assert (
         logs[-1]["loss"] < 0.95 * logs[0]["loss"] and logs[-1]["slice_moves"] == 2
     )  # falls at every step, over two moves
     assert all(late["loss"] < early["loss"] for early, late in itertools.pairwise(logs))
-    assert len(trained(tmp_path)) == 2 * 7  # two layers of seven linears
+    os.rename(tmp_path / "once" / "delta", tmp_path / "delta")
+    train_with_trl.main([*more, "--resume", f"{once}/checkpoint-4"], **options)
+    whole, resumed = trained(tmp_path), trained(tmp_path / "once")
+    assert len(whole) == 2 * 7  # two layers of seven linears
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
 @pytest.mark.parametrize(

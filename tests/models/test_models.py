@@ -356,7 +356,7 @@ def test_what_is_no_linear_layer_is_named_with_what_to_do(module, message):
     model = nn.Sequential(module, nn.Linear(8, 8))
     pattern = (
         rf"^0 is a {type(module).__name__}; {message}.*Leave it frozen, or modules_to_save=\['0'\]"
-        r" trains it whole\.$"
+        r" trains all of it\.$"
     )
     with pytest.raises(ValueError, match=pattern):
         get_slice_model(model, SliceConfig(r=4, target_modules=["0", "1"]))

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from slicefine.cli.app import app
-from slicefine.training.arguments import arguments, check_settings
+from slicefine.training.arguments import arguments, check_settings, lonely_launch
 from slicefine.training.data import UserError
 from slicefine.training.recipe import Recipe, read_yaml, settings_of
 
@@ -157,3 +157,19 @@ def test_the_help_is_short_and_names_what_there_is():
     for name in ("--set", "--print-recipe", "--eval-data", "--resume", "--early-stopping"):
         assert name in printed
     assert len(printed.splitlines()) < 110
+
+
+def test_a_launch_of_several_processes_that_started_one_is_named():
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    def environment(*options):
+        parser = launch_command_parser()
+        asked = parser.parse_args([*options, "--mixed_precision", "no", "script.py"])
+        return prepare_simple_launcher_cmd_env(_validate_launch_command(asked)[0])[1]
+
+    alone = environment("--cpu", "--num_processes", "2")
+    assert "accelerate launch --multi_gpu --num_processes 2" in lonely_launch(alone)
+    assert lonely_launch({**alone, "PMI_SIZE": "2"}) is None
+    assert lonely_launch(environment("--cpu", "--num_processes", "1")) is None
+    assert lonely_launch({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}) is None
