@@ -227,10 +227,11 @@ class SliceLayer(nn.Module):
 
     @torch.no_grad()
     def refresh_master(self) -> None:
-        """Make the master follow the weight.
+        """Make the master follow the weight, any part of which may have been written.
 
         Entries that round to the same value keep their float32 precision.
         """
+        self.schedule.note_rewritten()
         master = self.active(self.slice_weight)
         truth = read_slice(self.weight_matrix, self.rows, self.cols)
         master.copy_(torch.where(rounds_to(master, truth), master, truth.to(master.dtype)))
@@ -287,8 +288,10 @@ class SliceLayer(nn.Module):
         set_version(self.weight, version)
         for layer in {self, *layers_of(self.slice_weight)}:
             layer.set_aside = None
+        rewritten = self.schedule.rewritten
         # changes nothing unless the model has been cast in between
         self.refresh_master()
+        self.schedule.rewritten = rewritten
 
     def required_originals(self, purpose: str) -> Originals:
         if self.originals is None:
@@ -465,6 +468,7 @@ class SliceLayer(nn.Module):
         # Kept out of the conversion: the master is float32 whatever the weight is, and stays the
         # same Parameter object, because an optimizer may hold it; positions are no floating-point
         # numbers, whatever model.type(dtype) says, and no memory that to_empty() may leave empty.
+        dtype, rewritten = self.weight.dtype, self.schedule.rewritten
         master = self._parameters.pop("slice_weight")
         indices = {name: self._buffers.pop(name) for name in ("slice_rows", "slice_cols")}
         assert master is not None
@@ -489,6 +493,9 @@ class SliceLayer(nn.Module):
             else:
                 values = [value.to(weight.dtype) for value in self.set_aside.values]
                 self.set_aside = self.set_aside._replace(values=values)
+        if weight.dtype == dtype:
+            # on another device, with the same values
+            self.schedule.rewritten = rewritten
         mark_agreed(self)
         return self
 

@@ -14,6 +14,7 @@ from slicefine import checkpointing
 from slicefine.config import SliceConfig
 from slicefine.deltas import adapters, live
 from slicefine.deltas.adapters import DEFAULT
+from slicefine.deltas.changes import WeightChange, changed_since
 from slicefine.deltas.delta import Delta
 from slicefine.deltas.peft_names import PeftNames
 from slicefine.layer import SliceLayer
@@ -280,6 +281,28 @@ class SliceModel(PeftNames, _Module):
             Name of a layer -> share of its weight, in [0, 1].
         """
         return {name: layer.schedule.coverage() for name, layer in named_slice_layers(self)}
+
+    def changed_since(self, step: int) -> list[WeightChange]:
+        """What training has changed after a number of optimizer steps, exactly.
+
+        For an engine that samples or serves with the same weights: bring it up to date with these
+        instead of the whole model. Values are absolute, so a change may be applied twice.
+
+        Args:
+            step: the optimizer steps after which the other side was up to date last; 0 is the
+                start of the training.
+
+        Returns:
+            One entry for each part of a tensor: slices that were active, and, whole, what trains
+            beside them and weights that were loaded, reverted or written by hand. Each unpacks into
+            (name, shape, dtype, values, indices), in checkpoint names.
+
+        Raises:
+            ValueError: the slices have not taken that many steps.
+            RuntimeError: the slices are disabled.
+            DeltaError: a weight is sharded, or a checkpoint holds it in another form.
+        """
+        return changed_since(self, step)
 
     def planned_coverage(self, steps: int) -> str:
         """What a number of optimizer steps from the start will cover, in words.

@@ -205,6 +205,10 @@ class SliceSchedule:
     visited: dict[str, Tensor] = field(default_factory=dict)
     # bool per position: seen in the current sweep
     swept: dict[str, Tensor] = field(default_factory=dict)
+    # int64 per position: the step after which it was left last, 0 where it never trained
+    left: dict[str, Tensor] = field(default_factory=dict)
+    # the whole weight may have changed up to this step: it was loaded, reverted, written by hand
+    rewritten: int = 0
     # axis -> position -> optimizer state
     remembered: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     # (moves, position) that ``visited`` has on record
@@ -231,6 +235,7 @@ class SliceSchedule:
             self.position[axis] = self.start_position
             self.visited[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
             self.swept[axis] = torch.zeros(count, dtype=torch.bool, device=HOST)
+            self.left[axis] = torch.zeros(count, dtype=torch.int64, device=HOST)
         # the first axis is at its first position already; the second gets there at its first move
         self.swept[self.axis][self.start_position] = True
 
@@ -265,6 +270,9 @@ class SliceSchedule:
         """Go to the next position. ``scores(axis)`` gives one score per position of the axis; only
         score modes call it.
         """
+        here = self.position[self.axis]
+        if self.visited[self.axis][here]:
+            self.left[self.axis][here] = self.steps
         axis = self.next_axis
         self.moves += 1
         count = self.spec.positions(axis)
@@ -287,6 +295,23 @@ class SliceSchedule:
             )
         self.swept[axis][self.position[axis]] = True
 
+    def note_rewritten(self) -> None:
+        """Note that values outside the slice may have changed since the last step."""
+        # the step to come: who asks for what has changed since this one must get it. Before the
+        # first step it is the start of the training.
+        self.rewritten = self.steps + 1 if self.steps else 0
+
+    def trained_after(self, step: int) -> dict[str, list[int]]:
+        """Axis -> the positions that may have trained after ``step``, ascending."""
+        found = {
+            axis: (left > step).nonzero().flatten().tolist()
+            for axis, left in self.left.items()
+        }
+        here = self.position[self.axis]
+        if self.steps > step and bool(self.visited[self.axis][here]):
+            found[self.axis] = sorted({*found[self.axis], here})
+        return found
+
     def coverage(self) -> float:
         """Share of the weight's entries that has trained so far, in [0, 1]."""
         return _share(self.spec, self.visited)
@@ -300,6 +325,8 @@ class SliceSchedule:
             "position": dict(self.position),
             "visited": {axis: v.clone() for axis, v in self.visited.items()},
             "swept": {axis: v.clone() for axis, v in self.swept.items()},
+            "left": {axis: v.clone() for axis, v in self.left.items()},
+            "rewritten": self.rewritten,
             "remembered": {axis: dict(states) for axis, states in self.remembered.items()},
         }
 
@@ -336,6 +363,10 @@ class SliceSchedule:
         self.position = {axis: int(p) for axis, p in state["position"].items()}
         self.visited = {axis: v.clone() for axis, v in state["visited"].items()}
         self.swept = {axis: v.clone() for axis, v in state["swept"].items()}
+        # states of before these were kept: everything may have changed
+        self.rewritten = int(state.get("rewritten", self.steps))
+        left = state.get("left", {axis: v * self.steps for axis, v in self.visited.items()})
+        self.left = {axis: v.to(torch.int64).clone() for axis, v in left.items()}
         self.remembered = {
             axis: {int(p): s for p, s in states.items()}
             for axis, states in state["remembered"].items()
