@@ -201,9 +201,7 @@ def test_experts_that_a_checkpoint_holds_one_by_one_are_refused():
     ids = torch.randint(0, 32, (2, 8))
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    with pytest.raises(
-        DeltaError, match="experts.*another form in a checkpoint"
-    ):
+    with pytest.raises(DeltaError, match="experts.*another form in a checkpoint"):
         model.changed_since(0)
 
 

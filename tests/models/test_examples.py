@@ -381,6 +381,14 @@ def test_short_examples_learn_and_leave_a_delta(tmp_path, name, needs, options):
     assert delta.weights
 
 
+def test_a_second_process_holds_the_same_bits_over_200_steps():
+    from examples import sync_weights
+
+    sizes = sync_weights.main(["--steps", "200", "--every", "10"])
+    # two positions at the most between two messages, of 16 and more
+    assert len(sizes) == 20 and max(sizes) < 100_000
+
+
 @pytest.mark.parametrize(
     "file", sorted(EXAMPLES.glob("train_*.py")), ids=lambda file: file.stem
 )
