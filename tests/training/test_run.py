@@ -415,51 +415,49 @@ def test_everything_is_looked_at_before_the_model_is_loaded(
 # Several processes
 
 
+# `slicefine train` for one recipe after the other: starting two processes takes longer than training.
+LAUNCHED = """
+import sys
+from slicefine.cli.app import app
+for recipe in sys.argv[1:]:
+    app(["train", recipe], standalone_mode=False)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_within_rounding(tiny_lm, encoder, chat, reviews, tmp_path):
-    """`accelerate launch -m slicefine train`, two gloo processes on the CPU, both trainers."""
+    """`accelerate launch --multi_gpu`, two gloo processes on the CPU, both trainers."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    for name, kind, model, data in (
-        ("chat", language, tiny_lm, chat),
-        ("text", classifier, encoder, reviews),
-    ):
+    kinds = {"chat": (language, tiny_lm, chat), "text": (classifier, encoder, reviews)}
+    recipes = []
+    for name, (kind, model, data) in kinds.items():
         quiet(kind(model, data, tmp_path / f"one-{name}", batch_size=8, lr=1e-3))
-        file = tmp_path / f"{name}.yaml"
-        out = tmp_path / f"two-{name}"
-        file.write_text(kind(model, data, out, batch_size=4, lr=1e-3).to_yaml())
-        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        launch += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        launch += ["--main_process_port", "0", "-m", "slicefine", "train", str(file)]
-        done = subprocess.run(
-            [sys.executable, *launch],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        same(tmp_path / f"one-{name}", out, within=2e-5)
-        assert done.stdout.count("trainable ") == 1
-        written = [
-            json.loads((tmp_path / f"{count}-{name}" / "training.json").read_text())[
-                "metrics"
-            ]
+        made = kind(model, data, tmp_path / f"two-{name}", batch_size=4, lr=1e-3)
+        recipes.append(tmp_path / f"{name}.yaml")
+        recipes[-1].write_text(made.to_yaml())
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", str(script), *map(str, recipes)]
+    done = subprocess.run(
+        [sys.executable, *launch], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # the main process speaks, once for each recipe
+    assert done.stdout.count("trainable ") == 2
+    for name in kinds:
+        same(tmp_path / f"one-{name}", tmp_path / f"two-{name}", within=2e-5)
+        one, two = (
+            json.loads((tmp_path / f"{count}-{name}" / "training.json").read_text())
             for count in ("one", "two")
-        ]
-        assert written[0]["steps"] == written[1]["steps"]
-        assert written[0]["loss"] == pytest.approx(written[1]["loss"], rel=1e-3)
+        )
+        assert one["metrics"]["steps"] == two["metrics"]["steps"]
+        assert one["metrics"]["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-3)
 
 
 # The real small decoder
