@@ -32,9 +32,9 @@ demo: $(VENV)/.installed
 demo-full: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --full
 
-# Two processes, a file of tests in one of them (what a file builds is built once); benchmarks have a command of their own.
+# Two processes; tests/conftest.py says which tests stay together. Benchmarks have a command of their own.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -p no:benchmark
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

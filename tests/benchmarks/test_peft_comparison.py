@@ -414,7 +414,7 @@ def test_the_table_of_the_stored_results(capsys):
     printed = capsys.readouterr().out
     assert all(values["run_info"]["experiment_name"] in printed for values in runs)
     assert len(printed.strip().splitlines()) == 2 + len(runs) and "MiB*" in printed
-    page = (RESULTS.parents[2] / "docs" / "peft-twin.md").read_text(encoding="utf-8")
+    page = (RESULTS.parents[2] / "docs" / "peft-comparison.md").read_text(encoding="utf-8")
     assert all(
         line in page for line in report.table(runs).splitlines()
     )  # the page shows what is stored
