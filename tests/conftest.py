@@ -24,11 +24,15 @@ torch.set_num_threads(1)
 
 # Files that take longest, the longest first: a long one that starts last leaves a core idle.
 LONGEST = (
+    "ops/test_kernels_aot.py",
     "training/test_run.py",
     "cli/test_train.py",
     "core/test_distributed.py",
+    "repo/test_packaging.py",
     "repo/test_faq.py",
     "models/test_examples.py",
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_speed.py",
 )
 
 

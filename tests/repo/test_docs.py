@@ -34,7 +34,12 @@ def test_the_readmes_quickstart_runs_as_it_stands(tmp_path):
     )
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "..." not in block and len(block.splitlines()) <= 20
-    check = "\nassert loss.item() < 0.5, loss\n"
+    # the page that says it goes on from there does
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    (more,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    check = "\nassert loss.item() < 0.5, loss\nchanged = model(**batch).logits\n"
+    check += more + "assert torch.equal(model(**batch).logits, before)\n"
+    check += "assert not torch.equal(changed, before)\n"
     result = subprocess.run(
         [sys.executable, "-c", block + check],
         capture_output=True,
