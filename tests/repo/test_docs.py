@@ -161,6 +161,26 @@ def test_the_api_pages_have_every_public_name():
                 assert f"::: {thing.__module__}.{name}\n" in packages, name
 
 
+def test_the_training_page_says_what_was_measured():
+    import json
+
+    file = ROOT / "benchmarks" / "results" / "train-promises.json"
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for name in ("messages, Parquet", "killed, then resumed"):
+        assert runs[name]["beside"]["bit_equal"] and runs[name]["exit"] == 0
+    assert runs["killed, then resumed"]["killed"] == -9
+    for name in ("messages, JSON Lines", "prompt and completion, CSV"):
+        losses = runs[name]["losses"]
+        assert f"loss {losses[0]:.2f} to {losses[-1]:.2f}" in page
+    one, two = (
+        runs[f"{count}, float32"]["losses"] for count in ("one process", "two processes")
+    )
+    apart = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
+    beside = runs["two processes, float32"]["beside"]["difference_over_update"]
+    assert f"within {apart:.1e}" in page and f"by {beside:.4f} of" in page
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip(
