@@ -4,8 +4,8 @@ python -m benchmarks.gpu [--device cpu] [--parts a,b] [--minutes 8] [--results D
 
 Writes <device>-<commit>.json and .md into the folder of results after every part, and copies them
 to $OUT where that is set. The parts run in a process of their own: where one crashes, hangs or
-loses the device, it is recorded and the rest run in a new one. Exit status 1 if a part failed, 2
-without a GPU. --device cpu runs the same parts with tiny shapes through Triton's interpreter.
+loses the device, it is recorded and the rest run in a new one. Exit status 1 if a part failed; 2
+without a GPU, where the results say that nothing could run. --device cpu runs the same parts with tiny shapes through Triton's interpreter.
 SLICEFINE_COMMIT=name says what is measured where there is no git.
 """
 
@@ -37,11 +37,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 20.0
 
 
+def lacks_gpu(device: str) -> bool:
+    return device == "cuda" and not torch.cuda.is_available()
+
+
 class Report:
     """The results so far, written after every part."""
 
     def __init__(self, device: str, results: Path) -> None:
-        self.found: dict[str, Any] = {"where": where(device), "parts": {}}
+        self.found: dict[str, Any] = {
+            "where": where("cpu" if lacks_gpu(device) else device),
+            "parts": {},
+        }
+        if lacks_gpu(device):
+            self.found["where"] |= {"device": "no GPU", "device_type": "none"}
         name = f"{self.found['where']['device']}-{self.found['where']['commit'].replace('+', '-changed')}"
         self.path = results / f"{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.json"
 
@@ -93,6 +102,12 @@ def record_loss(
     # for the next worker to see
     (folder / f"{part.name}.json").write_text(json.dumps(result), encoding="utf-8")
     report.add(part.name, result)
+
+
+def not_run(reason: str) -> dict[str, Any]:
+    """The result of a part that could not start."""
+    empty: dict[str, Any] = {"rows": [], "notes": [], "bars": [], "seconds": 0}
+    return {"status": f"missing: {reason}", **empty}
 
 
 def supervise(
@@ -179,13 +194,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     options = parser.parse_args()
     parts = chosen(options.parts, options.device)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    report = Report(options.device, options.results)
+    if lacks_gpu(options.device):
+        reason = "no GPU here: torch.cuda.is_available() is False"
+        for part in parts:
+            report.add(part.name, not_run(reason))
         print(
-            "no GPU here: `make gpu` needs one (torch.cuda.is_available() is False)",
+            f"{reason}, so nothing ran; written: {report.path}. --device cpu runs the same parts"
+            " small, through Triton's interpreter",
             file=sys.stderr,
         )
         return 2
-    report = Report(options.device, options.results)
     supervise(
         parts,
         options.device,

@@ -64,7 +64,9 @@ def markdown(report: dict[str, Any], rows: bool = True) -> str:
         ),
         "",
     ]
-    if place.get("device_type") != "cuda":
+    if place.get("device_type") == "none":
+        lines += ["**Nothing ran**: there was no GPU.", ""]
+    elif place.get("device_type") != "cuda":
         lines += [
             "**Not a GPU**: tiny shapes through Triton's interpreter; the times mean nothing.",
             "",

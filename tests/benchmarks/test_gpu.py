@@ -116,11 +116,15 @@ def test_the_gpu_suite_says_which_parts_there_are(tmp_path):
             str(tmp_path / "results"),
         ]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert (
-            result.returncode == 2
-            and "no GPU here" in result.stderr
-            and not (tmp_path / "results").exists()
-        )
+        assert result.returncode == 2 and "no GPU here" in result.stderr
+        # what could not run is on record
+        (path,) = (tmp_path / "results").glob("no-GPU-*.json")
+        report = json.loads(path.read_text())
+        assert list(report["parts"]) == [part.name for part in PARTS]
+        for part in report["parts"].values():
+            assert part["status"].startswith("missing: no GPU here") and not part["rows"]
+        page = path.with_suffix(".md").read_text()
+        assert "**Nothing ran**" in page and "times mean nothing" not in page
 
 
 WORKER = """
