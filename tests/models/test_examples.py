@@ -342,6 +342,7 @@ def test_trl_learns_and_resumes_bit_for_bit(tmp_path, decoder):
             "sentence_transformers",
             ["--steps", "12", "--switch-interval", "5"],
         ),
+        ("train_with_diffusers", "diffusers", ["--steps", "80", "--switch-interval", "20"]),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -357,6 +358,35 @@ def test_short_examples_learn_and_leave_a_delta(tmp_path, name, needs, options):
     for name, weight in delta.weights.items():
         assert any(bool((p.new != p.old).any()) for p in weight.patches), name
     assert delta.weights
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+def test_preferences_and_rewards_improve_with_trl(tmp_path, decoder):
+    pytest.importorskip("trl", reason="pip install trl datasets")
+    from examples import train_with_dpo, train_with_grpo
+    from slicefine import Delta
+
+    common = ["--model", decoder, "--switch-interval", "2", "--r", "8"]
+    preferring = train_with_dpo.main(
+        [*common, "--steps", "5", "--lr", "1e-3", "--output", str(tmp_path / "dpo")],
+        disable_tqdm=True,
+    )
+    losses = [log["loss"] for log in preferring.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < 0.5
+    # the reference is the model itself, asked before the first step
+    assert preferring.ref_model is None
+    options = ["--steps", "8", "--group", "4", "--tokens", "8", "--lr", "1e-2"]
+    rewarded = train_with_grpo.main(
+        [*common, *options, "--output", str(tmp_path / "grpo")], disable_tqdm=True
+    )
+    rewards = [log["reward"] for log in rewarded.state.log_history if "reward" in log]
+    assert sum(rewards[-2:]) > sum(rewards[:2]), rewards
+    assert len(trained(tmp_path / "dpo")) == 2 * 7
+    # a group of equal rewards gives no gradient, so not every position has trained
+    moved = Delta.load(tmp_path / "grpo" / "delta").weights.values()
+    assert all(any(bool((p.new != p.old).any()) for p in w.patches) for w in moved)
 
 
 def test_a_second_process_holds_the_same_bits_over_200_steps():
