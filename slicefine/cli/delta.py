@@ -11,9 +11,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from slicefine.cli import tables
-from slicefine.deltas.delta import FILE, Delta, DeltaError
-from slicefine.deltas.store import Entry, Store
+from slicefine.cli import delta_formats, tables
+from slicefine.cli.delta_target import (
+    STORE,
+    AsJson,
+    Model,
+    Password,
+    StorePath,
+    Target,
+    local,
+    output_of,
+    usable,
+)
+from slicefine.deltas.delta import DeltaError
+from slicefine.deltas.store import Store
 from slicefine.training.data import UserError
 
 
@@ -37,65 +48,6 @@ app = typer.Typer(
         " name:2, name@stage, the start of a SHA-256) or a path."
     ),
 )
-StorePath = Annotated[
-    Path,
-    typer.Option("--store", envvar="SLICEFINE_STORE", help="folder of the delta store"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="as JSON")]
-Model = Annotated[
-    str,
-    typer.Option("--model", help="folder, .gguf file or hub id of a Hugging Face model"),
-]
-Password = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SLICEFINE_KEY_PASSWORD",
-        help="of the private key; better in the environment",
-    ),
-]
-_STORE = Path("slicefine-store")
-
-
-class _Target:
-    """A delta from a path or the store. path: its file; entry: what the store knows of it."""
-
-    def __init__(self, store: Path, target: str) -> None:
-        self.store, self.entry = Store(store), None
-        # What looks like a path is one; any other name is the store's, or else a folder's here.
-        path = Path(target)
-        if (
-            path.suffix == ".safetensors"
-            or "/" in target
-            or "\\" in target
-            or target.startswith(".")
-        ):
-            path = _local(target)
-            self.path = path / FILE if path.is_dir() else path
-            self.delta = Delta.load(self.path)
-            return
-        try:
-            self.entry = self.store.find(target)
-        except DeltaError:
-            if not (path / FILE).is_file():
-                raise
-            self.path = path / FILE
-            self.delta = Delta.load(self.path)
-        else:
-            self.path, self.delta = self.store.blob(self.entry), self.store.load(self.entry)
-
-    @property
-    def label(self) -> str:
-        return self.entry.label if self.entry else str(self.path)
-
-    def record(self, event: str, **details: Any) -> None:
-        if self.entry is None:
-            return
-        if self.store.writable():
-            return self.store.record(event, self.entry, **details)
-        typer.echo(
-            f"not recorded: {self.store.path} may only be read here ({event} of {self.label})",
-            err=True,
-        )
 
 
 # The store
@@ -111,16 +63,16 @@ def save(
         list[str] | None, typer.Option(help="a delta in the store that this one came of")
     ] = None,
     note: Annotated[str | None, typer.Option(help="free text")] = None,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Add a delta to the store; saving a name again makes its next version."""
-    entry = Store(store).save(name, _local(path), parents=parent, note=note)
+    entry = Store(store).save(name, local(path), parents=parent, note=note)
     tables.show(asdict(entry), as_json, f"saved {entry.label}, SHA-256 {entry.sha256}")
 
 
 @app.command("list")
-def list_(store: StorePath = _STORE, as_json: AsJson = False) -> None:
+def list_(store: StorePath = STORE, as_json: AsJson = False) -> None:
     """All deltas of the store, the oldest first."""
     opened = Store(store)
     log, entries = opened.log(), opened.entries()
@@ -138,31 +90,31 @@ def list_(store: StorePath = _STORE, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
+def show(target: str, store: StorePath = STORE, as_json: AsJson = False) -> None:
     """What a delta changes, of which base, and what is recorded of it."""
-    found = _Target(store, target)
+    found = Target(store, target)
     tables.delta(found.delta, found.entry, found.label, as_json)
 
 
 @app.command()
 def diff(
-    target: str, other: str, store: StorePath = _STORE, as_json: AsJson = False
+    target: str, other: str, store: StorePath = STORE, as_json: AsJson = False
 ) -> None:
     """Where two deltas change the same entries, and where to different values."""
     from slicefine.deltas.difference import difference
 
-    one, two = _Target(store, target), _Target(store, other)
+    one, two = Target(store, target), Target(store, other)
     rows = difference(one.delta, two.delta)
     same = one.delta.base.get("sha256") == two.delta.base.get("sha256")
     tables.differences(rows, one.label, two.label, same, as_json)
 
 
 @app.command()
-def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> None:
+def lineage(target: str, store: StorePath = STORE, as_json: AsJson = False) -> None:
     """A delta, what it was trained on top of or merged from, and so on to the base."""
     from slicefine.deltas.store import parents_of
 
-    found = _Target(store, target)
+    found = Target(store, target)
     known = (
         {entry.sha256: entry for entry in found.store.entries()}
         if found.store.path.is_dir()
@@ -193,7 +145,7 @@ def lineage(target: str, store: StorePath = _STORE, as_json: AsJson = False) -> 
 
 @app.command()
 def promote(
-    target: str, stage: str, store: StorePath = _STORE, as_json: AsJson = False
+    target: str, stage: str, store: StorePath = STORE, as_json: AsJson = False
 ) -> None:
     """Make a delta the current one of a stage among the versions of its name: name@stage."""
     entry = Store(store).promote(target, stage)
@@ -204,7 +156,7 @@ def promote(
 def revoke(
     target: str,
     reason: Annotated[str, typer.Option(help="why")],
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Mark a delta as not to be used any more; apply, promote and export refuse it."""
@@ -241,19 +193,19 @@ def apply(
             "--force", help="apply a revoked delta too, and replace another model"
         ),
     ] = False,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with the delta's values in it; bit for bit what was trained."""
     from slicefine.cli import folders
 
-    found = _usable(store, target, force)
+    found = usable(store, target, force)
     if public_key is not None:
         from slicefine.deltas import signing
 
         # the signature of what was loaded, whatever the file is by now
         signing.verify(found.path, public_key, sha256=found.delta.sha256)
-    output = _output(output, model)
+    output = output_of(output, model)
     folders.check_output(model, output, force)
     with tables.quiet():
         loaded = folders.load_for(found.delta, model)
@@ -280,7 +232,7 @@ def revert(
     force: Annotated[
         bool, typer.Option("--force", help="replace another model in it")
     ] = False,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with the values from before the delta; says whether that is the base, bit for
@@ -288,8 +240,8 @@ def revert(
     """
     from slicefine.cli import folders
 
-    found = _Target(store, target)
-    output = _output(output, model)
+    found = Target(store, target)
+    output = output_of(output, model)
     folders.check_output(model, output, force)
     with tables.quiet():
         loaded = folders.load_for(found.delta, model)
@@ -307,73 +259,6 @@ def revert(
         },
         as_json,
         f"reverted {found.label}: {output}, {what}",
-    )
-
-
-@app.command()
-def export(
-    target: str,
-    output: Annotated[Path, typer.Option(help="folder for the LoRA adapter")],
-    server: Annotated[
-        str, typer.Option(help="peft: a rank per weight; vllm: one legal rank, no heads")
-    ] = "peft",
-    max_rank: Annotated[
-        int | None, typer.Option(min=1, help="truncate beyond it; vllm: 512 at most")
-    ] = None,
-    leave_out: Annotated[
-        bool,
-        typer.Option(
-            "--leave-out", help="drop heads and biases that the server's LoRA cannot hold"
-        ),
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="export a revoked delta too")
-    ] = False,
-    store: StorePath = _STORE,
-    as_json: AsJson = False,
-) -> None:
-    """Write a delta as a LoRA adapter of equal outputs; without loss unless a rank is truncated,
-    and then says the error.
-    """
-    from slicefine.deltas.lora import to_lora
-
-    if server not in ("peft", "vllm"):
-        raise typer.BadParameter(
-            f"{server!r} is not one of peft, vllm", param_hint="--server"
-        )
-    found = _usable(store, target, force)
-    adapter = to_lora(found.delta, server=server, max_rank=max_rank, leave_out=leave_out)
-    adapter.save(output)
-    found.record("export", output=str(output), server=server, error=adapter.error)
-    tables.adapter(adapter, output, as_json)
-
-
-@app.command()
-def scale(
-    target: str,
-    alpha: Annotated[float, typer.Argument(help="0 is the base, 1 the delta itself")],
-    output: Annotated[Path, typer.Option(help="folder for the scaled delta")],
-    store: StorePath = _STORE,
-    as_json: AsJson = False,
-) -> None:
-    """Write a delta part of the way between the base and a fine-tune."""
-    from slicefine.deltas.folder import save_folder
-
-    found = _Target(store, target)
-    try:
-        scaled = found.delta.scaled(alpha)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="ALPHA") from error
-    save_folder(scaled, output, f"{found.label}, {alpha:g} of it")
-    tables.show(
-        {
-            "delta": scaled.sha256,
-            "of": found.delta.sha256,
-            "alpha": alpha,
-            "output": str(output),
-        },
-        as_json,
-        f"{alpha:g} of {found.label}: {output}, SHA-256 {scaled.sha256}",
     )
 
 
@@ -405,13 +290,13 @@ def sign(
     target: str,
     key: Annotated[Path, typer.Option(help="private key in PEM")],
     password: Password = None,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Sign a delta: Ed25519, beside its file."""
     from slicefine.deltas import signing
 
-    found = _Target(store, target)
+    found = Target(store, target)
     by = signing.sign(found.path, key, password, sha256=found.delta.sha256)
     found.record("sign", key=by)
     content = {
@@ -439,7 +324,7 @@ def verify(
     head: Annotated[
         str | None, typer.Option(help="a head of the log that `list` printed earlier")
     ] = None,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of a delta, its signature and its base; without TARGET the store's log and
@@ -473,7 +358,7 @@ def verify(
 def _verify_one(
     store: Path, target: str, public_key: Path | None, model: str | None
 ) -> list[str]:
-    found = _Target(store, target)
+    found = Target(store, target)
     checked = [f"every byte of {found.label}, SHA-256 {found.delta.sha256}"]
     if found.entry is not None and found.entry.revoked is not None:
         raise DeltaError(f"{found.label} is revoked: {found.entry.revoked}")
@@ -509,7 +394,7 @@ def audit(
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; default: cuda where there is one")
     ] = None,
-    store: StorePath = _STORE,
+    store: StorePath = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Load the base, apply the delta, evaluate on the recorded rows, and compare with what was
@@ -520,7 +405,7 @@ def audit(
     from slicefine.cli import folders
     from slicefine.training import evaluation
 
-    found = _Target(store, target)
+    found = Target(store, target)
     place = torch.device(device) if device else folders.default_device()
     with tables.quiet():
         recorded, value = evaluation.repeat(found.delta, model, data, place)
@@ -555,35 +440,6 @@ def audit(
         raise typer.Exit(1)
 
 
-def _usable(store: Path, target: str, force: bool) -> _Target:
-    """A delta that is not revoked. A file outside of the store is looked up in it by its hash."""
-    found = _Target(store, target)
-    entries: list[Entry] = [found.entry] if found.entry else []
-    if not entries and found.store.path.is_dir():
-        entries = [
-            entry for entry in found.store.entries() if entry.sha256 == found.delta.sha256
-        ]
-    for entry in entries:
-        if not force:
-            found.store.require_usable(entry)
-    return found
-
-
-def _local(target: str) -> Path:
-    """A path here, or where a delta of the hub has been downloaded to."""
-    from slicefine.deltas.adapters import local_path
-
-    try:
-        return local_path(target)
-    except OSError as error:
-        raise UserError(f"no delta at {target}: {error}") from error
-
-
-def _output(output: Path | None, model: str) -> Path:
-    if output is not None:
-        return output
-    if not Path(model).is_dir():
-        raise UserError(
-            f"--model {model} is no folder here that could be replaced; give --output"
-        )
-    return Path(model)
+app.command()(delta_formats.export)
+app.command("import")(delta_formats.import_)
+app.command()(delta_formats.scale)

@@ -161,7 +161,7 @@ def _parts(layer: SliceLayer, step: int) -> Iterator[tuple[Tensor | None, Tensor
             yield from features
             continue
         dim = 0 if axis == "row" else 1
-        union = [f[dim] for f in features if f[dim] is not None]
+        union = [index for pair in features if (index := pair[dim]) is not None]
         if union:
             # unique() sorts
             joined = torch.cat(union).unique()

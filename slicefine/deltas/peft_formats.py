@@ -49,7 +49,7 @@ def read_adapter(folder: str | os.PathLike[str], model: nn.Module) -> Delta:
         OSError: a file cannot be read.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     kind = config["peft_type"]
     tensors = container.read(folder / FILE).tensors
     by_module: dict[str, dict[str, Tensor]] = {}
@@ -81,7 +81,7 @@ def read_adapter(folder: str | os.PathLike[str], model: nn.Module) -> Delta:
     return Delta(weights, whole, base=base, info={"from": f"PEFT {kind}"})
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = config["peft_type"]
