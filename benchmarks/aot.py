@@ -26,12 +26,19 @@ from typing import Any
 import torch
 import triton
 from slicefine_kernels import tuned
-from slicefine_kernels.configs import GradConfig, adamw_config, default_config, grad_config
+from slicefine_kernels.configs import (
+    GradConfig,
+    adamw_config,
+    default_config,
+    gate_config,
+    grad_config,
+    norm_config,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # the package exports functions of the modules' names
-adamw, adamw_8bit, grad, fused, writes = (
+adamw, adamw_8bit, grad, fused, writes, norm, gated = (
     importlib.import_module(f"slicefine_kernels.{op}")
     for op in (
         "slice_adamw",
@@ -39,6 +46,8 @@ adamw, adamw_8bit, grad, fused, writes = (
         "slice_grad",
         "slice_grad_adamw",
         "write_slices",
+        "rms_norm",
+        "gated_activation",
     )
 )
 
@@ -208,6 +217,42 @@ def gradient_variants(
     )
 
 
+# features of a norm: a program's block is narrower, as wide, and wider than all of them
+NORM_WIDTHS = (64, 2048, 8192)
+
+
+def lean_variants(dtype: str) -> Iterator[Variant]:
+    """The norms and gated products of lean models."""
+    pointers = ("x_ptr", "w_ptr", "y_ptr", "dy_ptr", "dx_ptr", "gate_ptr", "up_ptr")
+    types = {
+        **dict.fromkeys((*pointers, "dgate_ptr", "dup_ptr"), f"*{dtype}"),
+        "rstd_ptr": "*fp32",
+        **dict.fromkeys(("stride_xn", "stride_dyn", "stride_gn", "stride_un"), "i32"),
+        **dict.fromkeys(("D", "M"), "i32"),
+        **dict.fromkeys(("eps", "offset"), "fp32"),
+    }
+    aligned = ("stride_xn", "stride_dyn", "stride_gn", "stride_un", "D", "M")
+    for width in NORM_WIDTHS:
+        config = norm_config(width)
+        constants: dict[str, Any] = {"BLOCK": config.BLOCK}
+        what, rest = f"{dtype}, {width}", (config.num_warps, 3, aligned)
+        back = norm._rms_norm_bwd_kernel
+        yield Variant("rms_norm_backward", what, back, types, constants, *rest)
+        for late in (False, True):
+            forward = norm._rms_norm_fwd_kernel
+            more = {**constants, "LATE_CAST": late}
+            yield Variant("rms_norm", f"{what}, {late}", forward, types, more, *rest)
+    config = gate_config()
+    for kind, number in gated._KINDS.items():
+        constants = {"BLOCK": config.BLOCK, "KIND": number}
+        for name, kernel in (
+            ("gated_activation", gated._gated_activation_fwd_kernel),
+            ("gated_activation_backward", gated._gated_activation_bwd_kernel),
+        ):
+            rest = (config.num_warps, 3, aligned)
+            yield Variant(name, f"{dtype}, {kind}", kernel, types, constants, *rest)
+
+
 def variants(target: str) -> Iterator[Variant]:
     """Every kernel that can be launched on the target: tuned configurations where there are any,
     defaults else.
@@ -220,6 +265,7 @@ def variants(target: str) -> Iterator[Variant]:
         yield from gradient_variants(
             dtype, "column r=16", default_config(4096, 16, size), False
         )
+        yield from lean_variants(dtype)
         types = {"table_ptr": "*i64", "book_ptr": "*fp32", "seed": "i64", **_SCALARS}
         weight = adamw._TRITON_DTYPE[
             {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

@@ -24,10 +24,15 @@ struct Isa {
   decltype(&generic::slice_adamw_8bit) slice_adamw_8bit;
   decltype(&generic::slice_grad_adamw) slice_grad_adamw;
   decltype(&generic::write_slices) write_slices;
+  decltype(&generic::rms_norm) rms_norm;
+  decltype(&generic::rms_norm_backward) rms_norm_backward;
+  decltype(&generic::gated_activation) gated_activation;
+  decltype(&generic::gated_activation_backward) gated_activation_backward;
 };
 
 #define SLICEFINE_ISA_ENTRY(isa) \
-  Isa{#isa, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, &isa::slice_grad_adamw, &isa::write_slices}
+  Isa{#isa, &isa::slice_grad, &isa::slice_adamw, &isa::slice_adamw_8bit, &isa::slice_grad_adamw, &isa::write_slices, \
+      &isa::rms_norm, &isa::rms_norm_backward, &isa::gated_activation, &isa::gated_activation_backward}
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> list;
@@ -116,6 +121,20 @@ AdamWOptions options(const OptionValues& o) {
   return {o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.maximize, o.stochastic, o.seed};
 }
 
+// (x, stride, weight, n, d, dtype, internal) and the numbers of a norm.
+using NormNumbers = std::array<int64_t, 7>;
+
+NormInputs norm(const NormNumbers& v, double eps, double offset, bool late_cast) {
+  return {address<void>(v[0]), address<void>(v[2]), v[1], v[3], v[4], DType(v[5]), DType(v[6]), eps, offset, late_cast};
+}
+
+// (gate, stride, up, stride, grad, stride, n, m, dtype, kind) of a gated product.
+using GateNumbers = std::array<int64_t, 10>;
+
+GateInputs gate(const GateNumbers& v) {
+  return {address<void>(v[0]), address<void>(v[2]), address<void>(v[4]), v[1], v[3], v[5], v[6], v[7], DType(v[8]), Gate(v[9])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -162,6 +181,26 @@ PYBIND11_MODULE(_C, m) {
     const AdamWOptions o = options(OptionValues(given));
     py::gil_scoped_release release;
     current.slice_grad_adamw(in, s, m, o, threads);
+  });
+  m.def("rms_norm", [](const NormNumbers& numbers, double eps, double offset, bool late_cast, int64_t out, int64_t rstd, int threads) {
+    const NormInputs in = norm(numbers, eps, offset, late_cast);
+    py::gil_scoped_release release;
+    current.rms_norm(in, address<void>(out), address<void>(rstd), threads);
+  });
+  m.def("rms_norm_backward", [](const NormNumbers& numbers, double offset, int64_t grad, int64_t stride, int64_t rstd, int64_t out, int threads) {
+    const NormInputs in = norm(numbers, 0, offset, true);
+    py::gil_scoped_release release;
+    current.rms_norm_backward(in, address<void>(grad), stride, address<void>(rstd), address<void>(out), threads);
+  });
+  m.def("gated_activation", [](const GateNumbers& numbers, int64_t out, int threads) {
+    const GateInputs in = gate(numbers);
+    py::gil_scoped_release release;
+    current.gated_activation(in, address<void>(out), threads);
+  });
+  m.def("gated_activation_backward", [](const GateNumbers& numbers, int64_t grad_gate, int64_t grad_up, int threads) {
+    const GateInputs in = gate(numbers);
+    py::gil_scoped_release release;
+    current.gated_activation_backward(in, address<void>(grad_gate), address<void>(grad_up), threads);
   });
   m.def("write_slices", [](const py::buffer& buffer, int threads) {
     const Table<SliceRow> table(buffer);

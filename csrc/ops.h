@@ -46,6 +46,24 @@ struct GradInputs {
   DType dtype;
 };
 
+// x (n, d) of a norm with a frozen weight [d] of the same type; sums in `internal`, f32, or f64 where x is f64 too.
+struct NormInputs {
+  const void *x, *weight;
+  int64_t stride_x, n, d;
+  DType dtype, internal;
+  double eps, offset;                        // y = (offset + weight) x rstd
+  bool late_cast;                            // round once, after the weight, instead of before it and after it
+};
+
+// gate and up (n, m) of a gated MLP, and the gradient of their product in backward.
+enum class Gate { silu = 0, gelu_tanh = 1 };
+struct GateInputs {
+  const void *gate, *up, *grad;
+  int64_t stride_gate, stride_up, stride_grad, n, m;
+  DType dtype;
+  Gate kind;
+};
+
 // X (n, in) with rows `stride` elements apart, columns next to each other; cols [K], each below `in`; out (n, K) contiguous.
 void take_columns(const void* x, int64_t stride, const int64_t* cols, int64_t n, int64_t K, DType dtype, void* out, int threads);
 
@@ -58,6 +76,10 @@ void take_columns(const void* x, int64_t stride, const int64_t* cols, int64_t n,
   void slice_grad_adamw(const GradInputs& in, const Slice& slice, const Moments& moments, const AdamWOptions& options, \
                         int threads);                                                                                \
   void write_slices(const Slice* slices, const void* const* masters, int64_t count, int threads);                     \
+  void rms_norm(const NormInputs& in, void* out, void* rstd, int threads);                                             \
+  void rms_norm_backward(const NormInputs& in, const void* grad, int64_t stride_grad, const void* rstd, void* out, int threads); \
+  void gated_activation(const GateInputs& in, void* out, int threads);                                                 \
+  void gated_activation_backward(const GateInputs& in, void* grad_gate, void* grad_up, int threads);                   \
   }
 
 SLICEFINE_DECLARE_OPS(generic)

@@ -16,7 +16,7 @@ from slicefine import ops
 
 class SliceLinearFunction(torch.autograd.Function):
     """y = x W^T + b with a gradient for x, the bias and the slice; keeps X[:, cols], or X for a row
-    slice.
+    slice, or nothing where ``source`` makes X again.
 
     ``layer`` is None but for the two cases in which backward does more than return gradients:
     scores for the next move, and
@@ -24,7 +24,7 @@ class SliceLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer):
+    def forward(ctx, input, weight, bias, slice_weight, rows, cols, layer, source):
         if weight.dtype != input.dtype and ops.autocast_enabled(input.device.type):
             cast_weight, bias = (
                 weight.to(input.dtype),
@@ -43,8 +43,12 @@ class SliceLinearFunction(torch.autograd.Function):
             # raises in nn.Linear's words, before columns are taken that are not there
             return F.linear(input, cast_weight, bias)
         # [N, K] in place of [..., in]: the activations that a column slice need not keep
-        if needs_slice:
-            kept = input if cols is None or ctx.scoring else ops.take_columns(input, cols)
+        whole = cols is None or ctx.scoring
+        # a node before this one keeps what makes X again; this one keeps neither
+        ctx.source = source if needs_slice and whole else None
+        if needs_slice and ctx.source is None:
+            kept = input if whole else ops.take_columns(input, cols)
+        ctx.input_dtype = input.dtype
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
         ctx.layer, ctx.slice_shape = layer, slice_weight.shape
@@ -87,6 +91,8 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if needs_bias:
         grad_bias = flat.sum(0)
     if needs_slice:
+        if ctx.source is not None:
+            kept = ctx.source._forward_cls.remake(ctx.source).to(ctx.input_dtype)
         grad_slice = _slice_gradient(
             ctx,
             flat,
@@ -94,7 +100,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             rows,
             cols,
         )
-    return grad_input, None, grad_bias, grad_slice, None, None, None
+    return grad_input, None, grad_bias, grad_slice, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -108,11 +114,13 @@ def slice_linear(
     rows: Tensor | None,  # [R] int64
     cols: Tensor | None,  # [K] int64
     layer: Any = None,
+    source: Any = None,
 ) -> Tensor:
     """``input @ weight.T + bias`` with a gradient for slice_weight.
 
     Args:
         layer: the `SliceLayer` if backward does more than return gradients.
+        source: what `source_of` gave for the input, before autocast.
 
     Returns:
         [..., out].
@@ -125,10 +133,25 @@ def slice_linear(
     # an input of another width raises as in nn.Linear, before its columns are taken
     if not trains or input.shape[-1:] != weight.shape[1:]:
         return F.linear(input, weight, bias)
-    return _apply(input, weight, bias, slice_weight, rows, cols, layer)
+    return _apply(input, weight, bias, slice_weight, rows, cols, layer, source)
 
 
 _apply = SliceLinearFunction.apply
+
+
+def source_of(input: Tensor) -> Any:
+    """The autograd node that can make this tensor again in backward, from what it keeps; or None.
+
+    It is the node of a function with a ``remake(ctx)`` beside its forward and backward, such as the
+    norms of a lean model have.
+    """
+    # a compiler decides by itself what is computed again
+    if torch.compiler.is_compiling() or (node := input.grad_fn) is None:
+        return None
+    # written to since, it is not what the node would make
+    if input._version:
+        return None
+    return node if hasattr(getattr(node, "_forward_cls", None), "remake") else None
 
 
 def _slice_gradient(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 # imported for its hook: there is no SliceLinear that torch's optimizers would not move
 from slicefine import moves as moves
 from slicefine.config import SliceConfig
-from slicefine.function import slice_linear
+from slicefine.function import slice_linear, source_of
 from slicefine.layer import SliceLayer
 
 
@@ -97,9 +97,17 @@ class SliceLinear(SliceLayer, nn.Linear):
         return plain
 
     def forward(self, input: Tensor) -> Tensor:
+        source = source_of(input)
         input, layer = self.prepare_input(input)
         return slice_linear(
-            input, self.weight_matrix, self.bias, self.master, self.rows, self.cols, layer
+            input,
+            self.weight_matrix,
+            self.bias,
+            self.master,
+            self.rows,
+            self.cols,
+            layer,
+            source,
         )
 
     def extra_repr(self) -> str:

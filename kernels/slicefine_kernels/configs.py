@@ -116,3 +116,21 @@ def workspace_tickets(processors: int) -> int:
 
 def adamw_config() -> AdamWConfig:
     return AdamWConfig(BLOCK=1024, num_warps=4)
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Elements of a token that a program has at a time."""
+
+    BLOCK: int
+    num_warps: int
+
+
+def norm_config(features: int) -> RowConfig:
+    """A token whole where it fits 4,096 elements, so that most norms read it once from memory."""
+    block = min(4096, max(128, 1 << (features - 1).bit_length()))
+    return RowConfig(BLOCK=block, num_warps=4 if block <= 2048 else 8)
+
+
+def gate_config() -> RowConfig:
+    return RowConfig(BLOCK=1024, num_warps=4)

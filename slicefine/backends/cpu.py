@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slicefine.backends import lean_reference
 from slicefine.backends.operands import AdamWOptions, AdamWSlice, AdamWSlice8bit, SliceWrite
 from slicefine.backends.reference import accumulation_dtype
 from slicefine.backends.table import (
@@ -125,6 +126,111 @@ def write_slices(slices: Sequence[SliceWrite]) -> None:
     write_table(write_rows(slices))
 
 
+# What a lean model keeps less for
+
+
+def rms_norm(
+    x: Tensor,  # [..., d]
+    weight: Tensor,  # [d]
+    eps: float,
+    offset: float,
+    late_cast: bool,
+    internal: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [..., d], [..., 1]
+    """See `slicefine.backends.lean_reference.rms_norm`; one pass over x."""
+    # names keep the copies alive until the call returns
+    flat, scale = _rows(x), weight.contiguous()
+    y = x.new_empty(x.shape)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=internal)
+    _C.rms_norm(
+        _norm_numbers(flat, scale, internal),
+        eps,
+        offset,
+        late_cast,
+        y.data_ptr(),
+        rstd.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, rstd
+
+
+def rms_norm_backward(
+    grad: Tensor,  # [..., d]
+    x: Tensor,  # [..., d]
+    rstd: Tensor,  # [..., 1]
+    weight: Tensor,  # [d]
+    offset: float,
+) -> Tensor:  # [..., d]
+    """See `slicefine.backends.lean_reference.rms_norm_backward`."""
+    scale, rstd = weight.contiguous(), rstd.contiguous()
+    flat, above = _rows(x), _rows(grad)
+    out = x.new_empty(x.shape)
+    _C.rms_norm_backward(
+        _norm_numbers(flat, scale, rstd.dtype),
+        offset,
+        above.data_ptr(),
+        above.stride(0),
+        rstd.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """See `slicefine.backends.lean_reference.gated_activation`; gate, up (..., m)."""
+    # torch has a vectorised erf, which the C library has not
+    if kind not in _GATES:
+        return lean_reference.gated_activation(gate, up, kind)
+    held = _rows(gate), _rows(up)
+    out = gate.new_empty(gate.shape)
+    _C.gated_activation(
+        _gate_numbers(*held, None, kind), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def gated_activation_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """See `slicefine.backends.lean_reference.gated_activation_backward`."""
+    if kind not in _GATES:
+        return lean_reference.gated_activation_backward(grad, gate, up, kind)
+    held = _rows(gate), _rows(up), _rows(grad)
+    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _C.gated_activation_backward(
+        _gate_numbers(*held, kind),
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_gate, grad_up
+
+
+# csrc/ops.h numbers them alike
+_GATES = {"silu": 0, "gelu_tanh": 1}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(n, d) with the features of a token side by side; a copy only where they are not."""
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _norm_numbers(flat: Tensor, weight: Tensor, internal: torch.dtype) -> tuple[int, ...]:
+    n, d = flat.shape
+    dtypes = DTYPES[flat.dtype], DTYPES[internal]
+    return flat.data_ptr(), flat.stride(0), weight.data_ptr(), n, d, *dtypes
+
+
+def _gate_numbers(
+    gate: Tensor, up: Tensor, grad: Tensor | None, kind: str
+) -> tuple[int, ...]:
+    above = (0, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
+    places = gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *above
+    return *places, *gate.shape, DTYPES[gate.dtype], _GATES[kind]
+
+
 # Tables that the caller may keep: `slicefine.ops.PreparedSlices`
 
 
@@ -175,3 +281,8 @@ def adamw_8bit_of_table(numbers: array, codebook: Tensor, options: AdamWOptions)
 
 def write_table(numbers: array) -> None:
     _C.write_slices(numbers, torch.get_num_threads())
+
+
+if _C is not None and not hasattr(_C, "rms_norm"):
+    # a build from before these ops: where they are asked for, the next backend runs
+    del rms_norm, rms_norm_backward, gated_activation, gated_activation_backward

@@ -11,6 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slicefine.backends.lean_reference import gated_activation as gated_activation
+from slicefine.backends.lean_reference import (
+    gated_activation_backward as gated_activation_backward,
+)
+from slicefine.backends.lean_reference import rms_norm as rms_norm
+from slicefine.backends.lean_reference import rms_norm_backward as rms_norm_backward
 from slicefine.backends.operands import (
     BLOCK_8BIT,
     AdamWOptions,

@@ -34,6 +34,15 @@ SWITCHES = {
     "checkpointing": "--gradient-checkpointing",
     "lean+checkpointing": "--lean --gradient-checkpointing",
 }
+# what --switches plans, and how its table calls it
+COMBINATIONS = {
+    "eager": "as it is",
+    "lean": "lean",
+    "checkpointing": "ckpt",
+    "lean+checkpointing": "both",
+    "lean+offload": "lean, offload",
+    "lean+checkpointing+offload": "all",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Request:
     """What a worker needs to make one line of the table.
 
     decide: say too how the method fits the budget.
+    every: plan the other switches too.
     """
 
     model: str
@@ -52,6 +62,7 @@ class Request:
     mode: str
     budget: int | None
     decide: bool = False
+    every: bool = False
 
 
 def size_in_bytes(text: str) -> int:
@@ -101,6 +112,7 @@ def methods(r: int) -> dict[str, Any]:
         return table
     return {
         **table,
+        "miss": lambda: peft.method("MiSS", r),
         "lora": lambda: peft.method("LoRA", r),
         "lora_half": lambda: peft.method("LoRA", r, float32=False),
     }
@@ -111,7 +123,7 @@ def method_names() -> list[str]:
     from importlib.util import find_spec
 
     names = ["floor", "column", "row", "masked", "full"]
-    return [*names, *(["lora", "lora_half"] if find_spec("peft") else [])]
+    return [*names, *(["miss", "lora", "lora_half"] if find_spec("peft") else [])]
 
 
 class Peaks:
@@ -149,6 +161,11 @@ def work(request: Request) -> dict[str, Any]:
     peaks, mode = Peaks(request), request.mode
     row = peaks.estimate(mode, request.batch, request.length).row()
     row["has_length"] = peaks.workload.logits_width is not None
+    if request.every:
+        modes = [other for other in COMBINATIONS if other != mode]
+        row["others"] = [
+            peaks.estimate(other, request.batch, request.length).row() for other in modes
+        ]
     if request.budget is None or not row["trainable"]:
         return row
     # No batch is small enough then, which a search would find out at batch 1 only.
@@ -212,10 +229,6 @@ def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
     if request.length:
         line += ["--max-length", str(request.length)]
     line = " ".join([*line, *switches])
-    if "--lean" in switches:
-        # `slicefine train` has no such flag
-        full = ', checkpoint="full"' if len(switches) > 1 else ""
-        line = f"slicefine.lean(model{full})  # batch {batch} of {request.batch}"
     if choice["mode"] == request.mode and batch == request.batch:
         return f"{name} fits {gpu} at {asked}: {needs}.\n{line}"
     new = switches if choice["mode"] != request.mode else []
@@ -264,6 +277,12 @@ def plan(
     lean: Annotated[
         bool, typer.Option("--lean", help="a model that keeps less (slicefine.lean)")
     ] = False,
+    switches: Annotated[
+        bool,
+        typer.Option(
+            "--switches", help="every method with every switch, in place of parts"
+        ),
+    ] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="write the rows to this file")
     ] = None,
@@ -274,10 +293,14 @@ def plan(
             f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
         )
     budget = None if gpu is None else size_in_bytes(gpu)
-    switches = {"lean": lean, "checkpointing": checkpointing}
-    mode = "+".join(name for name, on in switches.items() if on) or "eager"
+    chosen = {"lean": lean, "checkpointing": checkpointing}
+    mode = "+".join(name for name, on in chosen.items() if on) or "eager"
+    if switches and mode != "eager":
+        raise typer.BadParameter(
+            "--switches plans all of them; leave --lean and --checkpointing out"
+        )
     requests = [
-        Request(model, name, r, batch, seq, dtype, mode, budget, name == "column")
+        Request(model, name, r, batch, seq, dtype, mode, budget, name == "column", switches)
         for name in method_names()
     ]
     # spawn: the child of a fork may wait for ever for a lock that a thread of torch held
@@ -289,8 +312,11 @@ def plan(
             raise typer.BadParameter(str(error), param_hint="--model") from error
     (column,) = (request for request in requests if request.decide)
     choice = next((row.pop("choice") for row in rows if "choice" in row), None)
+    others = [other for row in rows for other in row.pop("others", ())]
     if as_json is not None:
-        as_json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        as_json.write_text(json.dumps(rows + others, indent=1) + "\n", encoding="utf-8")
+    if switches:
+        _print_switches(rows + others, column)
     _print(rows, column, gpu, choice)
 
 
@@ -302,6 +328,26 @@ def _with_progress(running: Any, total: int) -> list[dict[str, Any]]:
     return list(
         track(running, total=total, description="planning", console=console, transient=True)
     )
+
+
+def _print_switches(rows: list[dict[str, Any]], request: Request) -> None:
+    """A line for each method, a column for each combination of switches, GiB."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{request.model}, {request.dtype}, GiB at {request.batch} x {request.length}"
+    table = Table(title=escape(title), box=None, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    peaks = {(row["method"], row["mode"]): row["peak_bytes"] for row in rows}
+    names = dict.fromkeys(row["method"] for row in rows)
+    short = {row["method"]: _short(row) for row in rows}
+    for heading in COMBINATIONS.values():
+        table.add_column(heading, justify="right")
+    for name in names:
+        cells = [f"{peaks[name, mode] / GIB:.2f}" for mode in COMBINATIONS]
+        table.add_row(short[name], *cells)
+    Console().print(table)
 
 
 def _print(

@@ -13,6 +13,7 @@ from slicefine.config import SliceConfig
 from slicefine.training.data import UserError
 from slicefine.training.recipe import RECIPE, Recipe, merged, read_yaml, settings_of
 
+Switch = bool | None
 _DATA, _CONFIG, _TRAINING, _RUN = "Data", "Slices", "Training", "Run"
 _SLICES = (
     "r",
@@ -62,7 +63,7 @@ def train(
     ] = None,
     max_length: Annotated[int | None, _option("tokens (256)", _DATA)] = None,
     packing: Annotated[
-        bool | None, _option("several texts in a row", _DATA, "--packing")
+        Switch, _option("several texts in a row", _DATA, "--packing")
     ] = None,
     config: Annotated[Path | None, _option("a SliceConfig as JSON", _CONFIG)] = None,
     r: Annotated[int | None, _option("width of a slice (16)", _CONFIG)] = None,
@@ -99,7 +100,7 @@ def train(
         str | None, _option("of the weights; auto: the checkpoint's", _TRAINING)
     ] = None,
     bf16: Annotated[
-        bool | None, _option("bfloat16 autocast (yes)", _TRAINING, "--bf16/--no-bf16")
+        Switch, _option("bfloat16 autocast (yes)", _TRAINING, "--bf16/--no-bf16")
     ] = None,
     optimizer_in_bwd: Annotated[
         bool | None,
@@ -109,13 +110,13 @@ def train(
             "--optimizer-in-bwd",
         ),
     ] = None,
+    lean: Annotated[Switch, _option("keep less, same loss", _TRAINING, "--lean")] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         _option("recompute activations", _TRAINING, "--gradient-checkpointing"),
     ] = None,
     early_stopping: Annotated[
-        int | None,
-        _option("evaluations without progress before the end; keeps the best", _TRAINING),
+        int | None, _option("evaluations without progress until the end", _TRAINING)
     ] = None,
     settings: Annotated[
         list[str] | None,

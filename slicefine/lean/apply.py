@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from slicefine.lean import checkpointing, head, modules
+from slicefine.lean import offload as offloading
 
 Checkpoint = Literal["full", "selective"]
 
@@ -18,7 +19,10 @@ class LeanReport:
 
     loss: the name of the head whose logits are not made, or None.
     norms, mlps, activations: names of the modules that keep less.
+    remade: LayerNorms and activations that keep what they kept before, and whose result a row slice
+        makes again instead of keeping it.
     checkpoint: None, "full" or "selective".
+    offload: None or "activations".
     left: name -> why something stays as it was.
     added: what the model's own method for checkpoints has added.
     """
@@ -27,7 +31,9 @@ class LeanReport:
     norms: list[str] = field(default_factory=list)
     mlps: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
+    remade: list[str] = field(default_factory=list)
     checkpoint: str | None = None
+    offload: str | None = None
     left: dict[str, str] = field(default_factory=dict)
     added: checkpointing.Added | None = field(default=None, repr=False)
 
@@ -42,8 +48,12 @@ class LeanReport:
         ):
             if names:
                 said.append(f"{len(names)} {one if len(names) == 1 else many}")
+        if self.remade:
+            said.append(f"{len(self.remade)} inputs that row slices do not keep")
         if self.checkpoint:
             said.append(f"{self.checkpoint} activation checkpointing")
+        if self.offload:
+            said.append("activations wait in host memory")
         lines = [f"lean: {', '.join(said) or 'nothing to change'}"]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left.items():
@@ -60,6 +70,7 @@ def lean(
     norms: bool = True,
     mlp: bool = True,
     checkpoint: Checkpoint | None = None,
+    offload: Literal["activations"] | None = None,
     verbose: bool = True,
 ) -> nn.Module:
     """Let a model keep less for its backward pass, in place; losses and gradients stay the same.
@@ -76,12 +87,13 @@ def lean(
             operators becomes one.
         checkpoint: "full" recomputes each layer in backward, "selective" all but its attention and
             those products that are not wider than their input.
+        offload: "activations": what is kept for backward waits in host memory.
         verbose: print what was changed, and what was not recognized.
     Returns:
         The same object.
     Raises:
         ValueError: the head is sliced, so its loss needs the logits; the model is lean already; it
-            has no checkpointing of its own.
+            has no checkpointing of its own; there is no accelerator to move activations from.
     """
     if "_lean_report" in model.__dict__:
         raise ValueError("the model is lean already; call slicefine.lean.undo(model) first")
@@ -89,7 +101,8 @@ def lean(
         raise ValueError(
             f"checkpoint is {checkpoint!r}; expected None, 'full' or 'selective'"
         )
-    report = LeanReport(checkpoint=checkpoint)
+    offloading.check(offload)
+    report = LeanReport(checkpoint=checkpoint, offload=offload)
     # what can refuse comes before what changes
     name = head.check(model, report.left) if loss else None
     if checkpoint is not None:
@@ -99,13 +112,18 @@ def lean(
         report.loss = name
     if norms:
         report.norms = _become(model, modules.recognize_norm, modules.LeanRMSNorm)
+        report.remade = _become(model, modules.recognize_layer_norm, modules.LeanLayerNorm)
         report.left |= modules.unknown_norms(model)
     if mlp:
         report.mlps = _become(model, modules.recognize_mlp, modules.LeanGatedMLP)
-        report.activations = _become(
-            model, modules.recognize_activation, modules.LeanActivation
-        )
+        known = list(modules.candidates(model, modules.recognize_activation))
+        for name, module, how in known:
+            several = modules.operators(module) > 1
+            (report.activations if several else report.remade).append(name)
+            modules.become(module, modules.LeanActivation, how)
         report.left |= modules.unknown_mlps(model)
+    if offload is not None:
+        offloading.attach(model)
     model.__dict__["_lean_report"] = report
     # by this merge_and_unload finds the way back
     model.__dict__["_undo_lean"] = undo
@@ -134,6 +152,7 @@ def undo(model: nn.Module) -> nn.Module:
     for module in model.modules():
         modules.give_back(module)
     head.detach(model)
+    offloading.detach(model)
     if report.added is not None:
         checkpointing.disable(model, report.added)
     return model

@@ -67,8 +67,9 @@ class LazyLogits(Tensor):
         return LazyLogits(self.hidden, self.head, shape, dtype or self.dtype, steps)
 
     def values(self) -> Tensor:
-        """The logits. Made once."""
-        if self.made is None:
+        """The logits. Made once; again if a gradient is wanted of those made without one."""
+        wanted = torch.is_grad_enabled() and self.hidden.requires_grad
+        if self.made is None or (wanted and not self.made.requires_grad):
             self.made = _logits(self.hidden, self.head, self.steps).view(self.shape)
         return self.made
 
@@ -304,6 +305,8 @@ class ChunkedCrossEntropy(Function):
                 for step in steps:
                     logits = step(logits)
                 loss = F.cross_entropy(logits, target[part], reduction="sum", **options)
+                # backward needs their softmax, not them
+                del logits
                 asked = [t for t, n in zip(inputs, needs, strict=True) if n]
                 found: Any = torch.autograd.grad(loss, asked) if asked else ()
             if needs[0]:

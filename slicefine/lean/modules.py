@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from slicefine.lean import reference
-from slicefine.lean.functions import RMSNormFunction, gated_activation
+from slicefine.backends import lean_reference as reference
+from slicefine.lean.functions import (
+    ActivationFunction,
+    LayerNormFunction,
+    RMSNormFunction,
+    gated_activation,
+)
 
 # features of the weights that stand in while a forward is tried
 _TRIED = 6
@@ -51,6 +56,19 @@ class LeanRMSNorm(LeanModule):
         return RMSNormFunction.apply(x, weight, eps, offset, late_cast, dtype)  # type: ignore[return-value]
 
 
+class LeanLayerNorm(LeanModule):
+    """LayerNorm whose result a row slice behind it makes again instead of keeping it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        trains = any(t is not None and t.requires_grad for t in (weight, bias))
+        # autocast has a dtype of its own for this operator, on every device another
+        if trains or not x.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)  # type: ignore[misc]
+        shape = self.normalized_shape  # type: ignore[attr-defined]
+        return LayerNormFunction.apply(x, shape, weight, bias, self.eps)  # type: ignore
+
+
 class LeanGatedMLP(LeanModule):
     """down(activation(gate(x)) * up(x)); two products, or one that holds both."""
 
@@ -69,10 +87,15 @@ class LeanGatedMLP(LeanModule):
 
 
 class LeanActivation(LeanModule):
-    """One operator in place of the many of which the activation is written."""
+    """One operator in place of the many of which the activation is written, which a row slice
+    behind it makes again instead of keeping its result.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.activation(x, self._lean)  # type: ignore[attr-defined]
+        kind: str = self._lean  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled():
+            return reference.activation(x, kind)
+        return ActivationFunction.apply(x, kind)  # type: ignore[return-value]
 
 
 @functools.cache
@@ -220,13 +243,16 @@ def _computes_gated(
         return _equal(_run(shell, {}, x), wanted, 1e-12)
 
 
+def recognize_layer_norm(module: nn.Module) -> bool | None:
+    """Whether a module computes what nn.LayerNorm does, and has what it computes it from."""
+    if getattr(type(module), "forward", None) is not nn.LayerNorm.forward:
+        return None
+    return module._parameters.get("weight") is not None or None
+
+
 def recognize_activation(module: nn.Module) -> str | None:
-    """The operator that computes what a module without tensors computes by several; else None."""
-    if (
-        _holds_tensors(module)
-        or list(module.children())
-        or isinstance(module, (nn.SiLU, nn.GELU))
-    ):
+    """The operator that computes what a module without tensors computes; else None."""
+    if _holds_tensors(module) or list(module.children()):
         return None
     with torch.no_grad(), unset_fake_temporarily(), torch.device("cpu"):
         # covers where the forms of gelu differ, by far more than the tolerance
@@ -234,13 +260,14 @@ def recognize_activation(module: nn.Module) -> str | None:
         found = _run(_shell(module), {}, x)
         for kind in reference.ACTIVATIONS:
             if _equal(found, reference.activation(x, kind), 1e-12):
-                return None if _operators(module, x) == 1 else kind
+                return kind
     return None
 
 
-def _operators(module: nn.Module, x: Tensor) -> int:
-    with torch.enable_grad():
-        node: Any = _shell(module)(x.clone().requires_grad_()).grad_fn
+def operators(module: nn.Module) -> int:
+    """Of how many operators an activation is written."""
+    with torch.enable_grad(), unset_fake_temporarily(), torch.device("cpu"):
+        node: Any = _shell(module)(torch.ones(2).requires_grad_()).grad_fn
     # nodes of the autograd graph: each may keep a tensor as large as x
     count = 0
     while node is not None and "Accumulate" not in type(node).__name__:
@@ -285,8 +312,15 @@ def _equal(found: Any, wanted: Tensor, tolerance: float) -> bool:
 
 def candidates(model: nn.Module, recognize: Callable[[nn.Module], Any]) -> Iterator[tuple]:
     """(name, module, what was recognized) of each module once."""
+    # a lean MLP computes its activation itself
+    inside = {
+        child
+        for module in model.modules()
+        if isinstance(module, LeanGatedMLP)
+        for child in module.children()
+    }
     for name, module in model.named_modules():
-        if isinstance(module, LeanModule):
+        if isinstance(module, LeanModule) or module in inside:
             continue
         how = recognize(module)
         if how is not None:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 
 from slicefine.lean.apply import lean
+from slicefine.lean.offload import Offload
 from slicefine.optim import SliceAdamW
 from slicefine.plan.layers import (
     SHORT_STACKS,
@@ -44,6 +45,7 @@ class Workload:
     logits_width: size of the vocabulary, if it has one.
     context: context manager that is active during the step.
     lean: the options with which `slicefine.lean` changes the model, None to leave it as it is.
+    offload: activations wait in host memory, which is not counted.
     """
 
     name: str
@@ -56,13 +58,20 @@ class Workload:
     checkpointing: bool = False
     compiled: bool = False
     lean: dict[str, Any] | None = None
+    offload: bool = False
 
     @property
     def mode(self) -> str:
-        """ "eager", or "compiled", or "lean", "checkpointing" or both, joined by "+"."""
+        """ "eager", or "compiled", or those of "lean", "checkpointing" and "offload" that are on,
+        joined by "+".
+        """
         if self.compiled:
             return "compiled"
-        switches = {"lean": self.lean is not None, "checkpointing": self.checkpointing}
+        switches = {
+            "lean": self.lean is not None,
+            "checkpointing": self.checkpointing,
+            "offload": self.offload,
+        }
         return "+".join(name for name, on in switches.items() if on) or "eager"
 
 
@@ -257,10 +266,25 @@ def _step(
     ) as report:
         with phases_of_layers(model, report.begin):
             report.begin("before")
-            workload.loss(model(**inputs), inputs).backward()
+            workload.loss(_forward(workload, model, inputs), inputs).backward()
         report.begin("update")
         _update(method, model, optimizer)
     return report
+
+
+def _forward(workload: Workload, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    with _away(model) if workload.offload else nullcontext():
+        return model(**inputs)
+
+
+def _away(model: nn.Module) -> Offload:
+    """The device's view of `slicefine.lean.offload`: a tensor goes, and as large a one comes back."""
+
+    def back(packed: tuple) -> Tensor:
+        size, stride, dtype = packed
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+    return Offload(model, lambda t: (t.size(), t.stride(), t.dtype), back)
 
 
 def _compiled_step(

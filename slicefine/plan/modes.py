@@ -61,10 +61,21 @@ def with_lean(workload: Workload, **options: Any) -> Workload:
     return replace(workload, lean=options)
 
 
+def with_offload(workload: Workload) -> Workload:
+    """The same with activations in host memory between forward and backward."""
+    if workload.compiled:
+        raise ValueError("a compiled step decides itself what is kept; it is not offloaded")
+    return replace(workload, offload=True)
+
+
 MODES: dict[str, Callable[[Workload], Workload]] = {
     "eager": lambda workload: workload,
     "lean": with_lean,
     "checkpointing": with_checkpointing,
     "lean+checkpointing": lambda workload: with_lean(with_checkpointing(workload)),
+    "lean+offload": lambda workload: with_offload(with_lean(workload)),
+    "lean+checkpointing+offload": lambda workload: with_offload(
+        with_lean(with_checkpointing(workload))
+    ),
     "compiled": with_compile,
 }

@@ -57,6 +57,7 @@ class Recipe:
     clip: float = 1.0
     bf16: bool = True
     optimizer_in_bwd: bool = False
+    lean: bool = False
     gradient_checkpointing: bool = False
     early_stopping: int = 0
     seed: int | None = None

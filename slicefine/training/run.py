@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from slicefine import atomic
+from slicefine.lean.apply import lean, undo
 from slicefine.model import get_slice_model
 from slicefine.training import samples
 from slicefine.training.arguments import arguments, check_device, lonely_launch
@@ -168,6 +169,8 @@ class _Run:
         )
         try:
             get_slice_model(self.model, slices)
+            if recipe.lean:
+                lean(self.model, verbose=False)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         self.use_cache = getattr(self.model.config, "use_cache", None)
@@ -231,6 +234,9 @@ class _Run:
                     f"--resume: the checkpoint does not fit: {error}"
                 ) from error
         trainer.accelerator.wait_for_everyone()
+        if self.recipe.lean:
+            # what is written is the model as it was loaded
+            undo(self.model)
         if self.use_cache is not None:
             # Trainer switches it off for training, and the model would be saved so
             config: Any = self.model.config
@@ -253,6 +259,8 @@ class _Run:
         lines = [
             f"trainable {trainable:,d} of {total:,d} parameters ({100 * trainable / total:.2f} %)"
         ]
+        if self.recipe.lean:
+            lines.append(str(self.model._lean_report))
         if self.whole:
             lines.append(f"fully trained: {', '.join(self.whole)}")
         if isinstance(self.task, CausalLM):

@@ -15,8 +15,11 @@ transformers = pytest.importorskip("transformers")
 import slicefine
 import slicefine.lean
 from slicefine import SliceAdamW, SliceConfig, get_slice_model, track_memory
-from slicefine.lean import modules, reference
+from slicefine.backends import lean_reference as reference
+from slicefine.lean import modules
 from slicefine.lean.loss import ChunkedCrossEntropy, LazyLogits
+from slicefine.ops import use_backend
+from slicefine.swapping import slice_layers
 
 SIZES = {
     "vocab_size": 97,
@@ -194,6 +197,98 @@ def test_the_models_own_loss_in_low_precision(name, dtype):
     assert 0 < error("lean") <= 2 * error("stock") + one_rounding
 
 
+# attention: features that attention does not keep itself, and a row slice behind it does
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("Llama", 0), ("Qwen3", 0), ("GPT-2", 0), ("BERT", 0), ("Gemma 2", 64)],
+)
+@pytest.mark.parametrize("slice_type", ["row", "row_column"])
+def test_row_slices_keep_no_more_than_column_slices(name, attention, slice_type):
+    kept = {}
+    for kind in ("column", slice_type):
+        config = SliceConfig(r=2, slice_type=kind, switch_interval=None)
+        for lean in (False, True):
+            model = build(name, torch.float32)
+            if not attention:
+                model.set_attn_implementation("sdpa")
+            get_slice_model(model, config)
+            # where the coupled slice is a row slice
+            for layer in slice_layers(model):
+                while layer.axis == "column" and kind == "row_column":
+                    layer.schedule.move(lambda axis: torch.zeros(0))
+                    layer.select_slice()
+            if lean:
+                slicefine.lean(model, verbose=False)
+            kept[kind, lean] = bytes_kept(model)
+    # the input of the first layer receives no gradient, so its norm has no node to ask: 32 features
+    column, tokens = kept["column", True], 4 * 64 * 4
+    more = kept[slice_type, True] - column
+    assert more <= (40 + attention) * tokens
+    assert kept[slice_type, False] - kept["column", False] >= more + 80 * tokens
+
+
+def bytes_kept(model: nn.Module) -> int:
+    """Storages that the graph of a step holds and the model does not."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=torch.randint(3, 97, (4, 64)))
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_a_result_that_was_changed_is_kept_not_made_again(name):
+    """A hook that writes to a norm's result in place, unseen by autograd."""
+    config = SliceConfig(r=4, slice_type="row")
+
+    def louder(module, args, output):
+        output.detach().mul_(1.5)
+
+    found = []
+    for lean in (False, True):
+        model = get_slice_model(exact(build(name)), config)
+        for module_name, module in model.named_modules():
+            if module_name.endswith(("input_layernorm", "ln_1")):
+                module.register_forward_hook(louder)
+        if lean:
+            slicefine.lean(model, verbose=False)
+        found.append(gradients(model, name))
+    assert_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT"])
+def test_the_graph_can_be_gone_through_twice(name):
+    config = SliceConfig(r=4, slice_type="row", modules_to_save=[])
+    model = get_slice_model(exact(build(name)), config)
+    # torch's chunked loss refuses it
+    slicefine.lean(model, loss=False, verbose=False)
+    wanted = gradients(model, name)
+    model.zero_grad()
+    loss = loss_of(model, name)
+    loss.backward(retain_graph=True)
+    model.zero_grad()
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal({**found, "loss": loss.detach()}, wanted, 1e-14)
+
+
+@pytest.mark.parametrize("checkpoint", ["full", "selective"])
+def test_row_slices_and_checkpoints(checkpoint):
+    """A checkpoint lets what a layer has kept be read once."""
+    config = SliceConfig(r=4, slice_type="row")
+    wanted = gradients(get_slice_model(exact(build("Llama")), config), "Llama")
+    model = get_slice_model(exact(build("Llama")), config)
+    slicefine.lean(model, checkpoint=checkpoint, verbose=False)
+    assert_equal(gradients(model, "Llama"), wanted)
+
+
 def test_it_is_undone_exactly():
     model = build("Llama")
     before = [(type(m), set(vars(m))) for m in model.modules()]
@@ -279,7 +374,7 @@ def test_it_prints_what_it_changed_and_what_it_did_not_know(capsys):
         "model.layers.0.input_layernorm and 2 more, a CohereLayerNorm that computes" in said
     )
     slicefine.lean(build("ViT"))
-    assert "lean: nothing to change" in capsys.readouterr().out
+    assert "lean: 7 inputs that row slices do not keep" in capsys.readouterr().out
 
 
 def test_an_mlp_that_computes_something_else_stays():
@@ -491,4 +586,10 @@ def test_a_norm_rounds_as_its_own_forward_does(name):
     x = torch.randn(50, 32, dtype=torch.bfloat16)
     wanted = norm(x)
     modules.become(norm, modules.LeanRMSNorm, modules.recognize_norm(norm))
-    assert torch.equal(norm(x.requires_grad_()), wanted)
+    x.requires_grad_()
+    with use_backend("reference"):
+        assert torch.equal(norm(x), wanted)
+    # sums in another order: another rounding here and there
+    fast = norm(x)
+    assert torch.allclose(fast, wanted, rtol=2**-7, atol=0)
+    assert (fast != wanted).float().mean() <= 0.02

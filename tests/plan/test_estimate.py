@@ -366,6 +366,37 @@ def test_the_command(tmp_path, monkeypatch):
     )
 
 
+def test_the_command_plans_every_switch(tmp_path, monkeypatch):
+    typer = pytest.importorskip("typer.testing")
+    from slicefine.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "100")
+    tiny(tmp_path)
+    arguments = ["plan", "--model", str(tmp_path), "--batch", "8", "--seq", "256"]
+    more = ["--switches", "--gpu", "8MiB", "--json", str(tmp_path / "rows.json")]
+    result = typer.CliRunner().invoke(app, [*arguments, *more])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    peaks = {(row["method"], row["mode"]): row["peak_bytes"] for row in rows}
+    modes = ["eager", "lean", "lean+checkpointing", "lean+checkpointing+offload"]
+    for method in ("slice column r=16", "slice row r=16", "MiSS r=16", "LoRA r=16"):
+        falling = [peaks[method, mode] for mode in modes]
+        assert falling[0] > falling[1] > falling[2] >= falling[3], method
+        assert peaks[method, "lean+offload"] < peaks[method, "lean"]
+    line = next(
+        s for s in result.output.splitlines() if s.strip().startswith("slice column")
+    )
+    shown = peaks["slice column r=16", "eager"] / 2**30
+    assert f"{shown:.2f}" in line
+    # the line to use has flags that `slicefine train` knows
+    last = result.output.splitlines()[-1]
+    assert last.startswith("slicefine train") and "--lean" in last
+    parsed = typer.CliRunner().invoke(app, ["train", *last.split()[2:], "--print-recipe"])
+    assert parsed.exit_code == 0 and "lean: true" in parsed.output
+    both = typer.CliRunner().invoke(app, [*arguments, "--switches", "--lean"])
+    assert both.exit_code == 2 and "leave --lean and" in " ".join(both.output.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

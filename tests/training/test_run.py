@@ -144,6 +144,27 @@ def test_chat_data_end_to_end(tiny_lm, chat, tmp_path):
     assert model.config.use_cache and not (out / "run.json").exists()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_lean_training_is_the_same(tiny_lm, chat, tmp_path, accumulate):
+    shared = {"max_length": 64, "accumulate": accumulate, "batch_size": 8 // accumulate}
+    logs = []
+    for lean in (False, True):
+        out = tmp_path / str(lean)
+        code, said = quiet(
+            language(tiny_lm, chat, out, lean=lean, eval_share=0.25, **shared)
+        )
+        assert code == 0 and ("lean: the loss in chunks" in said) == lean
+        written = json.loads((out / "training.json").read_text())
+        logs.append([entry["loss"] for entry in written["log"] if "loss" in entry])
+        logs[-1].append(written["metrics"]["perplexity"])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-3) and len(logs[0]) > 1
+    # what is left behind is an ordinary model
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "True")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_lm)
+    Delta.load(tmp_path / "True" / "delta").apply_to(base)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in base.state_dict().items())
+
+
 def test_an_audit_repeats_the_evaluation_of_a_language_model(tiny_lm, chat, tmp_path):
     from slicefine.training.evaluation import repeat
 
@@ -384,6 +405,9 @@ def test_a_sliced_head_is_refused_by_name(tiny_lm, chat, tmp_path):
     slices = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
     with pytest.raises(UserError, match="lm_head has slices, and SFTTrainer"):
         quiet(language(tmp_path / "untied", chat, tmp_path / "out", slices=slices))
+    lean = language(tmp_path / "untied", chat, tmp_path / "out", slices=slices, lean=True)
+    with pytest.raises(UserError, match="lm_head is sliced, and lean's loss reads"):
+        quiet(lean)
 
 
 def test_everything_is_looked_at_before_the_model_is_loaded(

@@ -61,6 +61,14 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+def activation_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The gradient for x of `activation`."""
+    if kind == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    how = "tanh" if kind == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, x, approximate=how)
+
+
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """``activation(gate) * up``, as in SwiGLU and GeGLU; gate, up (..., m)."""
     return activation(gate, kind) * up
@@ -72,8 +80,4 @@ def gated_activation_backward(
     """The gradients for gate and up of `gated_activation`; the activation is computed again."""
     # in place: the activation is a temporary of this function
     grad_up = activation(gate, kind).mul_(grad)
-    through = grad * up
-    if kind == "silu":
-        return torch.ops.aten.silu_backward(through, gate), grad_up
-    how = "tanh" if kind == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(through, gate, approximate=how), grad_up
+    return activation_backward(grad * up, gate, kind), grad_up
