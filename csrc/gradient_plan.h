@@ -50,7 +50,7 @@ struct BlockWork {
   int32_t tile, split;
 };
 
-// Blocks that read the same part of the wide operand are neighbours, so that they meet in the cache.
+// Blocks that read the same part of the wide operand are neighbors, so that they meet in the cache.
 SLICEFINE_HD BlockWork work_of_block(const GradPlan& plan, int32_t block, int32_t block_thin) {
   const int32_t thin_tile = block % plan.thin_tiles, wide_tile = block / plan.thin_tiles % plan.wide_tiles;
   const int32_t split = block / plan.thin_tiles / plan.wide_tiles;

@@ -164,7 +164,7 @@ static __device__ __forceinline__ void multiply_tokens(float* c, typename Tile::
 template <int Accumulators>
 static __device__ __forceinline__ bool add_splits(float* c, int32_t& ticket, const GradArguments& a,
                                                   const BlockWork& work) {
-  // [accumulators, threads]: neighbouring threads on neighbouring addresses
+  // [accumulators, threads]: neighboring threads on neighboring addresses
   float* const tile = a.workspace + int64_t(work.tile) * a.plan.splits * Accumulators * kGradThreads + threadIdx.x;
   float* const mine = tile + int64_t(work.split) * Accumulators * kGradThreads;
 #pragma unroll
@@ -184,7 +184,7 @@ static __device__ __forceinline__ bool add_splits(float* c, int32_t& ticket, con
   return true;
 }
 
-// Hands every element of the tile to `epilogue`, neighbouring threads on neighbouring columns of the slice.
+// Hands every element of the tile to `epilogue`, neighboring threads on neighboring columns of the slice.
 template <typename Tile, int BlockThin, typename Epilogue>
 static __device__ __forceinline__ void finish_tile(const float* c, typename Tile::Shared& shared, const GradArguments& a,
                                                    const BlockWork& work, const Epilogue& epilogue) {

@@ -19,7 +19,7 @@ SLICEFINE_HD float load(const float* p) { return *p; }
 SLICEFINE_HD double load(const double* p) { return *p; }
 SLICEFINE_HD float load(const bf16* p) { return bits_float(uint32_t(p->bits) << 16); }
 SLICEFINE_HD float load(const fp16* p) {
-  // Shift into place and rescale by 2^112, which normalises subnormals too; inf and NaN keep the full exponent.
+  // Shift into place and rescale by 2^112, which normalizes subnormals too; inf and NaN keep the full exponent.
   const uint32_t magnitude = p->bits & 0x7FFFu, sign = uint32_t(p->bits & 0x8000u) << 16;
   const uint32_t scaled = float_bits(bits_float(magnitude << 13) * 0x1p112f);
   return bits_float((magnitude >= 0x7C00u ? (magnitude << 13) | 0x7F800000u : scaled) | sign);

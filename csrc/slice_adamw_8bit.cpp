@@ -73,7 +73,7 @@ void slice_adamw_8bit(const Slice* slices, const Moments8* moments, int64_t coun
       if (from >= to) continue;
       const AdamWScalars<float> s = adamw_scalars<float>(options.lr, options.beta1, options.beta2, options.eps, options.weight_decay,
                                                          options.maximize, moments[i].step);
-      const bool neighbours = are_neighbours(slice, 0, slice.K);
+      const bool neighbors = are_neighbors(slice, 0, slice.K);
       for (int64_t block = from; block < to; ++block) {
         const int64_t e = block * kQuantum, size = std::min<int64_t>(kQuantum, slice.R * slice.K - e);
         float m[kQuantum], v[kQuantum];
@@ -84,7 +84,7 @@ void slice_adamw_8bit(const Slice* slices, const Moments8* moments, int64_t coun
         quantize(v, unsigned_book, moments[i].exp_avg_sq + e, moments[i].exp_avg_sq_scale + block, size);
         for (int64_t at = e; at < e + size;) {  // row by row, as far as the block reaches
           const int64_t row = at / slice.K, col = at % slice.K, run = std::min(slice.K - col, e + size - at);
-          write_row(slice, row, col, run, neighbours, options, uint32_t(i), moments[i].master + at);
+          write_row(slice, row, col, run, neighbors, options, uint32_t(i), moments[i].master + at);
           at += run;
         }
       }

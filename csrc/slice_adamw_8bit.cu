@@ -7,7 +7,7 @@ namespace slicefine::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kPerBlock = kThreads / 32 * int(kQuantum);
-constexpr int kQuads = int(kQuantum) / (32 * kVector);  // of a thread; the lanes of a warp have neighbouring ones
+constexpr int kQuads = int(kQuantum) / (32 * kVector);  // of a thread; the lanes of a warp have neighboring ones
 constexpr int kCapacity = 270;                          // slices per launch
 constexpr int kBlocksPerProcessor = 4;                  // leaves a thread 64 registers
 static_assert(kThreads == 256, "every thread stages one code of each codebook");

@@ -1,6 +1,6 @@
 // The gradient of a slice, panel by panel: G = dY[:, rows]^T X, handed to `consume` while it is still in the cache.
 //
-// One operand is wide (read in place, vectorised), the other thin (r columns, gathered and packed once unless they lie as the
+// One operand is wide (read in place, vectorized), the other thin (r columns, gathered and packed once unless they lie as the
 // multiplication wants them): without rows dY is wide and X thin, with rows X is wide and dY[:, rows] thin. Tiles of
 // kThin x kWide accumulators live in registers for kBlock tokens at a time and in a panel of at most kTiles tiles between; the
 // lines that the next tile needs are asked for meanwhile, because no hardware prefetcher follows a stride of a row.

@@ -1,5 +1,5 @@
 // What slice_adamw and slice_adamw_8bit share: a table of slices that travels as a kernel parameter (no copy to the
-// device, no allocation, so a CUDA graph can capture the op), and four neighbouring elements of a slice on their way.
+// device, no allocation, so a CUDA graph can capture the op), and four neighboring elements of a slice on their way.
 #pragma once
 #include "device.h"
 #include "slice_update.h"

@@ -11,12 +11,12 @@ constexpr int64_t kAhead = 16;  // rows between a prefetch and its use: each row
 
 template <typename Bits>
 void take(const Bits* x, int64_t stride, const int64_t* cols, int64_t n, int64_t K, Bits* out, int threads) {
-  bool neighbours = true;
-  for (int64_t i = 1; i < K; ++i) neighbours &= cols[i] == cols[0] + i;
+  bool neighbors = true;
+  for (int64_t i = 1; i < K; ++i) neighbors &= cols[i] == cols[0] + i;
   parallel_for(n, threads, 1 + (1 << 15) / K, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const Bits* row = x + t * stride;
-      if (neighbours) {
+      if (neighbors) {
 #if defined(__GNUC__)
         if (t + kAhead < end) __builtin_prefetch(row + kAhead * stride + cols[0]);
 #endif

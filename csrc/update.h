@@ -20,11 +20,11 @@ void adamw_run(P* __restrict__ p, const P* __restrict__ g, P* __restrict__ m, P*
   for (int64_t i = 0; i < count; ++i) p[i] = adamw_update(p[i], g[i], m[i], v[i], s);
 }
 
-// One row of a part, `count` values from column col0 on, to its places in W; W's neighbouring columns in one run of stores.
+// One row of a part, `count` values from column col0 on, to its places in W; W's neighboring columns in one run of stores.
 template <typename W, typename P>
-void write_run(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbours, const P* value) {
+void write_run(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbors, const P* value) {
   W* place = static_cast<W*>(slice.weight) + (slice.rows ? slice.rows[row] : row) * slice.stride_row;
-  if (neighbours) {
+  if (neighbors) {
     place += (slice.cols ? slice.cols[col0] : col0) * slice.stride_col;
     for (int64_t i = 0; i < count; ++i) store(place + i, value[i]);
   } else {
@@ -44,24 +44,24 @@ inline void write_run_stochastic(const Slice& slice, int64_t row, int64_t col0, 
 
 // One row of a part, whatever W's type; float64 weights have float64 masters, all others float32.
 template <typename P>
-void write_row(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbours, const AdamWOptions& options,
+void write_row(const Slice& slice, int64_t row, int64_t col0, int64_t count, bool neighbors, const AdamWOptions& options,
                uint32_t slice_id, const P* value) {
   if constexpr (sizeof(P) == sizeof(double)) {
-    write_run<double>(slice, row, col0, count, neighbours, value);
+    write_run<double>(slice, row, col0, count, neighbors, value);
   } else {
     switch (slice.dtype) {
       case DType::f64: break;
-      case DType::f32: write_run<float>(slice, row, col0, count, neighbours, value); break;
-      case DType::fp16: write_run<fp16>(slice, row, col0, count, neighbours, value); break;
+      case DType::f32: write_run<float>(slice, row, col0, count, neighbors, value); break;
+      case DType::fp16: write_run<fp16>(slice, row, col0, count, neighbors, value); break;
       case DType::bf16:
         if (options.stochastic) write_run_stochastic(slice, row, col0, count, options.seed, slice_id, value);
-        else write_run<bf16>(slice, row, col0, count, neighbours, value);
+        else write_run<bf16>(slice, row, col0, count, neighbors, value);
     }
   }
 }
 
-// Whether columns [col0, col0 + cols) of a slice are neighbours in W.
-inline bool are_neighbours(const Slice& slice, int64_t col0, int64_t cols) {
+// Whether columns [col0, col0 + cols) of a slice are neighbors in W.
+inline bool are_neighbors(const Slice& slice, int64_t col0, int64_t cols) {
   if (slice.stride_col != 1) return false;
   if (slice.cols)
     for (int64_t i = 1; i < cols; ++i)
@@ -102,7 +102,7 @@ void update(const Slice& slice, const Moments& moments, const AdamWOptions& opti
   const AdamWScalars<P> s = adamw_scalars<P>(options.lr, options.beta1, options.beta2, options.eps, options.weight_decay,
                                              options.maximize, moments.step);
   P *p = static_cast<P*>(moments.master), *m = static_cast<P*>(moments.exp_avg), *v = static_cast<P*>(moments.exp_avg_sq);
-  const bool neighbours = are_neighbours(slice, g.col0, g.cols), whole = g.cols == slice.K && g.stride == slice.K;
+  const bool neighbors = are_neighbors(slice, g.col0, g.cols), whole = g.cols == slice.K && g.stride == slice.K;
   const int64_t element_size = slice.dtype == DType::f64 ? 8 : slice.dtype == DType::f32 ? 4 : 2;
   for (int64_t r0 = 0; r0 < g.rows; r0 += kRows) {
     const int64_t rows = std::min(kRows, g.rows - r0), first = (g.row0 + r0) * slice.K + g.col0;
@@ -118,7 +118,7 @@ void update(const Slice& slice, const Moments& moments, const AdamWOptions& opti
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = g.row0 + r0 + r;
       const P* value = p + first + r * slice.K;
-      write_row(slice, row, g.col0, g.cols, neighbours, options, slice_id, value);
+      write_row(slice, row, g.col0, g.cols, neighbors, options, slice_id, value);
     }
   }
 }

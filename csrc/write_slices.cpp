@@ -10,9 +10,9 @@ namespace SLICEFINE_ISA {
 template <typename P>
 void write_rows(const Slice& slice, const void* master, int64_t begin, int64_t end) {
   const AdamWOptions nearest{};
-  const bool neighbours = are_neighbours(slice, 0, slice.K);
+  const bool neighbors = are_neighbors(slice, 0, slice.K);
   const P* value = static_cast<const P*>(master) + begin * slice.K;
-  for (int64_t row = begin; row < end; ++row, value += slice.K) write_row(slice, row, 0, slice.K, neighbours, nearest, 0, value);
+  for (int64_t row = begin; row < end; ++row, value += slice.K) write_row(slice, row, 0, slice.K, neighbors, nearest, 0, value);
 }
 
 void write_slices(const Slice* slices, const void* const* masters, int64_t count, int threads) {

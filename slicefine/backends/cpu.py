@@ -179,7 +179,7 @@ def rms_norm_backward(
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """See `slicefine.backends.lean_reference.gated_activation`; gate, up (..., m)."""
-    # torch has a vectorised erf, which the C library has not
+    # torch has a vectorized erf, which the C library has not
     if kind not in _GATES:
         return lean_reference.gated_activation(gate, up, kind)
     held = _rows(gate), _rows(up)

@@ -34,7 +34,7 @@ def slope(x, y):
 
 @pytest.mark.parametrize("slack", [0.0, 0.5])
 @pytest.mark.parametrize(("layers", "low", "high"), [(2, 0.93, 1.05), (3, 0.42, 0.52)])
-def test_it_memorises_within_the_theorems_neurons(layers, low, high, slack):
+def test_it_memorizes_within_the_theorems_neurons(layers, low, high, slack):
     sizes, neurons = (4, 16, 64, 256), []
     for N in sizes:
         x, edits, wanted = problem(N, 4000)
