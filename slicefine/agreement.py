@@ -7,6 +7,7 @@ whenever they agree (`mark_agreed`); from these its `State` follows.
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -55,6 +56,7 @@ class State(enum.Enum):
     UNCHECKED = (
         "slice state was loaded, and whether the weight belongs to it is not known yet"
     )
+    TOUCHED = "somebody has taken the weight, and may have written to it through .data"
     WEIGHT_WRITTEN = "the weight has been written to, perhaps the master too"
     MASTER_WRITTEN = "the master has been written to"
 
@@ -62,20 +64,23 @@ class State(enum.Enum):
 class Agreement(NamedTuple):
     """Weight and master as they were when they last agreed.
 
-    A version of -1 stands for a tensor that has been assigned since. ``unchecked``: see
-    `State.UNCHECKED`.
+    A version of -1 stands for a tensor that has been assigned since. ``unchecked``: State.UNCHECKED,
+    with what ``sample`` of the weight is expected, or State.TOUCHED; else None.
     """
 
     weight: Tensor | None
     weight_version: int
     master: Tensor | None
     master_version: int
-    unchecked: bool = False
+    unchecked: State | None = None
+    sample: Tensor | None = None
+    pointer: int = 0
 
     @classmethod
-    def now(cls, layer: Sliced, unchecked: bool = False) -> Agreement:
+    def now(cls, layer: Sliced) -> Agreement:
         weight, master = _pair(layer)
-        return cls(weight, weight._version, master, master._version, unchecked)
+        versions = weight._version, master._version
+        return cls(weight, versions[0], master, versions[1], None, None, _pointer(master))
 
     def state(self, layer: Sliced) -> State:
         parameters = layer._parameters
@@ -83,7 +88,8 @@ class Agreement(NamedTuple):
         same = weight is self.weight and master is self.master and weight is not None
         if same and weight._version == self.weight_version:  # type: ignore[union-attr]
             unwritten = master._version == self.master_version  # type: ignore[union-attr]
-            if unwritten and not self.unchecked:
+            unwritten = unwritten and _pointer(master) == self.pointer
+            if unwritten and self.unchecked is None:
                 return State.AGREED
         if layer.disabled:
             return State.OFF
@@ -93,13 +99,16 @@ class Agreement(NamedTuple):
             return State.STAND_IN
         if layer.slice_weight.device != layer.slice_rows.device:
             return State.APART
-        if self.unchecked:
+        if self.unchecked is State.UNCHECKED:
             return State.UNCHECKED
         # the weight wins where both were written to, as by weight averaging, which knows nothing of
         # positions
         if weight._version != self.weight_version:  # type: ignore[union-attr]
             return State.WEIGHT_WRITTEN
-        return State.MASTER_WRITTEN
+        written = master._version != self.master_version  # type: ignore[union-attr]
+        if written or _pointer(master) != self.pointer or self.unchecked is None:
+            return State.MASTER_WRITTEN
+        return State.TOUCHED
 
 
 def mark_synced(layers: Iterable[Sliced]) -> None:
@@ -133,17 +142,74 @@ def _pair(layer: Sliced) -> tuple[Tensor, Tensor]:
     return weight, master
 
 
-def check_belongs(layer: Sliced) -> None:
-    """Raise RuntimeError unless the weight is the one that loaded slice state was saved with."""
+def _pointer(tensor: Any) -> int:
+    """Where a parameter's values are: ``parameter.data = other`` changes nothing else."""
+    # shards and fake tensors are of other types, and have no memory of their own
+    return tensor.data_ptr() if type(tensor) is nn.Parameter else 0
+
+
+def note_taken(layer: Any) -> None:
+    """Somebody has taken the weight of a layer by its name: what ``.data`` writes, no counter sees."""
+    agreement = layer.__dict__.get("agreement")
+    if agreement is not None and agreement.unchecked is None:
+        layer.__dict__["agreement"] = agreement._replace(unchecked=State.TOUCHED)
+        _TAKEN.add(layer)
+
+
+def follow_taken() -> None:
+    """Let the masters of weights that were taken follow them, before an optimizer writes."""
+    while _TAKEN:
+        layer = _TAKEN.pop()
+        if layer.agreement.unchecked is State.TOUCHED and not layer.weight_sharded:
+            layer.sync()
+
+
+# layers whose weight somebody has taken since the last step of an optimizer
+_TAKEN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def equal(layer: Sliced) -> bool:
+    """Whether the weight holds what the master says, to nearest."""
     truth = read_slice(layer.weight_matrix, layer.rows, layer.cols)
     master = layer.active(layer.slice_weight).detach()
-    if not bool((rounds_to(master, truth) | (master.isnan() & truth.isnan())).all()):
+    return bool((rounds_to(master, truth) | (master.isnan() & truth.isnan())).all())
+
+
+def sample_visited(layer: Sliced) -> Tensor:
+    """A few entries of the weight in places that have trained, the same ones for one schedule.
+
+    Right after a move the active slice is untouched, so that only these tell whether a weight is
+    the one that a state of slices was saved with.
+    """
+    taken = []
+    for axis, visited in layer.schedule.visited.items():
+        positions = visited.nonzero().flatten().tolist()
+        for position in positions[:: max(1, len(positions) // 4)][:4]:
+            rows, cols = layer.spec.features(axis, position)
+            device = layer.weight_matrix.device
+            places = [None if i is None else i.to(device) for i in (rows, cols)]
+            values = read_slice(layer.weight_matrix, *places).flatten()
+            taken.append(values[:: max(1, len(values) // 16)][:16])
+    return torch.cat(taken) if taken else layer.weight_matrix.new_empty(0)
+
+
+def check_belongs(layer: Any) -> None:
+    """Raise RuntimeError unless the weight is the one that loaded slice state was saved with."""
+    saved = layer.agreement.sample
+    if not (equal(layer) and (saved is None or _same(saved, sample_visited(layer)))):
         raise RuntimeError(
-            "the loaded slice state does not belong to the weights in the model: the saved"
-            " master of the active slice differs from the weight. Load the model's state dict"
-            " of the same checkpoint too."
+            "the loaded slice state does not belong to the weights in the model: the saved values"
+            " of its slices differ from the weight. Load the model's state dict of the same"
+            " checkpoint too."
         )
     mark_agreed(layer)
+
+
+def _same(saved: Tensor, now: Tensor) -> bool:
+    saved = saved.to(now.device)
+    # the coarser of the two dtypes is what they can have in common
+    coarse = min(saved.dtype, now.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.allclose(saved.to(coarse), now.to(coarse), rtol=0, atol=0, equal_nan=True)
 
 
 def convert_master(layer: Sliced) -> None:

@@ -2,7 +2,8 @@
 
 A reentrant checkpoint (``use_reentrant=True``) trains nothing unless one of its inputs carries a
 gradient, and behind frozen embeddings none does. So the outputs of the embeddings are made to carry
-one, wherever checkpoints of that kind are on; the others need nothing.
+one, wherever checkpoints of that kind are on; the others need nothing. transformers puts hooks of
+its own there, each time that checkpoints are switched on, and forgets those of the time before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,36 @@ def then_let_inputs_carry_gradients(enable: Callable[..., Any]) -> Callable[...,
         return result
 
     return wrapper
+
+
+def without_earlier_hooks(enable: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' ``enable_input_require_grads``, which takes its earlier hooks off first."""
+
+    @functools.wraps(enable)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.disable_input_require_grads()
+        return enable(self, *args, **kwargs)
+
+    return wrapper
+
+
+def has_input_hooks(model: nn.Module) -> bool:
+    """Whether transformers' hooks are on the model's input embeddings."""
+    return bool(getattr(model, "_require_grads_hooks", None))
+
+
+def remove_input_hooks(model: Any, keep_transformers: bool) -> None:
+    """Take off what makes the embeddings' outputs carry gradients.
+
+    Args:
+        model: with or without such hooks.
+        keep_transformers: leave transformers' hooks, which were there before the slices.
+    """
+    if has_input_hooks(model) and not keep_transformers:
+        model.disable_input_require_grads()
+    for module in model.modules():
+        for key in [k for k, h in module._forward_hooks.items() if h is _carry_gradients]:
+            del module._forward_hooks[key]
 
 
 def let_inputs_carry_gradients(model: nn.Module) -> None:

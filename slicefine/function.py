@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slicefine import ops
 
@@ -103,7 +102,24 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, None, grad_bias, grad_slice, None, None, None, None
 
 
-_backward_once = once_differentiable(_backward)
+@torch.no_grad()
+def _backward_once(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """As `_backward`; what differentiates its results is an error with a name."""
+    grads = _backward(ctx, grad_output)
+    given = [grad for grad in grads if grad is not None]
+    if grad_output.requires_grad:
+        refuse = torch._C._functions.DelayedError(_NO_SECOND, len(given))  # type: ignore[attr-defined]
+        # only a tensor with a gradient gets the node that raises
+        marked = iter(refuse(*(grad.detach().requires_grad_() for grad in given)))
+        return tuple(None if grad is None else next(marked) for grad in grads)
+    return grads
+
+
+_NO_SECOND = (
+    b"a gradient of the gradient of a slice (gradient penalties, MAML, Hessians): its layer keeps no"
+    b" more of the input than the first gradient needs. torch.func's transforms have it"
+    b" (torch.func.grad, jvp, hessian), and so have layers without slices (exclude_modules)"
+)
 
 
 def slice_linear(
@@ -130,6 +146,8 @@ def slice_linear(
         or input.requires_grad
         or (bias is not None and bias.requires_grad)
     )
+    if in_transform():
+        return _transformed(input, weight, bias, slice_weight, rows, cols)
     # an input of another width raises as in nn.Linear, before its columns are taken
     if not trains or input.shape[-1:] != weight.shape[1:]:
         return F.linear(input, weight, bias)
@@ -152,6 +170,37 @@ def source_of(input: Tensor) -> Any:
     if input._version:
         return None
     return node if hasattr(getattr(node, "_forward_cls", None), "remake") else None
+
+
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms is running."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _transformed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slice_weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+) -> Tensor:
+    """The product for torch.func's transforms, which differentiate every operation of it again.
+
+    They take no custom function with a layer's state. So the slice is put into a copy of the weight
+    by operations that all of them know; the rest of the weight is frozen, here too.
+    """
+    trains = isinstance(slice_weight, torch.nn.Parameter)
+    # a disabled slice is a plain tensor, and its weight has the original values
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    if trains or wrapped(slice_weight):
+        everything = torch.arange
+        r = everything(weight.shape[0], device=weight.device) if rows is None else rows
+        c = everything(weight.shape[1], device=weight.device) if cols is None else cols
+        values = slice_weight.reshape(-1)[: len(r) * len(c)].reshape(len(r), len(c))
+        places = (r.unsqueeze(1), c)
+        weight = weight.detach().index_put(places, values.to(weight.dtype))
+    return F.linear(input, weight, bias)
 
 
 def _slice_gradient(

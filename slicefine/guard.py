@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from slicefine.agreement import State
+from slicefine.agreement import State, equal
 from slicefine.layer import SliceLayer, Watch
 from slicefine.registry import name_of
-from slicefine.slices import read_slice, rounds_to
 
 # steps after which slices are judged
 FIRST_STEPS = 3
@@ -140,9 +139,7 @@ def _follows(layer: SliceLayer) -> bool:
         return True
     if layer.agreement.state(layer) is State.STAND_IN:
         return False
-    truth = read_slice(layer.weight_matrix, layer.rows, layer.cols)
-    master = layer.active(layer.slice_weight)
-    return bool((rounds_to(master, truth) | (master.isnan() & truth.isnan())).all())
+    return equal(layer)
 
 
 def _message(steps: int, reasons: Mapping[str, str]) -> str:

@@ -25,11 +25,14 @@ from slicefine.agreement import (
     check_belongs,
     convert_indices,
     convert_master,
+    equal,
     mark_agreed,
     master_dtype,
+    note_taken,
+    sample_visited,
 )
 from slicefine.config import SliceConfig
-from slicefine.originals import Originals, set_version
+from slicefine.originals import Originals, check_complete, set_version
 from slicefine.registry import layers_of, register
 from slicefine.scores import GradientScores
 from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to, write_slice
@@ -221,8 +224,9 @@ class SliceLayer(nn.Module):
     def write_through(self) -> None:
         """``weight[slice] = cast(slice_weight)``, to nearest."""
         self.require_enabled("an optimizer step")
-        values = self.active(self.slice_weight).to(self.weight.dtype)
-        write_slice(self.weight_matrix, self.rows, self.cols, values)
+        weight = self.weight_matrix
+        values = self.active(self.slice_weight).to(weight.dtype)
+        write_slice(weight, self.rows, self.cols, values)
         mark_agreed(self)
 
     @torch.no_grad()
@@ -242,7 +246,9 @@ class SliceLayer(nn.Module):
         state = self.agreement.state(self)
         if state is State.UNCHECKED:
             check_belongs(self)
-        elif state is State.WEIGHT_WRITTEN:
+        elif state is State.TOUCHED and equal(self):
+            mark_agreed(self)
+        elif state in (State.WEIGHT_WRITTEN, State.TOUCHED):
             self.refresh_master()
         elif state is State.MASTER_WRITTEN:
             self.write_through()
@@ -358,6 +364,8 @@ class SliceLayer(nn.Module):
         self.require_enabled("saving the state of slices")
         master = self.slice_weight.detach().clone()
         state: dict[str, Any] = {"schedule": self.schedule.state_dict(), "master": master}
+        if not self.sharded:
+            state["sample"] = sample_visited(self)
         if self.originals is not None:
             saved = state["originals"] = self.originals.state_dict()
             if self.sharded:
@@ -372,18 +380,7 @@ class SliceLayer(nn.Module):
         Raises:
             ValueError: The state is of another slice, or sharded and the layer is not.
         """
-        if state["master"].shape != self.slice_weight.shape:
-            raise ValueError(
-                f"the saved slice has shape {tuple(state['master'].shape)}, this layer's"
-                f" {tuple(self.slice_weight.shape)}: build the model with the saved SliceConfig"
-            )
-        if sharding.is_sharded(state["master"]) != self.sharded:
-            raise ValueError(
-                f"the slice state was saved {'un' if self.sharded else ''}sharded and the model is"
-                f" {'' if self.sharded else 'not '}sharded: load it before fully_shard, or save it"
-                " from a model that is sharded like this one"
-            )
-        self.require_enabled("loading the state of slices")
+        check_slice_state(self, state)
         self.sync()
         self.schedule.load_state_dict(state["schedule"])
         if self.originals is None and self.originals_lost != _NOT_KEPT:
@@ -401,7 +398,10 @@ class SliceLayer(nn.Module):
             self.originals.check_covers(self.schedule.visited)
         self.select_slice()
         self.slice_weight.copy_(state["master"])
-        self.agreement = Agreement.now(self, unchecked=True)
+        sample = None if self.sharded else state.get("sample")
+        self.agreement = Agreement.now(self)._replace(
+            unchecked=State.UNCHECKED, sample=sample
+        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -501,8 +501,10 @@ class SliceLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks parameters up here; the layer's own hot path asks its registry
-        if name == "weight" and (watch := self.__dict__.get("watch")) is not None:
-            watch.read = watch.read or torch.is_grad_enabled()
+        if name == "weight" and not torch.compiler.is_compiling():
+            note_taken(self)
+            if (watch := self.__dict__.get("watch")) is not None:
+                watch.read = watch.read or torch.is_grad_enabled()
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -537,6 +539,25 @@ class SliceLayer(nn.Module):
         elif "agreement" in self.__dict__ and is_shard == self.sharded:
             # what FSDP2 gathers for a forward pass is a copy, and stays a stand-in
             self.agreement = after_assignment(self.agreement, name, value)
+
+
+def check_slice_state(layer: SliceLayer, state: dict[str, Any]) -> None:
+    """Raise what `SliceLayer.load_slice_state` raises, before anything is changed."""
+    if state["master"].shape != layer.slice_weight.shape:
+        raise ValueError(
+            f"the saved slice has shape {tuple(state['master'].shape)}, this layer's"
+            f" {tuple(layer.slice_weight.shape)}: build the model with the saved SliceConfig"
+        )
+    if sharding.is_sharded(state["master"]) != layer.sharded:
+        raise ValueError(
+            f"the slice state was saved {'un' if layer.sharded else ''}sharded and the model is"
+            f" {'' if layer.sharded else 'not '}sharded: load it before fully_shard, or save it"
+            " from a model that is sharded like this one"
+        )
+    layer.require_enabled("loading the state of slices")
+    layer.schedule.check_state(state["schedule"])
+    if "originals" in state:
+        check_complete(state["originals"])
 
 
 def _check_weight(weight: Tensor, name: str) -> None:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from slicefine import checkpointing
+from slicefine import beside, checkpointing
 from slicefine.config import SliceConfig
 from slicefine.deltas import adapters, live
 from slicefine.deltas.adapters import DEFAULT
 from slicefine.deltas.changes import WeightChange, changed_since
 from slicefine.deltas.delta import Delta
 from slicefine.deltas.peft_names import PeftNames
+from slicefine.fused import refuse_fused_head
 from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
-from slicefine.matching import means_everything, some
+from slicefine.matching import some
 from slicefine.modules.parameters import restore_parameters
+from slicefine.notes import notes_on
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.state import ModelState, config_of, set_state, state_of
 from slicefine.swapping import (
@@ -84,7 +86,7 @@ def get_slice_model(
     for note in [
         *found.unused,
         *found.notes,
-        *_notes_on(model, found.layers, layers, config),
+        *notes_on(model, found.layers, layers, config),
     ]:
         warnings.warn(note, stacklevel=2)
 
@@ -133,54 +135,6 @@ def _layers_of(
             + "\n".join(f"  {t.name}: {t.skipped}" for t in targets)
         )
     return layers
-
-
-def _notes_on(
-    model: nn.Module,
-    targets: list[Target],
-    layers: dict[str, SliceLayer],
-    config: SliceConfig,
-) -> list[str]:
-    """What to warn of once it is known which layers become slices."""
-    notes = []
-    frozen_on_purpose = config.modules_to_save == []
-    skipped = [t for t in targets if t.skipped and not (t.is_head and frozen_on_purpose)]
-    if skipped:
-        notes.append(_skipped(skipped))
-    if config.fan_in_fan_out and not any(layer.fan_in_fan_out for layer in layers.values()):
-        notes.append(
-            "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect"
-        )
-    weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
-    # a table of embeddings is looked up: its size says nothing of what the layers can learn
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in tables)
-    share = sum(weights.values()) / total
-    if share < _LITTLE and means_everything(config):
-        notes.append(
-            f"the {len(weights)} sliced weights are {100 * share:.2f} % of this"
-            f" {type(model).__name__}: the rest is frozen and no linear layer, so little can be"
-            " learned"
-        )
-    return notes
-
-
-def _skipped(targets: list[Target]) -> str:
-    """One text on all layers that stay as they are, those with one reason on one line."""
-    by_reason: dict[str, list[str]] = {}
-    for target in targets:
-        assert target.skipped is not None
-        by_reason.setdefault(target.skipped, []).append(target.name)
-    lines = [
-        f"{some(names)} {'stays as it is' if len(names) == 1 else 'stay as they are'}: {reason}"
-        for reason, names in by_reason.items()
-    ]
-    if len(lines) > _LINES:
-        rest = len(lines) - _LINES
-        lines[_LINES:] = [
-            f"and {rest} more (list_targets(model, config) gives each its reason)"
-        ]
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -245,6 +199,12 @@ class SliceModel(PeftNames, _Module):
     """
 
     _slicefine: ModelState
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module's. Raises ValueError if the loss reads a sliced head's weight past it."""
+        if mode:
+            refuse_fused_head(self)
+        return super().train(mode)
 
     @property
     def slice_config(self) -> SliceConfig:
@@ -386,9 +346,11 @@ class SliceModel(PeftNames, _Module):
         replace_modules(self, plain)
         state = state_of(self)
         set_state(self, None)
+        beside.forget(self)
         _keep_from_ddp(self, [])
         self.__class__ = _own_class(self)
         if state is not None:
+            checkpointing.remove_input_hooks(self, keep_transformers=state.input_hooks)
             set_trainable(self, state.trained_before)
         return self
 
@@ -449,6 +411,11 @@ class SliceModel(PeftNames, _Module):
             self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__,
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if config_of(self) is not None:
+            beside.watch(self, live.record_beside)
+
 
 def _size(spec: SliceSpec) -> str:
     """The part of a weight's shape that decides what steps cover."""
@@ -460,10 +427,6 @@ def _size(spec: SliceSpec) -> str:
 
 
 _POSITIONS = (".slice_rows", ".slice_cols")
-# a share of the parameters below which slices cannot change what a model does
-_LITTLE = 0.01
-# of one warning
-_LINES = 8
 
 
 def _keep_from_ddp(model: Any, positions: list[str]) -> None:
@@ -534,8 +497,11 @@ def _with_delta(
 def _mix_in(model: nn.Module) -> SliceModel:
     """Give a model its state and the methods of `SliceModel`; one that has them stays as it is."""
     if state_of(model) is None:
-        state = ModelState(live.AdapterRegister(), trained_before=trainable_names(model))
-        set_state(model, state)
+        hooks = checkpointing.has_input_hooks(model)
+        before = trainable_names(model)
+        set_state(
+            model, ModelState(live.AdapterRegister(), None, before, input_hooks=hooks)
+        )
         model.__class__ = _with_slices(_own_class(model))
     return cast(SliceModel, model)
 
@@ -556,6 +522,9 @@ def _with_slices(kind: type) -> type:
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     if name := next((n for n in names if hasattr(kind, n)), None):
         body[name] = checkpointing.then_let_inputs_carry_gradients(getattr(kind, name))
+    if hasattr(kind, "enable_input_require_grads"):
+        enable = kind.enable_input_require_grads  # type: ignore[attr-defined]
+        body["enable_input_require_grads"] = checkpointing.without_earlier_hooks(enable)
     return meta(kind.__name__, (SliceModel, kind), body)
 
 

@@ -28,7 +28,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_map
 
-from slicefine import guard
+from slicefine import beside, guard
+from slicefine.agreement import follow_taken
 from slicefine.layer import SliceLayer
 from slicefine.registry import slices_of
 from slicefine.scores import position_scores
@@ -70,6 +71,14 @@ def _before_any_step(
         # a step that raised has had no post hook; its entry would swallow the count of this one
         running[:] = _alive(running)
     running.append(_Running(optimizer, id(sys._getframe(1)), optimizers=[optimizer]))
+    beside.before_step(optimizer)
+    follow_taken()
+    # torch calls an optimizer's own hooks first, and one of a user's may run the model
+    own = optimizer._optimizer_step_post_hooks
+    if own and next(iter(own.values())) is not _before_own_hooks and slices_of(optimizer):
+        handle = optimizer.register_step_post_hook(_before_own_hooks)
+        for key in [key for key in own if key != handle.id]:
+            own[key] = own.pop(key)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None or not callable(closure):
         return None
@@ -106,6 +115,15 @@ def _following(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[],
         return closure()
 
     return follow
+
+
+def _before_own_hooks(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Write through before a hook of the user's; `_after_any_step` comes when those have run."""
+    if getattr(optimizer, "finishes_its_steps", False) or _skipped(optimizer):
+        return
+    for parameter, layers in slices_of(optimizer).items():
+        for layer in layers if parameter.grad is not None else ():
+            layer.write_through()
 
 
 def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -17,7 +17,7 @@ from slicefine import ops
 from slicefine.agreement import mark_synced
 from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.backends.reference import dynamic_codebook
-from slicefine.layer import SliceLayer
+from slicefine.layer import SliceLayer, check_slice_state
 from slicefine.moves import finish_step
 from slicefine.registry import layers_of, slices_of
 from slicefine.sharding import is_sharded
@@ -28,8 +28,8 @@ class SliceAdamW(Optimizer):
     included.
 
     params: parameters or groups, as for torch.optim.AdamW; those without a gradient are left alone.
-    lr, betas (each > 0), eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is
-    0 unless given; decay acts on the active slice only. bf16_stochastic_round: write to bfloat16
+    lr, betas, eps, weight_decay, maximize: as for torch.optim.AdamW, but weight_decay is 0 unless
+    given, and decay acts on the active slice only; amsgrad is refused. bf16_stochastic_round: write to bfloat16
     weights rounded stochastically (Philox, reproducible from ``seed``). optimizer_in_bwd: update
     each slice during backward, without a gradient buffer. ``step()`` must follow every backward: it
     moves the slices and updates the other parameters. Gradients cannot be accumulated, clipped,
@@ -52,6 +52,7 @@ class SliceAdamW(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        amsgrad: bool = False,
         bf16_stochastic_round: bool = False,
         optimizer_in_bwd: bool = False,
         optim_bits: int = 32,
@@ -59,10 +60,12 @@ class SliceAdamW(Optimizer):
     ) -> None:
         if not float(lr) >= 0.0:
             raise ValueError(f"lr is {lr}; expected 0 or more")
-        # the kernels take log(beta), which 0 has not
-        if not all(0.0 < beta < 1.0 for beta in betas):
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}; expected two numbers from 0 to below 1")
+        if amsgrad:
             raise ValueError(
-                f"betas are {betas}; expected two numbers between 0 and 1, exclusive"
+                "amsgrad=True: the kernels of slices keep two moments and no maximum of them;"
+                " torch.optim.AdamW(model.parameters(), amsgrad=True) trains slices too"
             )
         if not eps >= 0.0 or not weight_decay >= 0.0:
             raise ValueError(
@@ -460,18 +463,13 @@ class SliceAdamW(Optimizer):
         packed["state"] = {
             index: state for index, state in packed["state"].items() if state
         }
+        counts = [len(group["params"]) for group in self.param_groups]
+        # else torch says what does not fit, before it changes anything
+        if counts == [len(group["params"]) for group in state_dict["param_groups"]]:
+            self._check_loaded(state_dict, slices)
         super().load_state_dict(packed)
         for index, parameter in self._indexed(state_dict):
-            layers = layers_of(parameter)
-            if not layers:
-                continue
-            if index not in slices:
-                raise ValueError(
-                    f"the optimizer state has no slice for parameter {index} (shape"
-                    f" {tuple(parameter.shape)}): it was saved by another optimizer or for another"
-                    " model. Load a state that SliceAdamW saved, or start afresh."
-                )
-            for layer in layers:
+            for layer in layers_of(parameter):
                 layer.load_slice_state(slices[index])
         for index, parameter in self._indexed(state_dict):
             for key, value in packed["state"].get(index, {}).items():
@@ -485,6 +483,18 @@ class SliceAdamW(Optimizer):
                         else parameter.device
                     )
                     self.state[parameter][key] = value.detach().to(where, copy=True)
+
+    def _check_loaded(self, packed: dict[str, Any], slices: dict[int, Any]) -> None:
+        for index, parameter in self._indexed(packed):
+            layers = layers_of(parameter)
+            if layers and index not in slices:
+                raise ValueError(
+                    f"the optimizer state has no slice for parameter {index} (shape"
+                    f" {tuple(parameter.shape)}): it was saved by another optimizer or for another"
+                    " model. Load a state that SliceAdamW saved, or start afresh."
+                )
+            for layer in layers:
+                check_slice_state(layer, slices[index])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {
@@ -567,5 +577,7 @@ def load_slice_state_dict(model: torch.nn.Module, state: dict[str, Any]) -> None
             f"the saved slices are of other layers: not saved: {missing[:5]}; not in the model:"
             f" {extra[:5]}"
         )
+    for name, layer in layers.items():
+        check_slice_state(layer, state[name])
     for name, layer in layers.items():
         layer.load_slice_state(state[name])

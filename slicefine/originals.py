@@ -216,8 +216,7 @@ class Originals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of `state_dict`. Raises ValueError if slices are missing."""
-        if len({len(state[key]) for key in ("rows", "cols", "values")}) > 1:
-            raise ValueError("the loaded slice state has lost originals. " + _LOST)
+        check_complete(state)
         self.clear()
         for rows, cols, values in zip(
             state["rows"], state["cols"], state["values"], strict=True
@@ -251,6 +250,12 @@ class Originals:
                         f"the loaded slice state has no originals for {axis} position {position},"
                         f" which has trained. {_LOST}"
                     )
+
+
+def check_complete(state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a state of `Originals` has lost some of them."""
+    if len({len(state[key]) for key in ("rows", "cols", "values")}) > 1:
+        raise ValueError("the loaded slice state has lost originals. " + _LOST)
 
 
 def set_version(tensor: Tensor, version: int) -> None:

@@ -348,7 +348,8 @@ class SliceSchedule:
             "start_position": self.start_position,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless a saved state is of the same slices."""
         mine, given = self._identity(), state["identity"]
         if differing := [
             f"{key} (saved {given.get(key)}, here {mine[key]})"
@@ -359,6 +360,9 @@ class SliceSchedule:
                 f"the saved slices differ from this layer's in {', '.join(differing)}. Build the"
                 " model with the saved SliceConfig."
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_state(state)
         self.steps, self.moves, self._noted = int(state["steps"]), int(state["moves"]), None
         self.position = {axis: int(p) for axis, p in state["position"].items()}
         self.visited = {axis: v.clone() for axis, v in state["visited"].items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slicefine.config import SliceConfig
@@ -18,11 +18,15 @@ class ModelState:
         adapters: the register of the model's adapters (`slicefine.deltas.adapters`).
         config: of the slices in training; None while there are none.
         trained_before: names of the parameters that required a gradient before the slices came.
+        base: shape and version counter of the base's tensors when slices were made, by key.
+        input_hooks: whether transformers' hooks were on the embeddings before.
     """
 
     adapters: Any
     config: SliceConfig | None = None
     trained_before: frozenset[str] = frozenset()
+    base: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    input_hooks: bool = False
 
 
 def state_of(model: Any) -> ModelState | None:

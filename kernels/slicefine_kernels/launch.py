@@ -39,7 +39,8 @@ def adamw_scalars(options: AdamWOptions) -> tuple[float, ...]:
     """The options as the kernels take them, from lr to seed."""
     o = options
     # in float64 on the host: float32 on the device would lose digits of a beta close to 1
-    logarithms = math.log(o.beta1), math.log(o.beta2)
+    # the limit where beta is 0: beta**step is exp(-inf)
+    logarithms = (math.log(beta) if beta else -math.inf for beta in (o.beta1, o.beta2))
     # a factor instead of a branch: one compiled kernel serves both directions
     sign = -1.0 if o.maximize else 1.0
     return (o.lr, o.beta1, o.beta2, *logarithms, o.eps, o.weight_decay, sign, o.seed or 0)

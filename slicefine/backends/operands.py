@@ -21,8 +21,8 @@ class AdamWOptions:
 
     Args:
         lr: Learning rate.
-        beta1: Decay of the first moment, above 0 and below 1.
-        beta2: Decay of the second moment, above 0 and below 1.
+        beta1: Decay of the first moment, from 0 to below 1.
+        beta2: Decay of the second moment, from 0 to below 1.
         eps: Added to the square root of the second moment.
         weight_decay: Decoupled decay of the master; 0 for none.
         maximize: Ascend instead of descend.

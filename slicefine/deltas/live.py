@@ -6,13 +6,14 @@ the weights now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slicefine import beside
 from slicefine.deltas.base import base_hashes, combined_hash, tensor_of, whole_state
 from slicefine.deltas.delta import (
     Delta,
@@ -23,6 +24,13 @@ from slicefine.deltas.delta import (
 from slicefine.deltas.values import slice_values
 from slicefine.layer import SliceLayer
 from slicefine.originals import same_bits, set_version
+from slicefine.sharding import is_sharded
+from slicefine.state import state_of
+
+_LOADED = (
+    "trains beside the slices and was loaded from a checkpoint after they were made, so that the"
+    " value of the base is not known"
+)
 
 
 @dataclass
@@ -36,17 +44,21 @@ class AdapterRegister:
             are off.
         versions: version counters of those tensors before they were taken off.
         stack: applied adapters, the lowest first, each with the values that it has overwritten.
+        lost: why the value that the base had is not known, by key of what trains beside slices.
         parents: the delta that the slices in training resumed from.
         disabled: what `disable_adapters` took off, None where it was not called.
+        counting: whether an optimizer has taken a step with this model.
     """
 
     deltas: dict[str, Delta] = field(default_factory=dict)
     trainable: str | None = None
     full: dict[str, FullDelta] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     stack: list[tuple[str, Delta | None]] = field(default_factory=list)
     parents: list[dict[str, Any]] = field(default_factory=list)
     disabled: list[str] | None = None
+    counting: bool = False
 
     @property
     def active(self) -> list[str]:
@@ -73,6 +85,45 @@ def register_slices(
         register.full[key] = FullDelta(value, value, replaces)
     # None: every layer keeps what it has overwritten itself, as its originals
     register.stack.append((name, None))
+    register.lost = {}
+    state = state_of(model)
+    assert state is not None, "a model of a mixed class has its state"
+    tensors = [(k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor)]
+    state.base = {key: (tuple(value.shape), value._version) for key, value in tensors}
+    beside.watch(model, record_beside)
+
+
+def record_beside(model: Any, trained: set[int]) -> None:
+    """Keep the values of parameters that train beside the slices without the config's saying so.
+
+    Args:
+        model: a model with slices.
+        trained: ids of the parameters that an optimizer is about to change for the first time.
+    """
+    register: AdapterRegister = model._adapters
+    state = state_of(model)
+    if state is None or state.config is None or not state.config.keep_originals:
+        return
+    layers = list(layers_of(model))
+    names = ("weight", "slice_weight")
+    sliced = {id(layer._parameters.get(name)) for layer in layers for name in names}
+    mine = [
+        (key, p)
+        for key, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in trained
+    ]
+    resumed = any(layer.schedule.steps for layer in layers) and not register.counting
+    register.counting = register.counting or bool(mine)
+    for key, parameter in mine:
+        known = id(parameter) in sliced or key in register.full or key in register.lost
+        if known or is_sharded(parameter):
+            continue
+        shape, version = state.base.get(key, (None, 0))
+        if resumed and shape is not None and version != parameter._version:
+            register.lost[key] = _LOADED
+            continue
+        value = parameter.detach().to("cpu", copy=True)
+        register.full[key] = FullDelta(value, value, replaces=shape is not None)
 
 
 @torch.no_grad()
@@ -97,8 +148,9 @@ def resume_from(model: Any, delta: Delta) -> None:
     for key, entry in delta.whole.items():
         tensor_of(model, key).copy_(entry.new)
         # A new head is initialized at random: the delta's own start is its original, not ours.
-        if not entry.replaces and key in register.full:
-            register.full[key] = FullDelta(entry.old, entry.old, False)
+        # What was unfrozen by hand may be so again, or stays as it is now: it is not the base's.
+        if key not in register.full or not entry.replaces:
+            register.full[key] = FullDelta(entry.old, entry.old, entry.replaces)
     for key, weight in delta.weights.items():
         delta.write_one(model, key, weight, "new")
         # else the next step would write the master's values over those of the delta
@@ -121,12 +173,44 @@ def switch_on(model: Any) -> None:
 
 
 def switch_off(model: Any) -> None:
-    """Take what the slices have trained out of the model, down to the original values."""
+    """Take what the slices have trained out of the model, down to the original values.
+
+    Raises:
+        DeltaError: the base is not known any more; the slices stay on.
+    """
+    _check_base(model, {key: tensor_of(model, key) for key in model._adapters.full})
     # before the old values are written over what has trained
     snapshot_full(model)
-    for layer in layers_of(model):
-        layer.disable()
-    _write_full(model, "old")
+    try:
+        for layer in layers_of(model):
+            layer.disable()
+        _write_full(model, "old")
+    except BaseException:
+        switch_on(model)
+        raise
+
+
+def _check_base(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Raise DeltaError where tensors have another shape than when slices were made, or were lost."""
+    register: AdapterRegister = model._adapters
+    state = state_of(model)
+    base = {} if state is None else state.base
+    wrong = []
+    for key, tensor in tensors.items():
+        then = base.get(key, (None, 0))[0]
+        now = tuple(tensor.shape) if isinstance(tensor, Tensor) else then
+        if then is not None and then != now:
+            wrong.append(
+                f"{key} had the shape {then} when slices were made, and has {now} now"
+            )
+    wrong += [f"{key} {reason}" for key, reason in register.lost.items()]
+    if wrong:
+        raise DeltaError(
+            f"the base of these slices cannot be restored: {'; '.join(wrong[:4])}."
+            " Resize embeddings and replace heads before get_slice_model, and name what trains"
+            " beside slices in modules_to_save. save_pretrained(..., whole_model=True) saves the"
+            " model as it is"
+        )
 
 
 def restart_from_base(model: Any) -> None:
@@ -206,7 +290,7 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
             f" set_adapter({register.trainable!r}) first"
         )
     # for its error alone: refuse sharded tensors before anything is gathered or hashed
-    whole_state(model)
+    _check_base(model, whole_state(model))
     layers = _one_layer_per_weight(model)
     weights = {key: _weight_delta(layer) for key, layer in layers.items()}
     snapshot_full(model)

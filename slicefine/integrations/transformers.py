@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from slicefine.fused import refuse_fused_head
 from slicefine.layer import SliceLayer
 from slicefine.optim import SliceAdamW, load_slice_state_dict, slice_state_dict
 
@@ -48,8 +49,11 @@ class SliceCallback(transformers.TrainerCallback):
         """Restore the slices of a resumed run whose optimizer does not hold them.
 
         Raises:
-            ValueError: if the checkpoint that is resumed from has none.
+            ValueError: if the checkpoint that is resumed from has none, or the loss reads the
+                weight of a sliced head without calling it.
         """
+        for module in model.modules():
+            refuse_fused_head(module)
         layers = [m for m in model.modules() if isinstance(m, SliceLayer)]
         if not layers:
             warnings.warn(

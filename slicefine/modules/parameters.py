@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # imported for its hook, as in `slicefine.linear`
 from slicefine import moves as moves
 from slicefine.config import SliceConfig
-from slicefine.function import slice_linear
+from slicefine.function import in_transform, slice_linear
 from slicefine.layer import SliceLayer
 from slicefine.sharding import local
 
@@ -67,9 +67,8 @@ class SliceParameter(SliceLayer):
             return slice_linear(
                 input, self.weight_matrix, bias, self.master, self.rows, self.cols, layer
             )
-        if (
-            layer is not None
-        ):  # scores and updates in backward are of whole rows of the gradient
+        # scores, updates in backward and torch.func's transforms are of whole rows
+        if layer is not None or in_transform():
             whole = slice_linear(
                 input, self.weight_matrix, None, self.master, self.rows, self.cols, layer
             )
@@ -168,6 +167,17 @@ class SlicedModule(nn.Module):
                 # plain checkpoints have the parameter's key, torch looks for the child's
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As nn.Module's, with the keys in the plain module's order."""
+        result = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        first = [prefix + name for name in self._parameter_order if prefix + name in result]
+        late = [key for key in result if key.startswith(prefix) and key not in first]
+        for key in [*first, *late]:
+            # a child's keys come after those of the parameters, and its own is one of these
+            result[key] = result.pop(key)
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the mixed class cannot be found by name; the two it is made of can

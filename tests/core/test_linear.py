@@ -120,7 +120,7 @@ def test_gradcheck(slice_type):
 def test_a_second_derivative_is_refused():
     layer, x = make(), torch.randn(3, 11, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+    with pytest.raises(RuntimeError, match="a gradient of the gradient of a slice"):
         grad.sum().backward()
 
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -529,3 +530,18 @@ def test_training_goes_on_with_the_heads_that_trained_before(tmp_path):
         resumed = SliceModel.from_pretrained(Net(), tmp_path / folder, is_trainable=True)
         assert resumed.classifier.weight.requires_grad is trains
         assert not isinstance(resumed.classifier, SliceLinear)
+
+
+def test_an_r_that_is_wider_than_every_layer_is_said_to_be_full_fine_tuning():
+    def net():
+        return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    with pytest.warns(
+        UserWarning, match="r=5000 is wider than every layer: all of each"
+    ) as w:
+        model = get_slice_model(net(), SliceConfig(r=5000))
+    assert len(w) == 1 and [layer.spec.r for layer in (model[0], model[2])] == [16, 8]
+    # one layer has room for more than its slice
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_slice_model(net(), SliceConfig(r=12))

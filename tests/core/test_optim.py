@@ -424,7 +424,7 @@ def test_an_optimizer_without_slices_is_refused():
     [
         {"lr": -1.0},
         {"betas": (1.0, 0.9)},
-        {"betas": (0.0, 0.9)},
+        {"betas": (-0.1, 0.9)},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
     ],

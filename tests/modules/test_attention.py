@@ -507,3 +507,19 @@ def test_the_fast_paths_of_the_encoder_do_not_bypass_slices(excluded):
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-14)
         assert torch.equal(model.merge_and_unload()(x), plain(x))
+
+
+@pytest.mark.parametrize("kdim", [None, 12])
+def test_the_state_dict_keeps_its_order(kdim):
+    net = lambda: nn.Sequential(
+        nn.MultiheadAttention(16, 2, kdim=kdim, add_bias_kv=True), nn.Linear(16, 16)
+    )
+    plain = net()
+    model = get_slice_model(net(), SliceConfig(r=4))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    # inside of a model, as checkpoints of optimizers count parameters
+    assert list(nn.ModuleList([model]).state_dict()) == list(
+        nn.ModuleList([plain]).state_dict()
+    )
+    model.load_state_dict(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
