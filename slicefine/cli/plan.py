@@ -131,6 +131,8 @@ class Peaks:
 
     def __init__(self, request: Request) -> None:
         self.workload = load_workload(request.model, request.dtype)
+        # one for each mode: what has been built for it is kept with it
+        self.modes: dict[str, Any] = {}
         self.method = methods(request.r)[request.method]()
         self.known: dict[tuple[str, int, int], Any] = {}
 
@@ -139,10 +141,10 @@ class Peaks:
         from slicefine.plan.modes import MODES
 
         key = mode, batch, length
+        if mode not in self.modes:
+            self.modes[mode] = MODES[mode](self.workload)
         if key not in self.known:
-            self.known[key] = estimate(
-                MODES[mode](self.workload), self.method, batch, length
-            )
+            self.known[key] = estimate(self.modes[mode], self.method, batch, length)
         return self.known[key]
 
     def __call__(self, mode: str, batch: int, length: int) -> int:

@@ -10,6 +10,8 @@ whatever the model's code does; what no such run can see is said in `UNSEEN`.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -171,17 +173,34 @@ def estimate(
     Raises:
         Whatever the model or the method raises.
     """
-    model = workload.build()
-    depth = None if whole or workload.compiled else identical_layers(model)
-    if depth is None:
-        return _estimate_of(workload, method, model, batch, length)
-    # built anew for each: keep_layers shortens in place
-    short = [
-        _estimate_of(workload, method, keep_layers(workload.build(), kept), batch, length)
+    stack = None if whole or workload.compiled else _short_stack(workload.build)
+    if stack is None:
+        return _estimate_of(workload, method, workload.build(), batch, length)
+    depth, shortest = stack
+    # a copy for each: keep_layers shortens in place, and a method changes layers
+    two, three = (
+        _estimate_of(
+            workload, method, keep_layers(copy.deepcopy(shortest), kept), batch, length
+        )
         for kept in SHORT_STACKS
-    ]
-    two, three = short
+    )
     return _extended(two, three, depth)
+
+
+def _short_stack(build: Callable[[], nn.Module]) -> tuple[int, nn.Module] | None:
+    """The depth of a model's stack of identical layers, and the model with three of them."""
+    if build not in _STACKS:
+        model = build()
+        depth = identical_layers(model)
+        # a deep model takes longer to build than a shallow one takes to run
+        short = None if depth is None else (depth, keep_layers(model, max(SHORT_STACKS)))
+        _STACKS[build] = short
+    return _STACKS[build]
+
+
+_STACKS: weakref.WeakKeyDictionary[
+    Callable[[], nn.Module], tuple[int, nn.Module] | None
+] = weakref.WeakKeyDictionary()
 
 
 def _extended(two: Estimate, three: Estimate, depth: int) -> Estimate:
