@@ -421,7 +421,7 @@ def peak_bytes(device: torch.device) -> int:
 def report(metrics: dict[str, Any], output: Path) -> str:
     """The last lines of a training."""
     lines = [
-        f"{key:<12}{value / 2**20:,.0f} MiB"
+        f"{'peak memory':<12}{value / 2**20:,.0f} MiB"
         if key == "peak_bytes"
         else f"{key:<12}{value:,.4g}"
         for key, value in metrics.items()
