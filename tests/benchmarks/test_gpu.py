@@ -131,7 +131,7 @@ WORKER = """
 import sys
 from benchmarks.gpu import worker
 from benchmarks.gpu.job import Part
-names = {"works": 5, "raises": 5, "crashes": 5, "hangs": 1, "long": 400}
+names = {"works": 200, "raises": 200, "crashes": 200, "hangs": 1, "long": 480}
 parts = [
     Part(name, f"tests.benchmarks.parts:part_that_{name}", seconds, 900 if name == "long" else 0)
     for name, seconds in names.items()
@@ -144,9 +144,10 @@ def test_a_part_that_fails_crashes_or_hangs_is_recorded_and_the_rest_run(tmp_pat
     known = ["works", "raises", "crashes", "hangs", "long"]
     parts = [Part(name, "", 1, least=0) for name in known]
     report = suite.Report("cpu", tmp_path)
-    # 24 seconds, of which the last part claims 20: the one that hangs gets what is left of the
-    # others'
-    suite.supervise(parts, "cpu", 0.4, report, [sys.executable, "-c", WORKER], grace=0.5)
+    # Two minutes, a quarter of the suite's eight, so 200 are 50 seconds: a process has time to start
+    # on a busy machine. The last part claims all of it, so the one that hangs gets its quarter of a
+    # second.
+    suite.supervise(parts, "cpu", 2.0, report, [sys.executable, "-c", WORKER], grace=0.5)
     found = report.found["parts"]
     assert list(found) == ["works", "raises", "crashes", "hangs", "long"]
     assert found["works"]["status"] == "ok" and found["works"]["rows"] == [{"value": 1.5}]
