@@ -43,6 +43,7 @@ PARTS = (
     Part("updates_cuda", "benchmarks.gpu.correctness:updates_cuda", 8),
     Part("graphs_cuda", "benchmarks.gpu.graphs:graphs_cuda", 7),
     Part("training", "benchmarks.gpu.correctness:training", 20),
+    Part("lean", "benchmarks.gpu.lean:lean", 15),
     Part("layers", "benchmarks.gpu.layer_steps:layers", 55, least=10),
     Part("kernels", "benchmarks.gpu.kernels:kernels", 55, least=10),
     Part("model", "benchmarks.gpu.model:model", 105, least=20),

@@ -31,6 +31,7 @@ from benchmarks.methods import (
 )
 from benchmarks.record import quantiles
 from slicefine import ops
+from slicefine.lean.apply import lean
 
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,6 +65,13 @@ class Run:
 
     method: Method
     targets: tuple[str, ...]
+    # the switches of `slicefine.lean`; None leaves the model as it is
+    lean: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        switches = "" if self.lean is None else ", ".join(["", "lean", *self.lean])
+        return self.method.name + switches
 
     @property
     def layers(self) -> str:
@@ -93,6 +101,10 @@ RUNS = (
     Run(FULL, ALL),
     Run(MISS, ALL),
     Run(SHIRA, ALL),
+    Run(COLUMN, ALL, {}),
+    Run(COLUMN, ALL, {"checkpoint": "full"}),
+    Run(ROW, ALL, {}),
+    Run(COLUMN, ALL, {"checkpoint": "full", "offload": "activations"}),
     Run(LORA_32, ALL),
     Run(LORA_32, QV),
     Run(LORA_FP32, ALL),
@@ -102,7 +114,7 @@ RUNS = (
     Run(COLUMN_BWD, QV),
     Run(MASKED, ALL),
 )
-SMALL = (RUNS[0], RUNS[1], RUNS[5], RUNS[8], RUNS[9])
+SMALL = (RUNS[0], RUNS[1], RUNS[5], RUNS[8], RUNS[9], RUNS[10])
 
 
 @dataclass
@@ -144,7 +156,10 @@ def trainer(run: Run, ids: Tensor, shape: dict[str, Any]) -> Trainer:
     device = ids.device.type
     model = llama(device, shape)
     names = linear_names(model, run.targets)
-    return Trainer(prepare(run.method, model, names, fused=device == "cuda"), ids)
+    prepared = prepare(run.method, model, names, fused=device == "cuda")
+    if run.lean is not None:
+        lean(prepared.model, verbose=False, **run.lean)
+    return Trainer(prepared, ids)
 
 
 def clean(device: str) -> None:
@@ -245,7 +260,7 @@ def model(job: Job) -> None:
     del alone
     for run in job.within_time(runs, 8.0):
         method = run.method
-        label = {"method": method.name, "layers": run.layers, "r": method.r}
+        label = {"method": run.name, "layers": run.layers, "r": method.r}
         with job.attempt(peer=method.kind in PEFT, **label), ops.use_backend(names[0]):
             try:
                 row = method_row(run, ids, shape, floor, rounds)
@@ -253,7 +268,12 @@ def model(job: Job) -> None:
                 job.row(**label, absent=str(error))
                 continue
             job.row(**label, **row)
-            if method.kind == "slice" and method.slice_type == "column":
+            # a lean step is below the floor in memory, and with checkpoints above it in time
+            if (
+                method.kind == "slice"
+                and method.slice_type == "column"
+                and run.lean is None
+            ):
                 what = f"model step, {method.name}, {run.layers}"
                 job.bars.append(
                     bar(

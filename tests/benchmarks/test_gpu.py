@@ -31,6 +31,7 @@ SMALL_PARTS = [
     *BOTH,
     *(f"{name}_cuda" for name in BOTH),
     "training",
+    "lean",
     "layers",
     "kernels",
     "model",
