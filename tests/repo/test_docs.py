@@ -203,3 +203,32 @@ def test_the_site_builds_strictly(tmp_path):
     page = (tmp_path / "api.html").read_text(encoding="utf-8")
     assert "print_trainable_parameters" in page and "planned_coverage" in page
     assert "tangent_rank" in (tmp_path / "api-packages.html").read_text(encoding="utf-8")
+
+
+def test_the_peaks_of_lean_models_are_those_on_record():
+    import json
+
+    file = ROOT / "benchmarks" / "results" / "memory-lean.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    peaks = {(row["method"], row["mode"]): row["peak_bytes"] / 2**30 for row in rows}
+    modes = ("eager", "lean", "checkpointing", "lean+checkpointing")
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").replace("**", "")
+    shown = {
+        "frozen baseline": "frozen baseline",
+        "slice, column": "slice column r=16",
+        "slice, row": "slice row r=16",
+        "MiSS (peft)": "MiSS r=16",
+        "LoRA-FA (peft)": "LoRA-FA r=16",
+        "LoRA (peft)": "LoRA r=16",
+        "MiSS in bfloat16 (peft)": "MiSS r=16, low precision",
+        "LoRA-FA in bfloat16 (peft)": "LoRA-FA r=16, low precision",
+        "LoRA in bfloat16 (peft)": "LoRA r=16, low precision",
+        "full fine-tuning": "full",
+    }
+    for name, method in shown.items():
+        cells = " | ".join(f"{peaks[method, mode]:.2f}" for mode in modes)
+        assert f"| {name} | {cells} |" in text
+    # the bars of the issue that asked for it
+    assert peaks["slice column r=16", "lean"] <= 11.5
+    assert peaks["slice column r=16", "lean+checkpointing"] <= 7.2
+    assert peaks["slice row r=16", "lean"] <= peaks["slice column r=16", "lean"] + 0.2
