@@ -59,6 +59,9 @@ class State(enum.Enum):
     TOUCHED = "somebody has taken the weight, and may have written to it through .data"
     WEIGHT_WRITTEN = "the weight has been written to, perhaps the master too"
     MASTER_WRITTEN = "the master has been written to"
+    MASTER_CAST = (
+        "the master has been cast to another precision, as TRL does on quantized models"
+    )
 
 
 class Agreement(NamedTuple):
@@ -99,6 +102,8 @@ class Agreement(NamedTuple):
             return State.STAND_IN
         if layer.slice_weight.device != layer.slice_rows.device:
             return State.APART
+        if master.dtype is not master_dtype(weight.dtype):  # type: ignore[union-attr]
+            return State.MASTER_CAST
         if self.unchecked is State.UNCHECKED:
             return State.UNCHECKED
         # the weight wins where both were written to, as by weight averaging, which knows nothing of

@@ -52,6 +52,10 @@ class SliceConfig:
         start_position: index of the first position, 0 to ceil(features / r) - 1.
         contiguous: a slice is a run of neighboring features; False scatters it by a seeded
             permutation.
+        pool: beside a quantized (packed) weight, how many input features the slice moves between:
+            the first ones, or scattered ones with contiguous=False. What has trained there is kept
+            in 16 bits, so all features would cost more than the packed weight. None is 128, or r
+            where that is larger. It means nothing where the weight is not quantized.
         state_on_switch: what happens to the optimizer state of a slice at a move: "reset" to zero,
             "keep" it for the new slice, or "remember" it on the host and restore it when the slice
             comes back. Alternating axes cannot "keep": they reset.
@@ -95,6 +99,7 @@ class SliceConfig:
     switch_mode: SwitchMode = "ascending"
     start_position: int = 0
     contiguous: bool = True
+    pool: int | None = None
     state_on_switch: StatePolicy = "reset"
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
@@ -129,6 +134,8 @@ class SliceConfig:
 
     def _check_sizes(self) -> None:
         _positive("r", self.r)
+        if self.pool is not None:
+            _positive("pool", self.pool)
         if self.r_out is not None:
             _positive("r_out", self.r_out)
             if self.slice_type != "block":

@@ -244,6 +244,11 @@ class SliceLayer(nn.Module):
     def sync(self) -> None:
         """Bring weight and slice_weight together after one of them was written to from outside."""
         state = self.agreement.state(self)
+        if state is State.MASTER_CAST:
+            written = self.slice_weight._version != self.agreement.master_version
+            convert_master(self)
+            # the weight has what the other precision has rounded off
+            state = State.MASTER_WRITTEN if written else State.WEIGHT_WRITTEN
         if state is State.UNCHECKED:
             check_belongs(self)
         elif state is State.TOUCHED and equal(self):

@@ -6,13 +6,13 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import nn
 
 from slicefine import beside, checkpointing
 from slicefine.config import SliceConfig
-from slicefine.deltas import adapters, live
+from slicefine.deltas import adapters, live, packed, unpacking
 from slicefine.deltas.adapters import DEFAULT
 from slicefine.deltas.changes import WeightChange, changed_since
 from slicefine.deltas.delta import Delta
@@ -22,10 +22,12 @@ from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
 from slicefine.matching import some
 from slicefine.modules.parameters import restore_parameters
+from slicefine.modules.quantized import PoolSlice, pool_size
 from slicefine.notes import notes_on
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 from slicefine.state import ModelState, config_of, set_state, state_of
 from slicefine.swapping import (
+    count_parameters,
     free_biases,
     named_slice_layers,
     plain_of,
@@ -39,6 +41,7 @@ from slicefine.swapping import (
     to_convert,
     trainable_names,
     trained_whole,
+    working_dtype,
 )
 from slicefine.targets import Target, resolve
 
@@ -96,7 +99,7 @@ def get_slice_model(
     replacement: dict[int, nn.Module] = {
         id(t.module): layers[t.name]
         for t in found.layers
-        if t.name in layers and t.parameter is None
+        if t.name in layers and t.parameter is None and t.quantized is None
     }
     replace_modules(model, replacement)
     replace_parameters(model, found.layers, layers)
@@ -107,6 +110,7 @@ def get_slice_model(
     sliced = _mix_in(model)
     state = sliced._slicefine
     state.config, state.trained_before = config, trained_before
+    packed.mark_trainable(model)
     live.register_slices(
         model, adapter_name, trained_whole(model, found), config.keep_originals
     )
@@ -123,7 +127,7 @@ def _layers_of(
     layers, problems = {}, []
     for target in to_convert(targets):
         try:
-            layers[target.name] = slice_of(target, config)
+            layers[target.name] = slice_of(target, config, working_dtype(model))
         except (ValueError, TypeError) as error:
             problems.append(f"{target.name}: {error}")
     if problems:
@@ -148,6 +152,8 @@ class Match:
         r: width of its slice.
         parameters: values that train at a time.
         skipped: why it stays as it is; None for a slice.
+        quantized: how its weight is packed, such as "nf4"; None in floating point.
+        pool: columns beside a packed weight between which the slice moves; None in floating point.
     """
 
     name: str
@@ -156,6 +162,8 @@ class Match:
     r: int
     parameters: int
     skipped: str | None
+    quantized: str | None = None
+    pool: int | None = None
 
 
 def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
@@ -178,19 +186,26 @@ def list_targets(model: nn.Module, config: SliceConfig) -> list[Match]:
 
 
 def _match(target: Target, config: SliceConfig) -> Match:
-    parameters = 0
+    parameters, pool = 0, None
     out_features, in_features = target.shape
     if target.skipped is None:
         try:
+            if target.quantized:
+                pool = pool_size(config, in_features, target.r)
             spec = SliceSpec(
-                out_features, in_features, config.slice_type, target.r, target.r_out
+                out_features,
+                pool or in_features,
+                config.slice_type,
+                target.r,
+                target.r_out,
             )
             SliceSchedule(spec, start_position=config.start_position)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from error
         parameters = math.prod(spec.parameter_shape)
     shape = out_features, in_features
-    return Match(target.name, *shape, target.r, parameters, target.skipped)
+    skipped, quantized = target.skipped, target.quantized
+    return Match(target.name, *shape, target.r, parameters, skipped, quantized, pool)
 
 
 class SliceModel(PeftNames, _Module):
@@ -224,7 +239,7 @@ class SliceModel(PeftNames, _Module):
         parameters = list(self.parameters())
         slices = {id(layer.slice_weight) for layer in slice_layers(self)}
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        return trainable, sum(p.numel() for p in parameters if id(p) not in slices)
+        return trainable, count_parameters(self, slices)
 
     def print_trainable_parameters(self) -> None:
         """Print the counts of `get_nb_trainable_parameters`, in the form of PEFT's line."""
@@ -238,7 +253,8 @@ class SliceModel(PeftNames, _Module):
         """How much has trained so far.
 
         Returns:
-            Name of a layer -> share of its weight, in [0, 1].
+            Name of a layer -> share of its weight, in [0, 1]; of its pool, where the weight is
+            packed (quantized).
         """
         return {name: layer.schedule.coverage() for name, layer in named_slice_layers(self)}
 
@@ -271,7 +287,7 @@ class SliceModel(PeftNames, _Module):
             steps: optimizer steps.
 
         Returns:
-            One line for each shape of weight.
+            One line for each shape of weight, or of pool beside a packed weight.
 
         Raises:
             ValueError: steps is no number of steps.
@@ -286,7 +302,7 @@ class SliceModel(PeftNames, _Module):
             plural = "position" if positions == 1 else "positions"
             line = (
                 f"{steps:,d} steps, {interval}, r {layer.spec.r}: {positions:,d} {plural},"
-                f" {100 * share:.0f} % of each {_size(layer.spec)} weight"
+                f" {100 * share:.0f} % of each {_size(layer.spec)} {_of_what(layer)}"
             )
             lines[line] = lines.get(line, 0) + 1
         return "\n".join(
@@ -298,24 +314,30 @@ class SliceModel(PeftNames, _Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        quantized: Literal["dequantize", "lora"] | None = None,
     ) -> nn.Module:
         """Back to plain linear layers, in place: same weights, bit-equal outputs.
 
-        Adapters that are applied stay in the weights; the others are forgotten.
+        Adapters that are applied stay in the weights; the others are forgotten. A quantized base
+        cannot take in what has trained beside it, so there `quantized` says where it goes.
 
         Args:
             progressbar: taken for PEFT's sake: the weights hold the slices already, so there is
                 nothing to wait for.
             safe_merge: raise instead if a weight that was trained is not finite.
             adapter_names: the adapters to apply before; None leaves those that are applied.
+            quantized: "dequantize" makes linear layers in floating point of all packed ones, with
+                what has trained added and rounded once; "lora" leaves the quantized base and puts
+                an exact LoRA adapter on it.
 
         Returns:
-            The model, in its own class.
+            The model, in its own class; with "lora" a PeftModel around it.
 
         Raises:
             RuntimeError: the slices in training are switched off, or `fully_shard` holds the
                 layers.
-            ValueError: with safe_merge, naming the weights that are not finite.
+            ValueError: with safe_merge, naming the weights that are not finite; slices have trained
+                beside packed weights and `quantized` does not say where they go.
         """
         if adapter_names is not None:
             self.set_adapter(adapter_names)
@@ -335,9 +357,18 @@ class SliceModel(PeftNames, _Module):
             )
         if safe_merge:
             self._check_finite()
+        unpacking.check_way(self, quantized)
+        if quantized == "lora":
+            return unpacking.with_lora(self)
         if undo_lean := self.__dict__.get("_undo_lean"):
             undo_lean(self)
+        if quantized == "dequantize":
+            linear = unpacking.unpacked(self, working_dtype(self))
+            for layer in linear.values():
+                renew_hook(layer)
+            replace_modules(self, linear)
         restore_parameters(self)
+        packed.unmark(self)
         plain: dict[int, nn.Module] = {
             id(layer): plain_of(layer)
             for layer in slice_layers(self)
@@ -417,6 +448,12 @@ class SliceModel(PeftNames, _Module):
             beside.watch(self, live.record_beside)
 
 
+def _of_what(layer: SliceLayer) -> str:
+    if isinstance(layer, PoolSlice):
+        return f"pool beside {layer.full_features:,d}-wide packed weights"
+    return "weight"
+
+
 def _size(spec: SliceSpec) -> str:
     """The part of a weight's shape that decides what steps cover."""
     if spec.slice_type in ("block", "row_column"):
@@ -426,7 +463,7 @@ def _size(spec: SliceSpec) -> str:
     return f"{spec.in_features:,d}-wide"
 
 
-_POSITIONS = (".slice_rows", ".slice_cols")
+_POSITIONS = (".slice_rows", ".slice_cols", ".slice_pool")
 
 
 def _keep_from_ddp(model: Any, positions: list[str]) -> None:

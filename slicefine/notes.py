@@ -9,6 +9,8 @@ from torch import nn
 from slicefine.config import SliceConfig
 from slicefine.layer import SliceLayer
 from slicefine.matching import means_everything, some
+from slicefine.modules.quantized import PoolSlice
+from slicefine.swapping import count_parameters
 from slicefine.targets import Target
 
 # a share of the parameters below which slices cannot change what a model does
@@ -33,10 +35,15 @@ def notes_on(
         notes.append(
             "fan_in_fan_out is True, but no target stores its weight as (in, out); it has no effect"
         )
-    weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
+    if config.pool and not any(isinstance(layer, PoolSlice) for layer in layers.values()):
+        notes.append(
+            f"pool is {config.pool}, and no target is quantized: it has no effect, slices move over"
+            " all of their weights"
+        )
+    weights = {id(layer.weight): _size_of(layer) for layer in layers.values()}
     # a table of embeddings is looked up: its size says nothing of what the layers can learn
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    total = count_parameters(model, tables)
     share = sum(weights.values()) / total
     if share < _LITTLE and means_everything(config):
         notes.append(
@@ -51,6 +58,12 @@ def notes_on(
             " fine-tuning"
         )
     return notes
+
+
+def _size_of(layer: SliceLayer) -> int:
+    if isinstance(layer, PoolSlice):
+        return layer.out_features * layer.full_features
+    return layer.weight.numel()
 
 
 def _whole(layer: SliceLayer) -> bool:

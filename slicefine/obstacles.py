@@ -9,6 +9,7 @@ from torch import nn
 
 from slicefine.layer import SliceLayer
 from slicefine.matching import some
+from slicefine.modules.quantized import packing_of
 from slicefine.past import linear_forward, reads_past
 
 
@@ -74,13 +75,15 @@ def _without_values(module: nn.Module, name: str) -> str | None:
     if isinstance(module, SliceLayer):
         return f"{name} is a SliceLinear already; call merge_and_unload() before get_slice_model()"
     weight = getattr(module, "weight", None)
-    if reason := quantized(module):
+    reason = quantized(module)
+    if reason and packing_of(module) is None:
         return (
             f"{name} is a {type(module).__name__} with a quantized weight ({reason}); slices train"
-            " floating-point weights. Load the model unquantized, or leave the layer out"
+            " floating-point weights, and beside those that bitsandbytes (4 and 8 bits) and torchao"
+            " (weights only) have packed. Load the model in one of these, or leave the layer out"
             " (exclude_modules)"
         )
-    if not is_linear(module):
+    if reason or not is_linear(module):
         return None
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return (
@@ -118,6 +121,8 @@ def _other_kind(module: nn.Module, place: Place) -> str | None:
     As is `_read_past`'s, the answer is a sentence that begins after the layer's name.
     """
     name, kind = place.name, type(module)
+    if packing_of(module) is not None:
+        return None
     if not is_linear(module):
         return f"is a {kind.__name__}; {_what_instead(module, name)}"
     # the class of out_proj in nn.MultiheadAttention

@@ -121,6 +121,23 @@ class SliceSpec:
         return order[start : start + width].sort().values
 
 
+def pool_features(features: int, size: int, contiguous: bool, seed: int) -> Tensor:
+    """The input features between which a slice beside a packed weight moves.
+
+    Args:
+        features: of the layer.
+        size: how many of them.
+        contiguous: the first ones, or features scattered by a seeded permutation.
+        seed: of that permutation.
+
+    Returns:
+        (size,) int64, ascending, on the host.
+    """
+    if contiguous:
+        return torch.arange(size, device=HOST)
+    return _permutation(features, seed)[:size].sort().values
+
+
 def _permutation(count: int, seed: int) -> Tensor:
     """(count,) int64, on the host whatever the default device is: the generator is there."""
     generator = torch.Generator(HOST).manual_seed(seed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from slicefine.config import SliceConfig
@@ -20,6 +22,13 @@ from slicefine.modules.parameters import (
     convert_module,
     swap_parameter,
 )
+from slicefine.modules.quantized import (
+    OVERLAY,
+    PoolSlice,
+    attach,
+    packed_shape,
+    packing_of,
+)
 from slicefine.targets import Target, Targets
 
 
@@ -28,11 +37,11 @@ def slice_layers(model: Any) -> Iterator[SliceLayer]:
 
 
 def named_slice_layers(model: Any) -> Iterator[tuple[str, SliceLayer]]:
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, SliceLayer)
-    )
+    """Layers with slices by name; one beside a packed weight by the packed layer's."""
+    for name, module in model.named_modules():
+        if isinstance(module, SliceLayer):
+            beside = isinstance(module, PoolSlice)
+            yield name.removesuffix(f".{OVERLAY}") if beside else name, module
 
 
 _REGISTRIES = frozenset(nn.Module().__dict__)
@@ -72,6 +81,9 @@ def replace_parameters(
             if not isinstance(target.module, SliceMultiheadAttention):
                 convert_module(target.module, SliceExperts)
             swap_parameter(target.module, target.parameter, layer)
+        elif isinstance(layer, PoolSlice):
+            attach(target.module, layer)
+            renew_hook(target.module)
 
 
 def to_convert(targets: list[Target]) -> Iterator[Target]:
@@ -105,9 +117,12 @@ def share_tied(layers: dict[str, SliceLayer]) -> None:
         layer.select_slice()
 
 
-def slice_of(target: Target, config: SliceConfig) -> SliceLayer:
+def slice_of(target: Target, config: SliceConfig, dtype: torch.dtype) -> SliceLayer:
+    """The slice of a target; dtype: of what is kept beside a packed weight."""
     if config.slice_type == "block":
         config = replace(config, r_out=target.r_out)
+    if target.quantized:
+        return PoolSlice.from_packed(target.module, config, target.name, target.r, dtype)
     if target.parameter is None:
         return SliceLinear.from_linear(target.module, config, target.name, target.r)
     parameter = target.module._parameters[target.parameter]
@@ -188,3 +203,26 @@ def renew_hook(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     # whoever put the hook there has loaded the library
     sys.modules["accelerate.hooks"].add_hook_to_module(module, hook)
+
+
+def count_parameters(model: nn.Module, without: Collection[int] = ()) -> int:
+    """Parameters of a model, those of packed weights counted as they unpack.
+
+    Args:
+        model: any model.
+        without: ids of parameters that do not count.
+    """
+    packed = {
+        id(m.weight): math.prod(packed_shape(m))
+        for m in model.modules()
+        if isinstance(getattr(m, "weight", None), nn.Parameter) and packing_of(m)
+    }
+    return sum(
+        packed.get(id(p), p.numel()) for p in model.parameters() if id(p) not in without
+    )
+
+
+def working_dtype(model: nn.Module) -> torch.dtype:
+    """The precision in which a model with packed weights works: of its first other parameter."""
+    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    return next(floating, torch.get_default_dtype())

@@ -14,6 +14,7 @@ from slicefine.matching import Rules, check_entries, named, some
 from slicefine.modules.attention import is_attention, projections
 from slicefine.modules.experts import is_experts, why_not_experts
 from slicefine.modules.parameters import SlicedModule
+from slicefine.modules.quantized import packed_shape, packing_of
 from slicefine.obstacles import Place, is_linear, quantized, why_not
 
 __all__ = [
@@ -48,6 +49,12 @@ class Target:
     is_head: bool = False
 
     @property
+    def quantized(self) -> str | None:
+        """How the weight is packed, such as "nf4"; None in floating point."""
+        packing = None if self.parameter else packing_of(self.module)
+        return None if packing is None else packing.kind
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features); out_features of experts are those of all of them. (0, 0)
         without a matrix.
@@ -58,6 +65,8 @@ class Target:
 def shape_of(module: nn.Module, parameter: str | None = None) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer or of a parameter; (0, 0) without a matrix."""
     weight: Any = getattr(module, parameter or "weight", None)
+    if parameter is None and packing_of(module) is not None:
+        return packed_shape(module)
     if weight is None or weight.dim() < 2:
         return 0, 0
     shape = weight.shape[:-1].numel(), weight.shape[-1]

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from slicefine.deltas import live
+from slicefine.deltas import live, packed
 from slicefine.deltas.delta import Delta, DeltaError
 from slicefine.deltas.folder import check_no_adapter, check_no_model, save_folder
 from slicefine.deltas.format import SUFFIX
@@ -109,6 +109,7 @@ class AdapterModel:
             for name in below:
                 self._apply_one(name)
             delta.check_base(_module(self), everything=verify)
+        packed.make_room(_module(self), delta.weights)
         self._adapters.deltas[adapter_name] = delta
 
     def set_adapter(self, adapter_name: str | list[str], *, stack: bool = False) -> None:
@@ -414,7 +415,8 @@ def _whole_save(
             " torch.save(model.state_dict(), ...) writes the whole model"
         )
     check_no_adapter(Path(folder))
-    save(folder, *args, **kwargs)
+    with packed.as_own_class_saves(model):
+        save(folder, *args, **kwargs)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from slicefine.atomic import dtype_name
-from slicefine.deltas.base import base_hashes, combined_hash, tensor_of
+from slicefine.deltas import packed
+from slicefine.deltas.base import base_hashes, combined_hash, tensor_of, weight_hash
 from slicefine.deltas.format import (
     CONFIG_FILE,
     FILE,
@@ -137,6 +138,8 @@ class Delta:
                     "shape": list(w.shape),
                     "transposed": w.transposed,
                     "base_sha256": w.base_sha256,
+                    # only where it says something: other deltas stay the same bytes
+                    **({"added": True} if w.added else {}),
                     "patches": [
                         {"rows": to_runs(p.rows), "cols": to_runs(p.cols)}
                         for p in w.patches
@@ -172,7 +175,11 @@ class Delta:
                 rows, cols = (from_runs(r) for r in ranges)
                 patches.append(SliceValues(rows, cols, old, new))
             weights[key] = WeightDelta(
-                shape, entry["transposed"], entry["base_sha256"], patches
+                shape,
+                entry["transposed"],
+                entry["base_sha256"],
+                patches,
+                entry.get("added", False),
             )
         whole = {
             key: FullDelta(tensors[f"{key}/old"], tensors[f"{key}/new"], entry["replaces"])
@@ -264,6 +271,8 @@ class Delta:
             # Shape and dtype before any hash: cheaper, and the message can say what to load
             # instead.
             tensor = tensor_of(model, key)
+            if packed.check(model, key, weight):
+                continue
             stored = weight.shape[::-1] if weight.transposed else weight.shape
             if (
                 tuple(_matrix(model, key, weight).shape) != weight.shape
@@ -299,7 +308,7 @@ class Delta:
         wrong = [
             key
             for key, weight in self.weights.items()
-            if hashes.get(key) != weight.base_sha256
+            if weight_hash(hashes, key, weight.added) != weight.base_sha256
         ]
         if not wrong and combined_hash(hashes) != self.base.get("sha256"):
             # The combined hash decides; the record has 16 digits of each, enough to name the
@@ -316,8 +325,11 @@ class Delta:
         """Keys at which the model does not hold the old values; new heads replace nothing."""
         wrong = []
         for key, weight in self.weights.items():
-            matrix = _matrix(model, key, weight)
-            if not all(same_bits(_read(matrix, p), p.old) for p in weight.patches):
+            if (
+                weight.added and packed.layer_sha256(model, key) != weight.base_sha256
+            ) or not all(
+                same_bits(_read(model, key, weight, p), p.old) for p in weight.patches
+            ):
                 wrong.append(key)
         for key, entry in self.whole.items():
             if entry.replaces and not same_bits(tensor_of(model, key), entry.old):
@@ -335,6 +347,7 @@ class Delta:
             # The old values in the file are what a revert writes: hashes of the base do not cover
             # them.
             self.check_base(model, everything=False)
+        packed.make_room(model, self.weights)
         self.write(model, "new")
 
     @torch.no_grad()
@@ -347,7 +360,7 @@ class Delta:
             key
             for key, w in self.weights.items()
             for p in w.patches
-            if not same_bits(_read(_matrix(model, key, w), p), p.new)
+            if not same_bits(_read(model, key, w, p), p.new)
         ]
         wrong += [
             key
@@ -360,6 +373,7 @@ class Delta:
                 " Revert what came after it first."
             )
         self.write(model, "old")
+        packed.clear(model)
 
     @torch.no_grad()
     def write(self, model: nn.Module, which: str) -> None:
@@ -373,7 +387,7 @@ class Delta:
         self, model: nn.Module, key: str, weight: WeightDelta, which: str
     ) -> None:
         for patch in weight.patches:
-            _write(_matrix(model, key, weight), patch, getattr(patch, which))
+            _write(model, key, weight, patch, getattr(patch, which))
 
     @torch.no_grad()
     def read(self, model: nn.Module) -> Delta:
@@ -382,11 +396,11 @@ class Delta:
         """
         weights = {}
         for key, w in self.weights.items():
-            matrix = _matrix(model, key, w)
             patches = [
-                SliceValues(p.rows, p.cols, p.old, _read(matrix, p)) for p in w.patches
+                SliceValues(p.rows, p.cols, p.old, _read(model, key, w, p))
+                for p in w.patches
             ]
-            weights[key] = WeightDelta(w.shape, w.transposed, w.base_sha256, patches)
+            weights[key] = replace(w, patches=patches)
         whole = {
             key: FullDelta(
                 w.old, tensor_of(model, key).detach().to("cpu", copy=True), w.replaces
@@ -454,17 +468,29 @@ def _matrix(model: nn.Module, key: str, weight: WeightDelta) -> Tensor:
     return tensor.t() if weight.transposed and tensor.dim() == 2 else tensor
 
 
-def _read(matrix: Tensor, patch: SliceValues) -> Tensor:
-    rows, cols = (
-        None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols)
-    )
-    return read_slice(matrix, rows, cols).to("cpu")
+def _place(
+    model: nn.Module, key: str, weight: WeightDelta, patch: SliceValues
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The matrix that holds a patch's values, and its rows and columns there."""
+    if weight.added:
+        matrix, cols = packed.columns(model, key, patch.cols)
+    else:
+        matrix, cols = _matrix(model, key, weight), patch.cols
+    rows, cols = (None if i is None else i.to(matrix.device) for i in (patch.rows, cols))
+    return matrix, rows, cols
 
 
-def _write(matrix: Tensor, patch: SliceValues, values: Tensor) -> None:
-    rows, cols = (
-        None if i is None else i.to(matrix.device) for i in (patch.rows, patch.cols)
-    )
+def _read(model: nn.Module, key: str, weight: WeightDelta, patch: SliceValues) -> Tensor:
+    if weight.added and packed.plain(model, key):
+        # nothing is added so far
+        return torch.zeros_like(patch.old)
+    return read_slice(*_place(model, key, weight, patch)).to("cpu")
+
+
+def _write(
+    model: nn.Module, key: str, weight: WeightDelta, patch: SliceValues, values: Tensor
+) -> None:
+    matrix, rows, cols = _place(model, key, weight, patch)
     # a model that was cast: values follow it
     write_slice(matrix, rows, cols, values.to(matrix.device, matrix.dtype))
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from slicefine import beside
-from slicefine.deltas.base import base_hashes, combined_hash, tensor_of, whole_state
+from slicefine.deltas import packed
+from slicefine.deltas.base import (
+    base_hashes,
+    combined_hash,
+    tensor_of,
+    weight_hash,
+    whole_state,
+)
 from slicefine.deltas.delta import (
     Delta,
     DeltaError,
@@ -23,6 +30,7 @@ from slicefine.deltas.delta import (
 )
 from slicefine.deltas.values import slice_values
 from slicefine.layer import SliceLayer
+from slicefine.modules.quantized import PoolSlice
 from slicefine.originals import same_bits, set_version
 from slicefine.sharding import is_sharded
 from slicefine.state import state_of
@@ -142,9 +150,13 @@ def resume_from(model: Any, delta: Delta) -> None:
         )
     for key, weight in delta.weights.items():
         # Before the new values are written: first come, first recorded, and an original stays.
-        originals = layers[key].required_originals("resume from a delta")
+        layer = layers[key]
+        originals = layer.required_originals("resume from a delta")
         for patch in weight.patches:
-            originals.record(patch.old, patch.rows, patch.cols)
+            cols = patch.cols
+            if isinstance(layer, PoolSlice):
+                _, cols = packed.columns(model, key, cols)
+            originals.record(patch.old, patch.rows, cols)
     for key, entry in delta.whole.items():
         tensor_of(model, key).copy_(entry.new)
         # A new head is initialized at random: the delta's own start is its original, not ours.
@@ -304,7 +316,7 @@ def trained_delta(model: Any, info: dict[str, Any]) -> Delta:
     hashes = base_hashes(model, new_keys, _original_values(model, layers.values(), full))
     for key, weight in weights.items():
         # left open by _weight_delta: one pass hashes sliced weights and all others
-        weight.base_sha256 = hashes[key]
+        weight.base_sha256 = weight_hash(hashes, key, weight.added) or ""
     # all but the last: the slices in training are the top of the stack
     below = [{"name": n, "sha256": register.deltas[n].sha256} for n in register.active[:-1]]
     base = _base(model, hashes)
@@ -333,6 +345,10 @@ def _weight_delta(layer: SliceLayer) -> WeightDelta:
     originals.join()
     values = slice_values(originals.slices, originals.read(layer.weight_matrix))
     shape = (layer.out_features, layer.in_features)
+    if isinstance(layer, PoolSlice):
+        values = [replace(v, cols=layer.features(v.cols)) for v in values]
+        shape = (layer.out_features, layer.full_features)
+        return WeightDelta(shape, False, "", values, added=True)
     return WeightDelta(shape, layer.fan_in_fan_out, "", values)
 
 
@@ -340,11 +356,17 @@ def _original_values(
     model: Any, layers: Iterable[SliceLayer], full: dict[str, FullDelta]
 ) -> Callable[[str, Tensor], Tensor]:
     """(state-dict key, tensor in the model) -> the value that it had in the base."""
+    # beside a packed weight nothing has changed in it
+    layers = [layer for layer in layers if not isinstance(layer, PoolSlice)]
     by_weight = {id(layer.weight): layer for layer in layers}
     # A tied weight is in the state dict under each of its names; each must give the original.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parameters.update(
-        {layer.state_key(name): layer.weight for name, layer in named_layers(model)}
+        {
+            layer.state_key(name): layer.weight
+            for name, layer in named_layers(model)
+            if not isinstance(layer, PoolSlice)
+        }
     )
 
     def original(key: str, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _weight(key: str, parts: list[tuple[WeightDelta, float]]) -> WeightDelta:
         for patch in weight.patches:
             strips.setdefault(_strip(patch), []).append((patch, scale))
     combined = [_union(same, 0 if strip == "rows" else 1) for strip, same in strips.items()]
-    return WeightDelta(first.shape, first.transposed, first.base_sha256, combined)
+    return replace(first, patches=combined)
 
 
 def _strip(patch: SliceValues) -> tuple[int, ...] | str:

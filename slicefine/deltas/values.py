@@ -27,13 +27,15 @@ class SliceValues:
 class WeightDelta:
     """What changed in one weight. shape: (out, in); transposed: stored as (in, out), as Conv1D's.
 
-    base_sha256: of the whole weight before anything changed.
+    base_sha256: of the whole weight before anything changed. added: the weight is packed
+        (quantized); the values are added to what it unpacks to, and their old ones are zero.
     """
 
     shape: tuple[int, int]
     transposed: bool
     base_sha256: str
     patches: list[SliceValues]
+    added: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,6 +49,8 @@ class WeightDelta:
             raise ValueError(
                 f"{key} has shape {self.shape!r}, transposed {self.transposed!r}"
             )
+        if type(self.added) is not bool or (self.added and self.transposed):
+            raise ValueError(f"{key} has added {self.added!r}")
         if not isinstance(self.base_sha256, str):
             raise ValueError(
                 f"{key} has base_sha256 {self.base_sha256!r}; expected a string"
