@@ -290,10 +290,13 @@ def quantized_by(how: str) -> nn.Module:
         quantization = pytest.importorskip(
             "torchao.quantization", reason="pip install torchao"
         )
+        # its activations are quantized too
         quantization.quantize_(
-            model, quantization.Int8WeightOnlyConfig(), lambda module, name: name == "0"
+            model,
+            quantization.Int8DynamicActivationInt8WeightConfig(),
+            lambda module, name: name == "0",
         )
-    else:
+    else:  # no weight is packed before the layer goes to its device
         model[0] = pytest.importorskip(
             "bitsandbytes", reason="pip install bitsandbytes"
         ).nn.Linear4bit(64, 64)
@@ -304,15 +307,16 @@ def quantized_by(how: str) -> nn.Module:
 @pytest.mark.parametrize(
     "how", ["int8 parameter", "packed", "torch, dynamic", "torchao", "bitsandbytes"]
 )
-def test_faq_20_a_quantized_base_is_refused_by_name(how):
+def test_faq_20_other_quantized_layers_are_refused_by_name(how):
     model = quantized_by(how)
     for targets in ("all-linear", ["0"]):
         with pytest.raises(
             ValueError,
             match=(
-                r"^0 is a \w+ with a quantized weight \(.+\); slices train floating-point weights."
-                r" Load the model unquantized, or leave "
-                r"the layer out \(exclude_modules\)"
+                r"^0 is a \w+ with a quantized weight \(.+\); slices train floating-point weights,"
+                r" and beside those that bitsandbytes \(4 and 8 bits\) and torchao \(weights only\)"
+                r" have packed. Load the model in one of these, or leave the layer out"
+                r" \(exclude_modules\)"
             ),
         ):
             get_slice_model(model, SliceConfig(r=4, target_modules=targets))

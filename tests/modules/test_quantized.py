@@ -62,7 +62,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_the_base_stays_and_comes_back_bit_for_bit(kind, contiguous):
+def test_faq_20_slices_train_beside_a_quantized_base(kind, contiguous):
     model = pack(Body(), kind)
     x = torch.randn(5, 64).bfloat16()
     before, output, classes = state_of(model), model(x), [type(m) for m in model.modules()]
