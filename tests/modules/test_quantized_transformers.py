@@ -144,7 +144,8 @@ def test_trl_trains_and_its_cast_of_the_masters_is_undone(folder, tmp_path):
     rows = [{k: v for k, v in row.items() if k == "input_ids"} for row in ROWS]
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(**arguments(tmp_path), max_length=12, packing=False),
+        # three: a step after the move
+        trl.SFTConfig(**arguments(tmp_path, max_steps=3), max_length=12, packing=False),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(),
         optimizer_cls_and_kwargs=(SliceAdamW, {"lr": 1e-2}),
