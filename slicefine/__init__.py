@@ -17,7 +17,7 @@ _HOME = {
     "Delta": "deltas.delta",
     "DeltaError": "deltas.delta",
     "get_slice_model": "model",
-    "list_targets": "model",
+    "list_targets": "dry_run",
     "track_memory": "plan.tracker",
     "available_backends": "backends.select",
     "use_backend": "backends.select",
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
     from slicefine.config import SliceConfig as SliceConfig
     from slicefine.deltas.delta import Delta as Delta
     from slicefine.deltas.delta import DeltaError as DeltaError
+    from slicefine.dry_run import list_targets as list_targets
     from slicefine.layer import SliceLayer as SliceLayer
     from slicefine.linear import SliceLinear as SliceLinear
     from slicefine.model import SliceModel as SliceModel
     from slicefine.model import get_slice_model as get_slice_model
-    from slicefine.model import list_targets as list_targets
     from slicefine.optim import SliceAdamW as SliceAdamW
     from slicefine.optim import load_slice_state_dict as load_slice_state_dict
     from slicefine.optim import slice_state_dict as slice_state_dict

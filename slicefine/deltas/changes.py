@@ -21,6 +21,7 @@ from slicefine.deltas.base import tensor_of
 from slicefine.deltas.format import DeltaError
 from slicefine.deltas.live import named_layers
 from slicefine.layer import SliceLayer
+from slicefine.modules.quantized import PoolSlice
 from slicefine.slices import HOST, read_slice, write_slice
 
 _FORMAT = "slicefine-changes"
@@ -135,6 +136,11 @@ def _changes_of(key: str, layer: SliceLayer, step: int) -> list[WeightChange]:
         raise DeltaError(
             f"{key} is sharded over processes; changes are made of whole tensors. Send the weights"
             " that torch.distributed.checkpoint.state_dict.get_model_state_dict gathers"
+        )
+    if isinstance(layer, PoolSlice):
+        raise DeltaError(
+            f"{key} is quantized, and what has trained stands beside it, which no tensor of its"
+            " checkpoint holds: export the delta as LoRA (slicefine.deltas.lora.to_lora)"
         )
     layer.require_enabled("sending what has changed")
     layer.sync()

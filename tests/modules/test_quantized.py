@@ -484,6 +484,14 @@ def test_lora_on_the_same_packed_base_is_exact(kind, tmp_path):
     assert torch.equal(merged(x), lora(x))
 
 
+def test_an_engine_is_not_sent_what_no_tensor_of_its_checkpoint_holds(nf4):
+    model = pack(Body(), nf4)
+    get_slice_model(model, config())
+    train(model, 2)
+    with pytest.raises(DeltaError, match="first.weight is quantized, and what has trained"):
+        model.changed_since(0)
+
+
 # Habits
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"modules"},
     {"obstacles"},
     {"optim", "targets", "plan.tracker", "deltas"},
-    {"swapping", "notes"},
+    {"swapping", "notes", "dry_run"},
     {"model"},
     {"lean"},
     {"plan"},
