@@ -181,6 +181,9 @@ def quantized(module: nn.Module) -> str | None:
     """How the weight of a linear layer is quantized, found without importing any library that does
     it; None if it is not.
     """
+    packing = packing_of(module)
+    if packing is not None:
+        return packing.kind
     weight = getattr(module, "weight", None)
     # some libraries replace the layer, others only the tensor inside it
     for kind in (type(module), type(weight)):

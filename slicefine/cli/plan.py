@@ -50,7 +50,7 @@ class Request:
     """What a worker needs to make one line of the table.
 
     decide: say too how the method fits the budget.
-    every: plan the other switches too.
+    every: plan the other switches too. base: how the frozen weights are packed.
     """
 
     model: str
@@ -63,6 +63,7 @@ class Request:
     budget: int | None
     decide: bool = False
     every: bool = False
+    base: str | None = None
 
 
 def size_in_bytes(text: str) -> int:
@@ -78,7 +79,17 @@ def size_in_bytes(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def load_workload(model: str, dtype: str) -> Any:
+def load_workload(model: str, dtype: str, base: str | None = None) -> Any:
+    """A workload of a model whose linear layers are packed, where ``base`` says so."""
+    made = _unpacked_workload(model, dtype)
+    if base is None:
+        return made
+    from slicefine.plan.packed import with_base
+
+    return with_base(made, base)
+
+
+def _unpacked_workload(model: str, dtype: str) -> Any:
     """From Hugging Face's configuration, or by a name that timm knows."""
     import torch
 
@@ -118,11 +129,12 @@ def methods(r: int) -> dict[str, Any]:
     }
 
 
-def method_names() -> list[str]:
-    """The keys of `methods`, without an import that takes seconds."""
+def method_names(base: str | None = None) -> list[str]:
+    """The keys of `methods` that train on a base, without an import that takes seconds."""
     from importlib.util import find_spec
 
-    names = ["floor", "column", "row", "masked", "full"]
+    # beside packed weights only columns train
+    names = ["floor", "column", *(["row", "masked", "full"] if base is None else [])]
     return [*names, *(["miss", "lora", "lora_half"] if find_spec("peft") else [])]
 
 
@@ -130,7 +142,7 @@ class Peaks:
     """Planned peaks of one method, by mode, batch and length; each is evaluated once."""
 
     def __init__(self, request: Request) -> None:
-        self.workload = load_workload(request.model, request.dtype)
+        self.workload = load_workload(request.model, request.dtype, request.base)
         # one for each mode: what has been built for it is kept with it
         self.modes: dict[str, Any] = {}
         self.method = methods(request.r)[request.method]()
@@ -230,6 +242,8 @@ def verdict(request: Request, choice: dict[str, Any], gpu: str) -> str:
         line += ["--accumulate", str(-(-request.batch // batch))]
     if request.length:
         line += ["--max-length", str(request.length)]
+    if request.base:
+        line += ["--quantize", request.base]
     line = " ".join([*line, *switches])
     if choice["mode"] == request.mode and batch == request.batch:
         return f"{name} fits {gpu} at {asked}: {needs}.\n{line}"
@@ -272,6 +286,10 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="of the weights: " + ", ".join(DTYPES))
     ] = "bf16",
+    base: Annotated[
+        str | None,
+        typer.Option(help="linear layers quantized: nf4 or int8; LoRA is QLoRA there"),
+    ] = None,
     r: Annotated[int, typer.Option(min=1, help="width of a slice, rank of LoRA")] = 16,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="activation checkpointing")
@@ -294,6 +312,8 @@ def plan(
         raise typer.BadParameter(
             f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype"
         )
+    if base not in (None, "nf4", "int8"):
+        raise typer.BadParameter(f"{base!r} is not nf4 or int8", param_hint="--base")
     budget = None if gpu is None else size_in_bytes(gpu)
     chosen = {"lean": lean, "checkpointing": checkpointing}
     mode = "+".join(name for name, on in chosen.items() if on) or "eager"
@@ -302,8 +322,20 @@ def plan(
             "--switches plans all of them; leave --lean and --checkpointing out"
         )
     requests = [
-        Request(model, name, r, batch, seq, dtype, mode, budget, name == "column", switches)
-        for name in method_names()
+        Request(
+            model,
+            name,
+            r,
+            batch,
+            seq,
+            dtype,
+            mode,
+            budget,
+            name == "column",
+            switches,
+            base,
+        )
+        for name in method_names(base)
     ]
     # spawn: the child of a fork may wait for ever for a lock that a thread of torch held
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
@@ -373,7 +405,7 @@ def _print(
     )
     table = Table(
         title=escape(
-            f"{request.model}, {request.dtype}, {what}, r={request.r}, {request.mode}"
+            f"{request.model}, {request.base or request.dtype}, {what}, r={request.r}, {request.mode}"
         ),
         box=None,
         title_justify="left",
@@ -410,6 +442,8 @@ def _print(
 def _short(row: dict[str, Any]) -> str:
     """The method's name without the rank, which the title says."""
     name = row["method"].replace(f" r={row['r']}", "")
+    if row["base"] in ("nf4", "int8"):
+        name = name.replace("LoRA", "QLoRA")
     return name.replace("optimizer_in_bwd", "in bwd").replace("low precision", "low")
 
 

@@ -45,7 +45,13 @@ class Packing(NamedTuple):
 
 
 def packing_of(module: nn.Module) -> Packing | None:
-    """How the weight of a linear layer is packed, if slices can train beside it."""
+    """How the weight of a linear layer is packed, if slices can train beside it.
+
+    A layer of another library may say so itself, by an attribute ``packing``.
+    """
+    own = module.__dict__.get("packing")
+    if isinstance(own, Packing):
+        return own
     names = {kind.__name__ for kind in type(module).__mro__}
     weight: Any = getattr(module, "weight", None)
     if "Linear4bit" in names and getattr(weight, "bnb_quantized", False):

@@ -35,6 +35,14 @@ from slicefine.plan.layers import (
 from slicefine.plan.tracker import MemoryReport, track_compiled, track_memory
 from slicefine.registry import slices_of
 
+# how rows name the dtypes of weights
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -48,6 +56,7 @@ class Workload:
     context: context manager that is active during the step.
     lean: the options with which `slicefine.lean` changes the model, None to leave it as it is.
     offload: activations wait in host memory, which is not counted.
+    base: how the frozen weights are stored: their dtype, or how they are packed.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Workload:
     compiled: bool = False
     lean: dict[str, Any] | None = None
     offload: bool = False
+    base: str = "bf16"
 
     @property
     def mode(self) -> str:
@@ -94,7 +104,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of one step. mode: `Workload.mode`."""
+    """Bytes at the peak of one step. mode, base: those of the `Workload`."""
 
     model: str
     method: str
@@ -105,6 +115,7 @@ class Estimate:
     peak_bytes: int
     trainable: int
     mode: str
+    base: str = "bf16"
     breakdown: dict[str, int] = field(default_factory=dict)
     phases: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
 
@@ -247,6 +258,7 @@ def _estimate_of(
         report.peak_bytes,
         trainable,
         workload.mode,
+        workload.base,
         report.breakdown,
         report.phases,
     )

@@ -35,9 +35,15 @@ def method(
     kind, options = _CONFIGS[name]
 
     def on_meta(model: nn.Module) -> nn.Module:
-        return peft.get_peft_model(
+        dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+        made: Any = peft.get_peft_model(
             model, _config(kind, r, targets, options), autocast_adapter_dtype=float32
         )
+        for parameter in made.parameters() if not float32 else ():
+            # beside packed weights peft leaves them in float32, and TRL casts them
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return made
 
     def prepare(model: Any) -> Optimizer:
         # A stays as it was drawn

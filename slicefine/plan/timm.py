@@ -8,7 +8,7 @@ import timm as _timm
 import torch
 from torch import Tensor, nn
 
-from slicefine.plan.estimate import Workload
+from slicefine.plan.estimate import DTYPES, Workload
 
 # its names are attached at import, where no type checker sees them
 timm: Any = _timm
@@ -45,4 +45,4 @@ def workload(model: str, dtype: torch.dtype) -> Workload:
     first = lambda net: next(
         m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)
     )
-    return Workload(model, build, inputs, loss, first)
+    return Workload(model, build, inputs, loss, first, base=DTYPES[dtype])

@@ -14,7 +14,7 @@ import transformers
 import transformers.masking_utils
 from torch import nn
 
-from slicefine.plan.estimate import Workload
+from slicefine.plan.estimate import DTYPES, Workload
 
 # What a configuration is trained as: its own architecture if it names one of these, else the first
 # that exists for it, a
@@ -67,6 +67,7 @@ def workload_of(
         _first_features,
         None if image else config.get_text_config().vocab_size,
         _one_sequence_in_a_row,
+        base=DTYPES[dtype],
     )
 
 
