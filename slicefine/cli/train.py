@@ -96,8 +96,9 @@ def train(
     ] = None,
     warmup: Annotated[float | None, _option("share of the steps (0.1)", _TRAINING)] = None,
     clip: Annotated[float | None, _option("gradient norm (1); 0: none", _TRAINING)] = None,
-    dtype: Annotated[
-        str | None, _option("of the weights; auto: the checkpoint's", _TRAINING)
+    dtype: Annotated[str | None, _option("of weights; auto: as saved", _TRAINING)] = None,
+    base: Annotated[
+        str | None, _option("pack frozen weights: nf4, int8", _TRAINING, "--quantize")
     ] = None,
     bf16: Annotated[
         Switch, _option("bfloat16 autocast (yes)", _TRAINING, "--bf16/--no-bf16")

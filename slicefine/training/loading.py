@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,45 @@ def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> An
         raise UserError(
             f"--model {model}: {kind.__name__} cannot load it: {error}"
         ) from error
+
+
+def packing(base: str | None, dtype: Dtype, device: Any, model: str) -> dict[str, Any]:
+    """What from_pretrained needs to pack a model's weights while it reads them.
+
+    Args:
+        base: "nf4", "int8", or None for nothing.
+        dtype: in which the model works; "auto" is bfloat16 there.
+        device: where the packed weights go; they cannot be moved as others.
+        model: its path or id.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or the model is a GGUF file.
+    """
+    if base is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--quantize {base} needs bitsandbytes: pip install 'slicefine[quantized]'"
+        )
+    if Path(model).suffix == ".gguf":
+        raise UserError(
+            f"--quantize {base}: {model} holds packed weights of another kind; load it with"
+            " transformers (GgufConfig(dequantize=True)), save it as a folder, and give that"
+        )
+    import transformers
+
+    works_in = torch.bfloat16 if dtype == "auto" else dtype
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": base,
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": works_in,
+    }
+    options: dict[str, Any] = {"load_in_8bit": True} if base == "int8" else four
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(**options),
+        "device_map": {"": str(device)},
+    }
 
 
 def numbering(labels: list[str], model: str) -> list[str]:

@@ -31,7 +31,7 @@ _FREE_SETTINGS = re.compile(
 class Recipe:
     """One training. Every field is a key of the file, and an option of `slicefine train`.
 
-    slices: a SliceConfig. training: any field of transformers' TrainingArguments, or of TRL's
+    base: "nf4" or "int8", how the frozen weights are packed (--quantize). slices: a SliceConfig. training: any field of transformers' TrainingArguments, or of TRL's
     SFTConfig for a language model.
     """
 
@@ -55,6 +55,7 @@ class Recipe:
     head_lr: float = 2e-3
     warmup: float = 0.1
     clip: float = 1.0
+    base: str | None = None
     bf16: bool = True
     optimizer_in_bwd: bool = False
     lean: bool = False
@@ -96,7 +97,19 @@ class Recipe:
             )
         if self.task is not None and self.task not in TASKS:
             raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
+        if self.base not in (None, "nf4", "int8"):
+            raise UserError(f"base is {self.base!r}; expected nf4 or int8 (--quantize)")
+        if self.base is not None and self.task not in (None, "causal-lm"):
+            raise UserError(
+                f"--quantize {self.base} is for language models (--task causal-lm), not for"
+                f" {self.task}"
+            )
         config = self.slice_config()
+        if self.base is not None and not config.keep_originals:
+            raise UserError(
+                f"--quantize {self.base} with keep_originals: false: what trains beside packed"
+                " weights is written as a delta only, which needs the originals"
+            )
         # One seed for all of it: where only the slices have one, that one.
         self.seed = config.seed
 

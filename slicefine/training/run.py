@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from slicefine import atomic
+from slicefine.deltas.delta import Delta, DeltaError
+from slicefine.deltas.lora import to_lora
 from slicefine.lean.apply import lean, undo
 from slicefine.model import get_slice_model
 from slicefine.training import samples
@@ -143,6 +145,8 @@ class _Run:
     def load(self) -> None:
         """The model with its slices, and the trainer."""
         recipe, task = self.recipe, self.task
+        if isinstance(task, CausalLM):
+            task.base, task.device = recipe.base, self.args.device
         # a new head is drawn while the model is loaded
         torch.manual_seed(self.slices.seed)
         dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -161,7 +165,6 @@ class _Run:
             recipe.bf16,
             loaded_dtype,
         )
-        self._ask_before()
         slices = self.slices
         # from_pretrained has drawn these at random: there is nothing in them to keep
         slices.modules_to_save = (
@@ -173,6 +176,8 @@ class _Run:
                 lean(self.model, verbose=False)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        # slices change nothing yet, and beside packed weights they must come before evaluation
+        self._ask_before()
         self.use_cache = getattr(self.model.config, "use_cache", None)
         self.interruption = Interruption()
         if not isinstance(task, CausalLM):
@@ -315,10 +320,13 @@ class _Run:
 
     def _write_model(self, metrics: dict[str, Any], info: dict[str, Any]) -> None:
         model: Any = self.model
-        # the weights are the truth: nothing to merge
-        model.save_pretrained(self.output, whole_model=True)
+        if self.recipe.base is None:
+            # the weights are the truth: nothing to merge
+            model.save_pretrained(self.output, whole_model=True)
         if self.slices.keep_originals:
             model.save_pretrained(self.output / "delta", info=info)
+        if self.recipe.base is not None:
+            self._write_beside_packed()
         self.task.save(self.output)
         self.slices.save(self.output / "slice_config.json")
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -329,6 +337,13 @@ class _Run:
         }
         text = json.dumps(_json(content), indent=2, default=str)
         atomic.write_text(self.output / "training.json", text + "\n")
+
+    def _write_beside_packed(self) -> None:
+        """A packed base cannot take in what has trained: it is left as LoRA too, which is exact."""
+        try:
+            to_lora(Delta.load(self.output / "delta")).save(self.output / "lora")
+        except DeltaError as error:
+            self.say(f"no LoRA of it: {error}")
 
     def _ask_after(self) -> None:
         if not self.prompts:
@@ -427,7 +442,8 @@ def report(metrics: dict[str, Any], output: Path) -> str:
         for key, value in metrics.items()
     ]
     delta = [f"{'delta':<12}{output / 'delta'}"] if (output / "delta").is_dir() else []
-    return "\n".join([*lines, f"{'model':<12}{output}", *delta])
+    lora = [f"{'LoRA':<12}{output / 'lora'}"] if (output / "lora").is_dir() else []
+    return "\n".join([*lines, f"{'model':<12}{output}", *delta, *lora])
 
 
 def _json(value: Any) -> Any:

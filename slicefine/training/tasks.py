@@ -23,6 +23,7 @@ from slicefine.training.loading import (
     Dtype,
     new_modules,
     numbering,
+    packing,
     pretrained,
     with_head,
 )
@@ -231,7 +232,7 @@ class CausalLM(_TextTask):
 
     form: of the rows; found by `prepare` where it is None. answers_only: whether prompts and what
     others than the assistant say are left out of the loss. chat_template: a .jinja file that takes
-    the place of the tokenizer's.
+    the place of the tokenizer's. base: how the weights are packed while they are read, on device.
     """
 
     metric = "perplexity"
@@ -242,6 +243,8 @@ class CausalLM(_TextTask):
         self.answers_only = True
         self.chat_template: str | None = None
         self.chat: Chat | None = None
+        self.base: str | None = None
+        self.device: Any = "cpu"
 
     def required(self) -> list[str]:
         return []
@@ -283,7 +286,11 @@ class CausalLM(_TextTask):
 
         self.load_inputs(model)
         loaded, info = pretrained(
-            AutoModelForCausalLM, model, dtype, output_loading_info=True
+            AutoModelForCausalLM,
+            model,
+            dtype,
+            output_loading_info=True,
+            **packing(self.base, dtype, self.device, model),
         )
         self._check_length(loaded)
         # a tied head is reported missing and is no new module

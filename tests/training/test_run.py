@@ -500,3 +500,66 @@ def test_chat_data_on_the_real_small_decoder(decoder, chat, tmp_path):
     written = json.loads((tmp_path / "out" / "training.json").read_text())
     losses = [entry["loss"] for entry in written["log"] if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0] and (tmp_path / "out" / "samples.json").exists()
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantized_base_leaves_a_delta_and_the_same_as_lora(
+    decoder, chat, tmp_path, base
+):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    peft = pytest.importorskip("peft")
+    from slicefine.model import SliceModel
+
+    recipe = Recipe(
+        model=str(decoder),
+        task="causal-lm",
+        data=chat,
+        output=str(tmp_path / "out"),
+        base=base,
+        batch_size=4,
+        max_length=48,
+        device="cpu",
+        bf16=False,
+        training={"max_steps": 4, "gradient_checkpointing": False},
+        slices={"r": 4, "pool": 16, "switch_interval": 2},
+    )
+    said: list[str] = []
+    assert fine_tune(recipe, say=said.append) == 0
+    out = tmp_path / "out"
+    assert any(line.startswith("LoRA") for line in "\n".join(said).splitlines())
+    assert not (out / "model.safetensors").exists()
+
+    def load():
+        from slicefine.training.loading import packing
+
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            decoder, **packing(base, torch.bfloat16, "cpu", str(decoder))
+        ).train()
+
+    ids = {"input_ids": torch.arange(20)[None]}
+    plain = load()(**ids).logits
+    trained = SliceModel.from_pretrained(load(), out / "delta").train()(**ids).logits
+    lora = peft.PeftModel.from_pretrained(load(), out / "lora").train()(**ids).logits
+    moved = (trained - plain).abs().max()
+    assert moved > 0 and (lora - trained).abs().max() < 0.1 * moved
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": "int3"}, "base is 'int3'; expected nf4 or int8"),
+        ({"base": "nf4", "task": "text-classification"}, "is for language models"),
+        ({"base": "nf4", "slices": {"keep_originals": False}}, "needs the originals"),
+    ],
+)
+def test_a_base_that_cannot_be_trained_on_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        Recipe(**{"model": "m", "task": "causal-lm", "data": "d", **changes})
+
+
+def test_a_gguf_file_is_not_packed_again(chat, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from slicefine.training.loading import packing
+
+    with pytest.raises(UserError, match="holds packed weights of another kind"):
+        packing("nf4", "auto", "cpu", "model.gguf")
