@@ -520,7 +520,7 @@ def test_a_quantized_base_leaves_a_delta_and_the_same_as_lora(
         max_length=48,
         device="cpu",
         bf16=False,
-        training={"max_steps": 4, "gradient_checkpointing": False},
+        training={"max_steps": 4},
         slices={"r": 4, "pool": 16, "switch_interval": 2},
     )
     said: list[str] = []
