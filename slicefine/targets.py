@@ -97,11 +97,19 @@ class Targets:
 
 
 def find_targets(model: nn.Module, config: SliceConfig) -> list[Target]:
-    """The targets of a config in a model, in the model's order.
+    """The targets of a config in a model, in the model's order, for what reads their weights.
 
-    Entries of the config without effect are warned of. Raises as `resolve` does.
+    Entries of the config without effect are warned of. Raises as `resolve` does, and ValueError for
+    packed (quantized) weights, which can be trained beside and not read.
     """
     found = resolve(model, config)
+    packed = [t for t in found.layers if t.skipped is None and t.quantized]
+    if packed:
+        raise ValueError(
+            f"{some(t.name for t in packed)} {'is' if len(packed) == 1 else 'are'} quantized"
+            f" ({packed[0].quantized}), and this reads weights: load the model in floating point, or"
+            " leave them out (exclude_modules)"
+        )
     for note in found.unused:
         warnings.warn(note, stacklevel=2)
     return found.layers

@@ -311,6 +311,15 @@ def test_a_kernel_without_a_gradient_is_refused_by_name():
         get_slice_model(gptq(trains=False), config())
 
 
+def test_what_reads_weights_refuses_packed_ones_by_name(nf4):
+    from slicefine.targets import find_targets
+
+    with pytest.raises(
+        ValueError, match=r"first, second are quantized \(nf4\), and this reads"
+    ):
+        find_targets(pack(Body(), nf4), config())
+
+
 def test_a_pool_for_weights_that_are_not_packed_warns():
     with pytest.warns(UserWarning, match="pool is 16, and no target is quantized"):
         get_slice_model(Body(), config())
