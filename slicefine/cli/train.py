@@ -62,9 +62,7 @@ def train(
         _option("rows of a language model (auto): text, messages, prompt, ...", _DATA),
     ] = None,
     max_length: Annotated[int | None, _option("tokens (256)", _DATA)] = None,
-    packing: Annotated[
-        Switch, _option("several texts in a row", _DATA, "--packing")
-    ] = None,
+    packing: Annotated[Switch, _option("texts in a row", _DATA, "--packing")] = None,
     config: Annotated[Path | None, _option("a SliceConfig as JSON", _CONFIG)] = None,
     r: Annotated[int | None, _option("width of a slice (16)", _CONFIG)] = None,
     slice_type: Annotated[
