@@ -156,8 +156,6 @@ def test_trl_trains_and_its_cast_of_the_masters_is_undone(folder, tmp_path):
     assert layer.slice_weight.dtype is torch.float32
     assert not torch.equal(layer.slice_weight, layer.slice_weight.bfloat16().float())
     assert layer.weight.any()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < losses[0]
 
 
 def _tokenizer() -> Any:
