@@ -156,6 +156,13 @@ def _pointer(tensor: Any) -> int:
 def note_taken(layer: Any) -> None:
     """Somebody has taken the weight of a layer by its name: what ``.data`` writes, no counter sees."""
     agreement = layer.__dict__.get("agreement")
+    weight = layer._parameters.get("weight")
+    # shards, and what has no values: the meta device, and fake tensors, which are of another type
+    if type(weight) is not nn.Parameter or weight.is_meta:
+        return
+    # a graph that is captured cannot wait for an answer
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     if agreement is not None and agreement.unchecked is None:
         layer.__dict__["agreement"] = agreement._replace(unchecked=State.TOUCHED)
         _TAKEN.add(layer)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
@@ -205,3 +206,13 @@ def test_a_beta_of_zero(betas, options):
 def test_amsgrad_is_refused_by_name():
     with pytest.raises(ValueError, match=r"torch\.optim\.AdamW\(model.*amsgrad=True\)"):
         SliceAdamW(sliced().parameters(), amsgrad=True)
+
+
+def test_weights_without_values_may_be_read():
+    with FakeTensorMode():
+        model = sliced()
+        assert model[0].weight.shape == (16, 16)
+        train(model, SliceAdamW(model.parameters()), 2)
+    model = sliced().to("meta")
+    assert model[0].weight.is_meta
+    model(torch.empty(2, 16, device="meta"))
