@@ -46,7 +46,7 @@ class SliceLinearFunction(torch.autograd.Function):
         # a node before this one keeps what makes X again; this one keeps neither
         ctx.source = source if needs_slice and whole else None
         if needs_slice and ctx.source is None:
-            kept = input if whole else ops.take_columns(input, cols)
+            kept = input if whole or cols is None else ops.take_columns(input, cols)
         ctx.input_dtype = input.dtype
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)

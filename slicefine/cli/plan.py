@@ -364,13 +364,20 @@ def _with_progress(running: Any, total: int) -> list[dict[str, Any]]:
     )
 
 
+def _called(request: Request) -> str:
+    """The model, of a long path its end, so that a title is one line."""
+    return request.model if len(request.model) <= 40 else f"...{request.model[-37:]}"
+
+
 def _print_switches(rows: list[dict[str, Any]], request: Request) -> None:
     """A line for each method, a column for each combination of switches, GiB."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    title = f"{request.model}, {request.dtype}, GiB at {request.batch} x {request.length}"
+    title = (
+        f"{_called(request)}, {request.dtype}, GiB at {request.batch} x {request.length}"
+    )
     table = Table(title=escape(title), box=None, title_justify="left")
     table.add_column("method", no_wrap=True)
     peaks = {(row["method"], row["mode"]): row["peak_bytes"] for row in rows}
@@ -405,7 +412,8 @@ def _print(
     )
     table = Table(
         title=escape(
-            f"{request.model}, {request.base or request.dtype}, {what}, r={request.r}, {request.mode}"
+            f"{_called(request)}, {request.base or request.dtype}, {what}, r={request.r},"
+            f" {request.mode}"
         ),
         box=None,
         title_justify="left",

@@ -134,7 +134,8 @@ class ActivationFunction(Function):
 
     @staticmethod
     def remake(ctx) -> Tensor:
-        return reference.activation(*_kept(ctx), ctx.kind)
+        (x,) = _kept(ctx)
+        return reference.activation(x, ctx.kind)
 
     @staticmethod
     @once_differentiable
