@@ -147,6 +147,7 @@ def test_chat_data_end_to_end(tiny_lm, chat, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_lean_training_is_the_same(tiny_lm, chat, tmp_path, accumulate):
     shared = {"max_length": 64, "accumulate": accumulate, "batch_size": 8 // accumulate}
+    shared["training"] = {"logging_steps": 1}
     logs = []
     for lean in (False, True):
         out = tmp_path / str(lean)
