@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn import Parameter
 
 from slicefine.registry import layers_of
 from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to
@@ -28,6 +29,7 @@ class Sliced(Protocol):
     slice_cols: Tensor
     spec: SliceSpec
     schedule: SliceSchedule
+    agreement: Agreement
     axis: str
     _parameters: dict[str, nn.Parameter | None]
     _buffers: dict[str, Any]
@@ -115,6 +117,26 @@ class Agreement(NamedTuple):
         if written or _pointer(master) != self.pointer or self.unchecked is None:
             return State.MASTER_WRITTEN
         return State.TOUCHED
+
+
+def agreed(layer: Sliced) -> bool:
+    """Whether weight and master are the layer's own, whole, and as they were when they agreed: then
+    there is nothing more to find out before they are used.
+    """
+    parameters = layer._parameters
+    weight, master = parameters.get("weight"), parameters.get("slice_weight")
+    known, version, known_master, master_version, unchecked, _, pointer = layer.agreement
+    return (
+        weight is known
+        and master is known_master
+        # shards, fake tensors and FSDP1's views of a flat parameter are of other types
+        and type(weight) is Parameter
+        and type(master) is Parameter
+        and weight._version == version
+        and master._version == master_version
+        and master.data_ptr() == pointer
+        and unchecked is None
+    )
 
 
 def mark_synced(layers: Iterable[Sliced]) -> None:

@@ -4,13 +4,31 @@ bias and the slice backward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from slicefine import ops
+
+
+class _Use(NamedTuple):
+    """What backward does beside returning gradients of the slice's shape.
+
+    layer: the `SliceLayer` whose next move is scored, or whose slice is updated.
+    edge: number of tensors among the inputs before slice_weight.
+    flat: shape of the gradient where slice_weight is flat (``row_column``).
+    source: the node that makes the input again, which had ``input_dtype``.
+    """
+
+    layer: Any
+    scoring: bool
+    edge: int
+    flat: torch.Size | None
+    source: Any
+    input_dtype: torch.dtype
 
 
 class SliceLinearFunction(torch.autograd.Function):
@@ -18,8 +36,7 @@ class SliceLinearFunction(torch.autograd.Function):
     slice, or nothing where ``source`` makes X again.
 
     ``layer`` is None but for the two cases in which backward does more than return gradients:
-    scores for the next move, and
-    `optimizer_in_bwd`.
+    scores for the next move, and `optimizer_in_bwd`.
     """
 
     @staticmethod
@@ -32,29 +49,32 @@ class SliceLinearFunction(torch.autograd.Function):
         else:
             cast_weight = weight
         needs_input, _, _, needs_slice, *_ = ctx.needs_input_grad
-        ctx.scoring = (
+        scoring = (
             layer is not None
             and layer.scores is not None
             and layer.schedule.needs_gradient_scores
         )
+        # the same product as a frozen nn.Linear: the slice is already in the weight. First, so that
+        # an input of another width raises in nn.Linear's words
+        output = F.linear(input, cast_weight, bias)
         kept = None
-        if input.shape[-1] != weight.shape[1]:
-            # raises in nn.Linear's words, before columns are taken that are not there
-            return F.linear(input, cast_weight, bias)
         # [N, K] in place of [..., in]: the activations that a column slice need not keep
-        whole = cols is None or ctx.scoring
+        whole = cols is None or scoring
         # a node before this one keeps what makes X again; this one keeps neither
-        ctx.source = source if needs_slice and whole else None
-        if needs_slice and ctx.source is None:
+        source = source if needs_slice and whole else None
+        if needs_slice and source is None:
             kept = input if whole or cols is None else ops.take_columns(input, cols)
-        ctx.input_dtype = input.dtype
         # the weight itself, not its cast: a bfloat16 copy of every weight would live until backward
         ctx.save_for_backward(weight if needs_input else None, kept, rows, cols)
-        ctx.layer, ctx.slice_shape = layer, slice_weight.shape
-        ctx.slice_edge = 2 if bias is None else 3  # tensor inputs before slice_weight
-        # the same product as a frozen nn.Linear: the slice is already in the weight
-        output = F.linear(input, cast_weight, bias)
-        if not torch.compiler.is_compiling() and output._is_view():
+        # one attribute: each of them takes as long as a small tensor's look-up
+        if layer is None and source is None and slice_weight.dim() == 2:
+            ctx.use = None
+        else:
+            flat = None if slice_weight.dim() == 2 else slice_weight.shape
+            edge = 2 if bias is None else 3
+            ctx.use = _Use(layer, scoring, edge, flat, source, input.dtype)
+        # a product of two matrices is no view; more dimensions are folded into two before it
+        if output.dim() != 2 and not is_compiling() and output._is_view():
             # autograd refuses in-place operations on a custom function's output that is a view; this
             # makes the same memory a tensor of its own
             output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -62,43 +82,48 @@ class SliceLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # grad mode is on only under create_graph=True; double backward is not supported
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_output)
+        if torch.is_grad_enabled():
+            # grad mode is on only under create_graph=True; double backward is not supported
+            return _backward_once(ctx, grad_output)
+        return _backward(ctx, grad_output)
 
 
 def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, _, needs_bias, needs_slice, *_ = ctx.needs_input_grad
-    updater = ctx.layer.updater if ctx.layer is not None and needs_slice else None
-    if updater is not None:
-        # torch.autograd.grad towards something else asks for no update
-        needs_slice = torch._C._will_engine_execute_node(
-            ctx.next_functions[ctx.slice_edge][0]
-        )
-        if needs_slice:
-            updater.before_backward(ctx.layer)
+    use: _Use | None = ctx.use
+    if use is not None and needs_slice and use.layer is not None:
+        updater = use.layer.updater
+        if updater is not None:
+            # torch.autograd.grad towards something else asks for no update
+            needs_slice = torch._C._will_engine_execute_node(
+                ctx.next_functions[use.edge][0]
+            )
+            if needs_slice:
+                updater.before_backward(use.layer)
     weight, kept, rows, cols = ctx.saved_tensors
     grad_input = grad_bias = grad_slice = None
-    # once for both products: attention hands back a transposed gradient, which each of them would
-    # copy
-    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    flat = grad_output
+    if grad_output.dim() != 2:
+        # once for both products: attention hands back a transposed gradient, which each of them
+        # would copy
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
     if needs_input:
         grad_input = flat.mm(
             weight if weight.dtype == flat.dtype else weight.to(flat.dtype)
         )
-        grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
+        if flat is not grad_output:
+            grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
     # [out]: the sum over tokens
     if needs_bias:
         grad_bias = flat.sum(0)
     if needs_slice:
-        if ctx.source is not None:
-            kept = ctx.source._forward_cls.remake(ctx.source).to(ctx.input_dtype)
-        grad_slice = _slice_gradient(
-            ctx,
-            flat,
-            kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1]),
-            rows,
-            cols,
-        )
+        if use is not None and use.source is not None:
+            kept = use.source._forward_cls.remake(use.source).to(use.input_dtype)
+        kept = kept if kept.dim() == 2 else kept.reshape(-1, kept.shape[-1])
+        if use is None:
+            grad_slice = ops.gradient_of_use(flat, kept, rows)
+        else:
+            grad_slice = _slice_gradient(use, flat, kept, rows, cols)
     return grad_input, None, grad_bias, grad_slice, None, None, None, None
 
 
@@ -148,8 +173,7 @@ def slice_linear(
     )
     if in_transform():
         return _transformed(input, weight, bias, slice_weight, rows, cols)
-    # an input of another width raises as in nn.Linear, before its columns are taken
-    if not trains or input.shape[-1:] != weight.shape[1:]:
+    if not trains:
         return F.linear(input, weight, bias)
     return _apply(input, weight, bias, slice_weight, rows, cols, layer, source)
 
@@ -164,7 +188,7 @@ def source_of(input: Tensor) -> Any:
     norms of a lean model have.
     """
     # a compiler decides by itself what is computed again
-    if torch.compiler.is_compiling() or (node := input.grad_fn) is None:
+    if is_compiling() or (node := input.grad_fn) is None:
         return None
     # written to since, it is not what the node would make
     if input._version:
@@ -174,7 +198,7 @@ def source_of(input: Tensor) -> Any:
 
 def in_transform() -> bool:
     """Whether one of torch.func's transforms is running."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _transformed(
@@ -204,14 +228,14 @@ def _transformed(
 
 
 def _slice_gradient(
-    ctx, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None
+    use: _Use, grad_output: Tensor, kept: Tensor, rows: Tensor | None, cols: Tensor | None
 ) -> Tensor | None:
     """The gradient for slice_weight; None where the update has been made in place of it. Also
     collects scores.
     """
-    layer = ctx.layer
+    layer = use.layer
     # scores are of all positions and need every column; the update only those of the slice
-    if ctx.scoring:
+    if use.scoring:
         layer.scores.add(layer, grad_output, kept)
         if cols is not None:
             kept = kept.index_select(1, cols)
@@ -219,8 +243,8 @@ def _slice_gradient(
         layer.updater.update_in_backward(layer, grad_output, kept)
         return None
     grad = ops.slice_grad(grad_output, kept, rows)
-    if grad.shape == ctx.slice_shape:
+    if use.flat is None:
         return grad
-    flat = grad.new_zeros(ctx.slice_shape)  # row_column: the slice, then an unused tail
+    flat = grad.new_zeros(use.flat)  # row_column: the slice, then an unused tail
     flat[: grad.numel()] = grad.flatten()
     return flat

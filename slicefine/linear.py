@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 # imported for its hook: there is no SliceLinear that torch's optimizers would not move
 from slicefine import moves as moves
+from slicefine import ops
+from slicefine.agreement import agreed
 from slicefine.config import SliceConfig
 from slicefine.function import slice_linear, source_of
 from slicefine.layer import SliceLayer
@@ -97,6 +101,32 @@ class SliceLinear(SliceLayer, nn.Linear):
         return plain
 
     def forward(self, input: Tensor) -> Tensor:
+        # most calls find nothing to check or to do beside the product; for them this reads the
+        # registries themselves, as an attribute of a module costs as much as a small product
+        parameters = self._parameters
+        # a parametrized bias is computed by the attribute
+        if not is_compiling() and "bias" in parameters and agreed(self):
+            bias, axis = parameters["bias"], self.axis
+            weight: Tensor = parameters["weight"]  # pyright: ignore[reportAssignmentType]
+            weight = weight.t() if self.fan_in_fan_out else weight
+            if self.watch is not None:
+                self.watch.called = True
+            if not is_grad_enabled():
+                # casts under autocast as nn.Linear does
+                return F.linear(input, weight, bias)
+            if (
+                self.set_aside is None
+                and self.updater_reference is None
+                and self.scores is None
+                and not ops.any_autocast()
+            ):
+                indices, master = self._buffers, parameters["slice_weight"]
+                assert master is not None
+                rows = None if axis == "column" else indices["slice_rows"]
+                cols = None if axis == "row" else indices["slice_cols"]
+                # a column slice keeps few columns, whatever could make its input again
+                source = source_of(input) if cols is None else None
+                return slice_linear(input, weight, bias, master, rows, cols, None, source)
         source = source_of(input)
         input, layer = self.prepare_input(input)
         return slice_linear(

@@ -15,6 +15,7 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_map
 
 from slicefine import beside, guard
 from slicefine.agreement import follow_taken
+from slicefine.kept import WriteThrough
 from slicefine.layer import SliceLayer
 from slicefine.registry import slices_of
 from slicefine.scores import position_scores
@@ -37,6 +39,8 @@ from slicefine.scores import position_scores
 # In a parameter group of an optimizer: the steps that its slices have taken. Groups are part of
 # every optimizer's state_dict, so a resumed optimizer tells whether the slices were resumed too.
 STEPS_KEY = "slice_steps"
+
+_WRITES: weakref.WeakKeyDictionary[Optimizer, WriteThrough] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -46,12 +50,14 @@ class _Running:
     frame: id of its Python frame, by which a call that an exception has ended is told from others.
     updated: slices updated so far, each with the innermost optimizer that did it.
     optimizers: this one and those whose steps it has called.
+    found: the slices of those optimizers that have been asked for them in this step.
     """
 
     optimizer: Optimizer
     frame: int
     updated: dict[Tensor, Optimizer] = field(default_factory=dict)
     optimizers: list[Optimizer] = field(default_factory=list)
+    found: dict[Optimizer, dict[Tensor, list[SliceLayer]]] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -146,6 +152,7 @@ def _after_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     outer = running[-1]
     outer.updated.update(step.updated)
     outer.optimizers += step.optimizers
+    outer.found.update(step.found)
 
 
 def _skipped(optimizer: Optimizer) -> bool:
@@ -155,31 +162,39 @@ def _skipped(optimizer: Optimizer) -> bool:
 
 def _write_through(optimizer: Optimizer, step: _Running) -> None:
     # version counters cannot be used: fused optimizers do not bump them
-    for parameter, layers in slices_of(optimizer).items():
+    slices: list[tuple[Tensor, SliceLayer]] = []
+    found = step.found[optimizer] = slices_of(optimizer)
+    for parameter, layers in found.items():
         if parameter.grad is None and parameter not in step.updated:
             continue
         step.updated.setdefault(parameter, optimizer)
-        for layer in layers:
-            layer.write_through()
+        slices += [(parameter, layer) for layer in layers]
+    if optimizer not in _WRITES:
+        _WRITES[optimizer] = WriteThrough()
+    _WRITES[optimizer].write(slices)
 
 
-def finish_step(optimizer: Optimizer, trained: set[Tensor]) -> None:
+def finish_step(
+    optimizer: Optimizer, trained: set[Tensor], found: dict[Tensor, list[SliceLayer]]
+) -> None:
     """Count a step of an optimizer that writes through itself, and move the slices that are due.
 
     Args:
         optimizer: whose ``finishes_its_steps`` is True.
         trained: the slices that it has updated and written through.
+        found: what `slices_of` says of it.
     """
     running = _STACK.running
     updated = dict.fromkeys(trained, optimizer)
     if running and running[-1].optimizer is optimizer:
         step = running[-1]
         step.updated.update(updated)
+        step.found[optimizer] = found
         # an outer optimizer's step is still running; it counts for both
         if len(running) > 1:
             return
     else:
-        step = _Running(optimizer, 0, updated, [optimizer])
+        step = _Running(optimizer, 0, updated, [optimizer], {optimizer: found})
     step.finished = True
     _count(step)
 
@@ -190,7 +205,8 @@ def _count(step: _Running) -> None:
         return
     slices: dict[Tensor, list[SliceLayer]] = {}
     for optimizer in step.optimizers:
-        slices.update(slices_of(optimizer))
+        found = step.found.get(optimizer)
+        slices.update(slices_of(optimizer) if found is None else found)
     # before the first move: a move would record the checkpoint's values as the base
     _check_resumed(step, slices)
     # every schedule counts, also where a slice got no gradient, so that layers move together

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from slicefine.backends import reference
 from slicefine.backends.checks import (
@@ -54,6 +55,16 @@ def slice_grad(
     if module is None:
         return _ops.slice_grad(grad_output, input, rows)
     check_operands("slice_grad", grad_output, input, rows)
+    return module.slice_grad(grad_output, input, rows)
+
+
+def gradient_of_use(grad_output: Tensor, input: Tensor, rows: Tensor | None) -> Tensor:
+    """`slice_grad` for operands that autograd has checked: what backward is given has the shape,
+    the dtype and the device of what forward has returned.
+    """
+    module = direct(grad_output, input)
+    if module is None:
+        return _ops.slice_grad(grad_output, input, rows)
     return module.slice_grad(grad_output, input, rows)
 
 
@@ -122,12 +133,29 @@ def take_columns(
     Returns:
         [N, K], one row per token, a copy.
     """
+    few = not is_compiling() and input.dim() == 2 and input.shape[0] <= _FEW_TOKENS
+    if few:
+        try:
+            return input.index_select(1, cols)
+        except (IndexError, RuntimeError):
+            # the compiled module says which index it is
+            pass
     return (direct(input) or reference).take_columns(input, cols)
+
+
+# Up to so many tokens torch's own operator takes less than the way into the compiled module: 64 to
+# 1024 features, r 8 and 16, one thread of an AMD EPYC, 1.0 against 2.3 us at 4 and 2.5 against 3.0
+# us at 256 tokens. Both copy, so the values are the same.
+_FEW_TOKENS = 256
 
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a type of device; the meta device has none and must not be asked."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+# for any type of device, in a tenth of the time
+any_autocast = torch._C._is_any_autocast_enabled
 
 
 def _columns(slices: Sequence[Any], kind: Any) -> list[list[Any]]:

@@ -17,10 +17,11 @@ from slicefine import ops
 from slicefine.agreement import mark_synced
 from slicefine.backends.operands import BLOCK_8BIT, AdamWOptions, AdamWSlice, AdamWSlice8bit
 from slicefine.backends.reference import dynamic_codebook
+from slicefine.kept import Kept, Slices, by_device
 from slicefine.layer import SliceLayer, check_slice_state
 from slicefine.moves import finish_step
 from slicefine.registry import layers_of, slices_of
-from slicefine.sharding import is_sharded
+from slicefine.sharding import is_sharded, local
 
 
 class SliceAdamW(Optimizer):
@@ -101,6 +102,8 @@ class SliceAdamW(Optimizer):
         # gradients of slices used more than once
         self._deferred: dict[Tensor, Tensor] = {}
         self._group_index: dict[Tensor, int] = {}
+        # by the index of a group: what updates its slices
+        self._updates: dict[int, Kept] = {}
         # after the fields above: torch calls add_param_group, which fills them
         super().__init__(params, defaults)
         count = sum(len(group["params"]) for group in self.param_groups)
@@ -149,18 +152,24 @@ class SliceAdamW(Optimizer):
         layers = slices_of(self)
         for shared in layers.values():
             # refused before anything is written: half of an update cannot be taken back
-            shared[0].require_enabled("an optimizer step")
-        for group in self.param_groups:
-            slices, others = [], []
+            if shared[0].disabled:
+                shared[0].require_enabled("an optimizer step")
+        for index, group in enumerate(self.param_groups):
+            slices, grads, others = {}, [], []
             for parameter in group["params"]:
-                if parameter.grad is None or isinstance(parameter.grad, _AppliedGradient):
+                grad = parameter.grad
+                if grad is None or isinstance(grad, _AppliedGradient):
                     continue
-                (slices if parameter in layers else others).append(parameter)
-            self._update_slices(
-                group, {p: layers[p] for p in slices}, [p.grad for p in slices]
-            )
+                # a tensor's hash is a call in Python: each is asked for once
+                shared = layers.get(parameter)
+                if shared is None:
+                    others.append(parameter)
+                    continue
+                slices[parameter] = shared
+                grads.append(grad)
+            self._update_slices(index, slices, grads)
             self._update_others(group, others)
-        finish_step(self, self._trained_slices)
+        finish_step(self, self._trained_slices, layers)
         self._trained_slices.clear()
         self._uses.clear()
         return loss
@@ -223,19 +232,36 @@ class SliceAdamW(Optimizer):
         )
 
     def _update_slices(
-        self,
-        group: dict[str, Any],
-        slices: dict[Tensor, list[SliceLayer]],
-        grads: list[Any],
+        self, index: int, slices: dict[Tensor, list[SliceLayer]], grads: list[Any]
     ) -> None:
         """One call per device for all slices of a group; slices: each parameter with the layers
         that use it.
         """
-        places: dict[torch.device, list[tuple]] = {}
-        for (parameter, layers), grad in zip(slices.items(), grads, strict=True):
-            # tied layers share parameter, weight and moments: one update serves them all
-            layer, state = layers[0], self._state(parameter)
-            active = layer.active
+        if not slices:
+            return
+        # tied layers share parameter, weight and moments: one update serves them all
+        listed = [(parameter, layers[0]) for parameter, layers in slices.items()]
+        if index not in self._updates:
+            self._updates[index] = Kept(self._prepared)
+        group = self.param_groups[index]
+        for prepared, steps, ones, places in self._updates[index].of(listed, self.state):
+            # one launch counts the steps of all slices
+            torch._foreach_add_(steps, ones)  # pyright: ignore[reportPrivateImportUsage]
+            options = self._options(group, listed[places[0]][1])
+            prepared.step([local(grads[place]) for place in places], options)
+        self._trained_slices.update(slices)
+        mark_synced(layer for layers in slices.values() for layer in layers)
+
+    def _prepared(
+        self, slices: Slices
+    ) -> list[tuple[ops.PreparedAdamW, list[Tensor], list[Tensor], list[int]]]:
+        """What updates slices: for each device the call, its step counts, what is added to them,
+        and its slices' places in the list.
+        """
+        kind: Any = AdamWSlice if self.optim_bits == 32 else AdamWSlice8bit
+        operands = []
+        for parameter, layer in slices:
+            state, active = self._state(parameter), layer.active
             master = active(parameter)
             moments = [active(state["exp_avg"]), active(state["exp_avg_sq"])]
             if self.optim_bits == 8:
@@ -245,32 +271,21 @@ class SliceAdamW(Optimizer):
                     state["exp_avg_scale"][:blocks],
                     state["exp_avg_sq_scale"][:blocks],
                 ]
-            place = (
-                master,
-                active(grad),
-                *moments,
-                layer.weight_matrix,
-                layer.rows,
-                layer.cols,
-                state["step"],
-                layer,
-            )
-            places.setdefault(parameter.device, []).append(place)
-        for device, entries in places.items():
-            steps = [entry[-2] for entry in entries]
-            # one launch counts the steps of all slices
-            torch._foreach_add_(steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-            options = self._options(group, entries[0][-1])
-            if self.optim_bits == 32:
-                ops.slice_adamw([AdamWSlice(*entry[:-1]) for entry in entries], options)
-                continue
-            # sent once to each device
-            if device not in self._codebooks:
-                self._codebooks[device] = dynamic_codebook().to(device)
-            eight = [AdamWSlice8bit(*entry[:-1]) for entry in entries]
-            ops.slice_adamw_8bit(eight, self._codebooks[device], options)
-        for parameter, layers in slices.items():
-            self._mark_trained(parameter, layers)
+            place = (layer.weight_matrix, layer.rows, layer.cols, state["step"])
+            operands.append(kind(master, None, *moments, *place))
+        made = []
+        for device, places in by_device(slices).items():
+            some, codebook = [operands[place] for place in places], None
+            if self.optim_bits == 8:
+                # sent once to each device
+                if device not in self._codebooks:
+                    self._codebooks[device] = dynamic_codebook().to(device)
+                codebook = self._codebooks[device]
+            prepared = ops.PreparedAdamW(some, codebook)
+            # with a number in place of tensors _foreach_add_ takes four times as long on a CPU
+            ones = [torch.ones((), device=device)] * len(some)
+            made.append((prepared, [s.step for s in some], ones, places))
+        return made
 
     def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """torch's AdamW for the rest; parameters in half precision get a float32 master, or small
@@ -334,10 +349,6 @@ class SliceAdamW(Optimizer):
         self._deferred.clear()
         super().zero_grad(set_to_none)
 
-    def _mark_trained(self, parameter: Tensor, layers: list[SliceLayer]) -> None:
-        self._trained_slices.add(parameter)
-        mark_synced(layers)
-
     # Optimizer_in_bwd: the update happens where the gradient is
 
     def before_forward(self, layer: SliceLayer) -> None:
@@ -397,7 +408,8 @@ class SliceAdamW(Optimizer):
                 step=state["step"],
             )
             ops.slice_grad_adamw(grad_output, input, active, self._options(group, layer))
-            self._mark_trained(parameter, layers_of(parameter))
+            self._trained_slices.add(parameter)
+            mark_synced(layers_of(parameter))
         # not None, which others take for a slice without a part in this step
         parameter.grad = _AppliedGradient(parameter)
 
@@ -423,7 +435,7 @@ class SliceAdamW(Optimizer):
         """Update the slices of weights that were used several times, now that every use has had its
         turn.
         """
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             waiting = [p for p in group["params"] if p in self._deferred]
             flat = []
             for p in waiting:
@@ -435,7 +447,7 @@ class SliceAdamW(Optimizer):
                         grad.flatten(), (0, p.numel() - grad.numel())
                     )
                 )
-            self._update_slices(group, {p: layers_of(p) for p in waiting}, flat)
+            self._update_slices(index, {p: layers_of(p) for p in waiting}, flat)
 
     # Checkpoints
 
@@ -505,12 +517,8 @@ class SliceAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained_slices, self._uses, self._deferred, self._codebooks = (
-            set(),
-            {},
-            {},
-            {},
-        )
+        self._trained_slices, self._uses, self._deferred = set(), {}, {}
+        self._codebooks, self._updates = {}, {}
         self._group_index = {
             p: i for i, group in enumerate(self.param_groups) for p in group["params"]
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -78,8 +79,10 @@ def slices_of(optimizer: Optimizer) -> dict[Tensor, list[Any]]:
         known = _SLICES[optimizer] = _Slices(_registrations, parameters, found)
     alive = {}
     for parameter, references in known.layers.items():
-        layers = [layer for reference in references if (layer := reference()) is not None]
-        if layers:
+        first = references[0]()
+        if first is not None and len(references) == 1:
+            alive[parameter] = [first]
+        elif layers := [layer for r in references if (layer := r()) is not None]:
             alive[parameter] = layers
     return alive
 
@@ -88,4 +91,4 @@ def _up_to_date(known: _Slices, parameters: list[Tensor]) -> bool:
     if known.registrations != _registrations or len(known.parameters) != len(parameters):
         return False
     # by identity: == would compare the values of tensors
-    return all(a is b for a, b in zip(known.parameters, parameters, strict=True))
+    return all(map(is_, known.parameters, parameters))

@@ -64,24 +64,43 @@ def slice_norms(weight: Tensor, spec: SliceSpec, axis: str) -> Tensor:
     """Frobenius norm of every slice of a matrix on an axis: (positions,), float64; never a
     temporary as large as the matrix.
     """
-    count = spec.positions(axis)
-    # a strip of columns would hold other blocks too
     if axis == "block":
-        slices = (
-            read_slice(weight, *_on(weight, spec.features(axis, p))) for p in range(count)
-        )
-        return torch.stack(
-            [torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices]
-        )
-    strips = (
+        # (row blocks, column blocks); a strip of columns at a time
+        strips = [
+            _by_rows(read_slice(weight, None, cols.to(weight.device)).double(), spec)
+            for cols in _strips(spec)
+        ]
+        return torch.stack(strips, 1).flatten().sqrt()
+    slices = (
         weight.index_select(
             1 if axis == "column" else 0, _index(spec, axis, p).to(weight.device)
         )
-        for p in range(count)
+        for p in range(spec.positions(axis))
     )
-    return torch.stack(
-        [torch.linalg.vector_norm(strip, dtype=torch.float64) for strip in strips]
-    )
+    return torch.stack([torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices])
+
+
+def _strips(spec: SliceSpec) -> Iterator[Tensor]:
+    """The columns of the first row of blocks; further rows have the same."""
+    for strip in range(-(-spec.in_features // spec.r)):
+        cols = spec.features(spec.axes[0], strip)[1]
+        assert cols is not None
+        yield cols
+
+
+def _by_rows(strip: Tensor, spec: SliceSpec) -> Tensor:
+    """Squared norms of the blocks in a strip (out, r): (row blocks,) float64."""
+    energy = strip.square().sum(1)
+    # whole blocks of rows lie side by side once they are in the order in which slices take them
+    order = spec.order(spec.out_features)
+    energy = energy if order is None else energy[order.to(energy.device)]
+    width, features = spec.r_out, spec.out_features
+    whole = features // width
+    sums = energy[: whole * width].view(whole, width).sum(1)
+    if whole * width < features:
+        # the last position moves back to stay inside
+        sums = torch.cat([sums, energy[features - width :].sum().view(1)])
+    return sums
 
 
 def _index(spec: SliceSpec, axis: str, position: int) -> Tensor:
@@ -89,12 +108,6 @@ def _index(spec: SliceSpec, axis: str, position: int) -> Tensor:
     index = cols if axis == "column" else rows
     assert index is not None
     return index
-
-
-def _on(
-    like: Tensor, features: tuple[Tensor | None, Tensor | None]
-) -> Iterator[Tensor | None]:
-    return (None if index is None else index.to(like.device) for index in features)
 
 
 def gradient_scores(
@@ -113,21 +126,13 @@ def gradient_scores(
             )
             scores[p] = grad.double().square().sum().item()
         return scores
-    # the grid of positions is strips wide; position p lies in column p % strips
-    strips = -(-spec.in_features // spec.r)
-    for strip in range(strips):
-        # for a block the first row of the grid of positions
-        _, cols = spec.features(axis, strip)
-        assert cols is not None
-        # [out]: squared norm of each row within the strip; blocks of one strip share it
-        energy = (
-            ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device)))
-            .double()
-            .square()
-            .sum(1)
-            .cpu()
-        )
-        for p in range(strip, len(scores), strips):
-            rows, _ = spec.features(axis, p)
-            scores[p] = (energy if rows is None else energy[rows]).sum()
+    strips = list(_strips(spec))
+    # the grid of positions is as wide as there are strips
+    grid = scores.view(-1, len(strips))
+    for strip, cols in enumerate(strips):
+        grad = ops.slice_grad(grad_output, input.index_select(1, cols.to(input.device)))
+        if axis == "block":
+            grid[:, strip] = _by_rows(grad.double(), spec)
+        else:
+            grid[0, strip] = grad.double().square().sum()
     return scores

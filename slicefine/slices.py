@@ -111,12 +111,16 @@ class SliceSpec:
         cols = self._indices(col, self.r, self.in_features) if axis != "row" else None
         return rows, cols
 
+    def order(self, features: int) -> Tensor | None:
+        """(features,) int64, the order in which positions take features; None for their own."""
+        return None if self.contiguous else _permutation(features, self.seed)
+
     def _indices(self, position: int, width: int, features: int) -> Tensor:
         # The last position moves back to stay inside: it overlaps the one before it.
         start = min(position * width, features - width)
-        if self.contiguous:
+        order = self.order(features)
+        if order is None:
             return torch.arange(start, start + width, device=HOST)
-        order = _permutation(features, self.seed)
         # ascending: whoever stores features (as runs) or looks them up (searchsorted) relies on it
         return order[start : start + width].sort().values
 
@@ -174,8 +178,7 @@ def _shuffled(count: int, start: int, index: int, key: tuple[int, int]) -> int:
     A Feistel network permutes the next power of four; values outside are sent through again until
     they are inside, which keeps it a permutation (cycle walking).
     """
-    # 4**half is less than four times count, so a walk ends after four rounds on average at most.
-    half = (max(count - 1, 1).bit_length() + 1) // 2
+    half = _half_bits(count)
     value = _feistel(index, half, key)
     while value >= count:
         value = _feistel(value, half, key)
@@ -192,12 +195,21 @@ def _feistel(value: int, half: int, key: tuple[int, int]) -> int:
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for turn in range(4):
-        # crc32, not hash(), which Python salts in every process; the key makes each sweep another
-        # order
-        mixed = zlib.crc32(f"{key[0]} {key[1]} {turn} {right}".encode())
-        # Undone by the same exclusive or: a permutation, whatever `mixed` is.
-        left, right = right, left ^ (mixed & mask)
+        # Undone by the same exclusive or: a permutation, whatever `_mixed` is.
+        left, right = right, left ^ (_mixed(key, turn, right) & mask)
     return left << half | right
+
+
+def _half_bits(count: int) -> int:
+    """Bits of each half of what the network permutes: its 4**half values are less than four times
+    count, so a walk ends after four rounds on average at most.
+    """
+    return (max(count - 1, 1).bit_length() + 1) // 2
+
+
+def _mixed(key: tuple[int, int], turn: int, right: int) -> int:
+    # crc32, not hash(), which Python salts in every process; the key makes each sweep another order
+    return zlib.crc32(f"{key[0]} {key[1]} {turn} {right}".encode())
 
 
 @dataclass
@@ -228,8 +240,8 @@ class SliceSchedule:
     rewritten: int = 0
     # axis -> position -> optimizer state
     remembered: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    # (moves, position) that ``visited`` has on record
-    _noted: tuple[int, int] | None = field(default=None, repr=False)
+    # the number of moves after which ``visited`` has been written last
+    _noted: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in SWITCH_MODES:
@@ -276,12 +288,11 @@ class SliceSchedule:
     def step(self, trained: bool) -> bool:
         """Count one optimizer step; returns whether the slice must move now."""
         # Every layer asks at every step; a tensor is written only after a move.
-        if trained and self._noted != (self.moves, self.position[self.axis]):
+        if trained and self._noted != self.moves:
             self.visited[self.axis][self.position[self.axis]] = True
-            self._noted = (self.moves, self.position[self.axis])
-        move = self.moves_after_this_step
+            self._noted = self.moves
         self.steps += 1
-        return move
+        return self.interval is not None and self.steps % self.interval == 0
 
     def move(self, scores: Callable[[str], Tensor]) -> None:
         """Go to the next position. ``scores(axis)`` gives one score per position of the axis; only
@@ -420,14 +431,21 @@ def _share(spec: SliceSpec, visited: Mapping[str, Tensor]) -> float:
     # An entry is missed where its row and its column both are: the missed shares multiply.
     missed = 1.0
     for axis, seen in visited.items():
-        grid = seen.view(*(_count(extent) for extent in spec.extents(axis)))
-        for dim, (width, features, _) in enumerate(spec.extents(axis)):
-            # Weighed by the features of each part, the sum over the grid counts entries, not
-            # positions.
-            grid, sizes = _disjoint(grid, dim, width, features)
-            visited_features = grid.to(torch.float64).movedim(dim, -1) * sizes
-            grid = visited_features.movedim(-1, dim)
-        missed *= 1.0 - grid.sum().item() / math.prod(f for _, f, _ in spec.extents(axis))
+        extents = spec.extents(axis)
+        grid = seen.view(-1, *(_count(extent) for extent in extents[-1:]))
+        covered = _covered(grid, *extents[-1][:2])
+        if len(extents) > 1:
+            width, features, _ = extents[0]
+            # the last two rows of blocks may overlap; in the rows that they share, a feature is
+            # covered by either
+            overlap = len(grid) * width - features
+            total = width * int(covered.sum())
+            if overlap:
+                either = _covered((grid[-2] | grid[-1]).unsqueeze(0), *extents[1][:2])
+                total -= overlap * int(covered[-2:].sum() - either)
+        else:
+            total = int(covered)
+        missed *= 1.0 - total / math.prod(features for _, features, _ in extents)
     return 1.0 - missed
 
 
@@ -436,23 +454,16 @@ def _count(extent: tuple[int, int, str]) -> int:
     return -(-features // width)
 
 
-def _disjoint(grid: Tensor, dim: int, width: int, features: int) -> tuple[Tensor, Tensor]:
-    """Positions along one dimension cut into disjoint parts: the grid of these, and their sizes.
+def _covered(seen: Tensor, width: int, features: int) -> Tensor:
+    """(rows,) int64: how many features the positions of each row cover. seen: (rows, positions).
 
-    Only the last position overlaps another, the one before it; what they share is a part more.
+    Only the last position overlaps another, the one before it.
     """
-    count = grid.shape[dim]
-    overlap = count * width - features
-    sizes = torch.full((count,), float(width), dtype=torch.float64, device=HOST)
-    if overlap == 0:
-        return grid, sizes
-    # Counted in neither of the two, once as a part of its own.
-    sizes[-2:] -= overlap
-    shared = torch.tensor([overlap], dtype=torch.float64, device=HOST)
-    last_two = grid.narrow(dim, count - 2, 2)
-    # trained if either of the two has
-    both = last_two.amax(dim, keepdim=True)
-    return torch.cat([grid, both], dim), torch.cat([sizes, shared])
+    overlap = seen.shape[1] * width - features
+    covered = width * seen.sum(1)
+    if overlap:
+        covered -= overlap * (seen[:, -2] & seen[:, -1]).to(torch.int64)
+    return covered
 
 
 def planned_coverage(schedule: SliceSchedule, steps: int) -> tuple[int, float]:
@@ -489,9 +500,40 @@ def _visited(mode: str, count: int, start: int, turns: int, seed: int) -> Tensor
     if turns >= count:
         # Every mode is a permutation of the positions: a whole sweep has been everywhere.
         return ~seen
-    for turn in range(turns):
-        seen[_position_at(mode, count, start, turn, seed)] = True
+    if mode != "random":
+        order = torch.arange(turns, device=HOST)
+        seen[(start - order if mode == "descending" else start + order) % count] = True
+    elif count > _PERMUTED:
+        seen[_first_shuffled(count, start, turns, seed)] = True
+    else:
+        order = _permutation(count, seed)
+        # the configured position comes first, the others keep their order
+        seen[order[order != start][: turns - 1]] = True
+        seen[start] = True
     return seen
+
+
+def _first_shuffled(count: int, start: int, turns: int, seed: int) -> Tensor:
+    """(turns,) int64: `_shuffled` of the first indices of the first sweep."""
+    half = _half_bits(count)
+    # four tables of the mixing function in place of four calls for each index
+    tables = [
+        torch.tensor([_mixed((seed, 0), turn, right) for right in range(1 << half)])
+        for turn in range(4)
+    ]
+    values = torch.arange(turns, device=HOST)
+    outside = torch.ones(turns, dtype=torch.bool, device=HOST)
+    mask = (1 << half) - 1
+    while bool(outside.any()):
+        left, right = values[outside] >> half, values[outside] & mask
+        for table in tables:
+            left, right = right, left ^ (table[right] & mask)
+        values[outside] = left << half | right
+        outside = values >= count
+    first = values[0].clone()
+    values[values == start] = first
+    values[0] = start
+    return values
 
 
 def read_slice(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:

@@ -79,8 +79,12 @@ def slice_grad(
     # _keep: the row holds addresses only, and a copy must live until the call returns
     row, _keep = gradient_row(grad_output, input, rows)
     dtype = accumulation_dtype(grad_output.dtype)
-    height = grad_output.shape[1] if rows is None else rows.shape[0]
-    out = grad_output.new_empty((height, input.shape[1]), dtype=dtype)
+    # row[7], row[8]: R and K
+    if dtype is grad_output.dtype:
+        # a keyword costs as much as the rest of the call
+        out = grad_output.new_empty((row[7], row[8]))
+    else:
+        out = grad_output.new_empty((row[7], row[8]), dtype=dtype)
     _C.slice_grad(row, out.data_ptr(), torch.get_num_threads())
     return out
 

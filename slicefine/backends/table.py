@@ -79,21 +79,25 @@ def gradient_row(
     allow_tf32: bool = False,
 ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
     """A `GradientRow`, and the tensors that must outlive the call."""
-    (n, out_features), K = grad_output.shape, input.shape[1]
+    (n, out_features), (_, K) = grad_output.shape, input.shape
+    stride_grad_output, apart = grad_output.stride()
     # the stride between features says nothing where there is only one of them
-    if grad_output.stride(1) != 1 and out_features > 1:
+    if apart != 1 and out_features > 1:
         grad_output = grad_output.contiguous()
-    if input.stride(1) != 1 and K > 1:
+        stride_grad_output = grad_output.stride(0)
+    stride_input, apart = input.stride()
+    if apart != 1 and K > 1:
         input = input.contiguous()
+        stride_input = input.stride(0)
     # a plain tuple in the order of GradientRow: this runs in every backward of a layer
     row = (
         grad_output.data_ptr(),
-        grad_output.stride(0),
+        stride_grad_output,
         out_features,
         input.data_ptr(),
-        input.stride(0),
+        stride_input,
         n,
-        index_address(rows),
+        0 if rows is None else index_address(rows),
         out_features if rows is None else rows.shape[0],
         K,
         DTYPES[grad_output.dtype],

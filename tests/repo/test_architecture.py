@@ -22,7 +22,7 @@ LAYERS = [
     {"ops"},
     {"scores", "function"},
     {"layer"},
-    {"guard", "fused"},
+    {"guard", "fused", "kept"},
     {"moves"},
     {"linear"},
     {"modules"},
