@@ -22,7 +22,6 @@ from slicefine.agreement import (
     Agreement,
     State,
     after_assignment,
-    agreed,
     check_belongs,
     convert_indices,
     convert_master,
@@ -332,19 +331,16 @@ class SliceLayer(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            if not agreed(self):
-                sharding.check_whole(self)
-                self.sync()
+            sharding.check_whole(self)
+            self.sync()
             if self.watch is not None:
                 self.watch.called = True
-        if compiling or ops.any_autocast():
-            device = input.device.type
-            if ops.autocast_enabled(device) and input.dtype != torch.float64:
-                input = input.to(torch.get_autocast_dtype(device))
-        if self.set_aside is not None:
+        device = input.device.type
+        if ops.autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        if self.disabled:
             return input, None
-        # the weak reference is asked only where there is one
-        updater = None if self.updater_reference is None else self.updater
+        updater = self.updater
         # an evaluation between two steps is no use that a gradient could come from
         if updater is not None and torch.is_grad_enabled():
             if compiling:
