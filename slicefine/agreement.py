@@ -125,7 +125,15 @@ def agreed(layer: Sliced) -> bool:
     """
     parameters = layer._parameters
     weight, master = parameters.get("weight"), parameters.get("slice_weight")
-    known, version, known_master, master_version, unchecked, _, pointer = layer.agreement
+    (
+        known,
+        version,
+        known_master,
+        master_version,
+        unchecked,
+        _,
+        pointer,
+    ) = layer.agreement
     return (
         weight is known
         and master is known_master
