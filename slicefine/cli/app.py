@@ -10,6 +10,7 @@ import typer
 from slicefine.cli import env as env_verb
 from slicefine.cli.advise import advise
 from slicefine.cli.capacity import capacity
+from slicefine.cli.compare import compare
 from slicefine.cli.continual import continual
 from slicefine.cli.delta import app as delta_verbs
 from slicefine.cli.diagnose import diagnose
@@ -31,6 +32,7 @@ app.command()(patch)
 app.command()(continual)
 app.command()(diagnose)
 app.command()(advise)
+app.command()(compare)
 
 
 @app.command()

@@ -38,6 +38,7 @@ LAYERS = [
     {"diagnose"},
     {"capacity"},
     {"continual"},
+    {"compare"},
     {"cli"},
     {"__main__", "__init__"},
 ]
