@@ -12,6 +12,7 @@ help:
 	@echo "make lint       ruff, pyright, and how large and dense the code is"
 	@echo "make bench      times and peak memory beside masked gradients, AdamW and peft's methods: JSON, report, plots (under 6 minutes)"
 	@echo "                make bench BASE=main compares this checkout with another commit"
+	@echo "make quality    the defaults beside LoRA and full fine-tuning on six tasks (hours; goes on where it stopped)"
 	@echo "make docs       the pages as a site, in build/site"
 	@echo "make wheel      a wheel for this platform in dist/"
 	@echo "make gpu        on a machine with a GPU: every kernel against the oracle, then timings"
@@ -46,6 +47,9 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(if $(BASE),--base $(BASE)) $(ARGS)
 
+quality: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]" $(foreach package,$(TORCH),"$(package)")
 	$(BIN)/python docs/pages.py
@@ -62,4 +66,4 @@ gpu:
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info slicefine/_C.* slicefine/_CUDA.*
 
-.PHONY: help demo demo-full test lint bench docs wheel gpu clean
+.PHONY: help demo demo-full test lint bench quality docs wheel gpu clean

@@ -135,6 +135,10 @@ def prepare(
             target_modules=list(targets),
             exclude_modules=None,
             modules_to_save=list(saved) or None,
+            # what the masked baseline trains
+            contiguous=True,
+            bias="none",
+            norms="none",
         )
         sliced: Any = get_slice_model(model, config)
         optimizer = SliceAdamW(sliced.parameters(), lr=lr, optimizer_in_bwd=method.in_bwd)
@@ -250,7 +254,7 @@ class MaskedGradient:
         names: Linear layers to train.
         features: (name, move) -> (rows, cols) of the slice after that many moves, None for all.
         interval: Optimizer steps between moves, None for never. A move resets the dense moments.
-        also: Prefixes of parameters that train fully.
+        also: Names of modules and parameters that train fully.
     """
 
     def __init__(
@@ -264,7 +268,9 @@ class MaskedGradient:
         self.weights = {name: model.get_submodule(name).weight for name in names}
         self.features, self.interval, self.steps, self.moves = features, interval, 0, 0
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(name.startswith(prefix) for prefix in also))
+            parameter.requires_grad_(
+                any(f"{name}.".startswith(f"{prefix}.") for prefix in also)
+            )
         for weight in self.weights.values():
             weight.requires_grad_(True)
         self.others = [

@@ -17,6 +17,7 @@ _HOME = {
     "Delta": "deltas.delta",
     "DeltaError": "deltas.delta",
     "get_slice_model": "model",
+    "parameter_groups": "groups",
     "list_targets": "dry_run",
     "track_memory": "plan.tracker",
     "available_backends": "backends.select",
@@ -36,6 +37,7 @@ __all__ = [
     "lean",
     "list_targets",
     "load_slice_state_dict",
+    "parameter_groups",
     "slice_state_dict",
     "track_memory",
     "use_backend",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from slicefine.deltas.delta import Delta as Delta
     from slicefine.deltas.delta import DeltaError as DeltaError
     from slicefine.dry_run import list_targets as list_targets
+    from slicefine.groups import parameter_groups as parameter_groups
     from slicefine.layer import SliceLayer as SliceLayer
     from slicefine.linear import SliceLinear as SliceLinear
     from slicefine.model import SliceModel as SliceModel

@@ -22,14 +22,20 @@ from slicefine.slices import (
 )
 
 BiasMode = Literal["none", "all", "slice_only"]
+NormMode = Literal["none", "torch", "all"]
 TiedMode = Literal["skip", "share"]
 UnusedMode = Literal["error", "warn", "ignore"]
 UNUSED_MODES: tuple[str, ...] = get_args(UnusedMode)
 BIAS_MODES: tuple[str, ...] = get_args(BiasMode)
+NORM_MODES: tuple[str, ...] = get_args(NormMode)
 TIED_MODES: tuple[str, ...] = get_args(TiedMode)
 # fields that take names; those of the second group take a regular expression instead, too
 _NAMES = ("target_parameters", "modules_to_save")
 _NAMES_OR_REGEX = ("target_modules", "exclude_modules", "layers_pattern")
+# docs/quality.md: wider gains nothing there, narrower loses
+DEFAULT_R, NARROW = 64, 4
+# what to_dict has always written; a dict by hand seldom has all of it
+_WRITTEN_BEFORE_NORMS = {"r", "slice_type", "contiguous", "bias", "seed"}
 
 
 @dataclass
@@ -39,8 +45,9 @@ class SliceConfig:
     Names follow PEFT's configs where the meaning is the same.
 
     Args:
-        r: width of a slice, in features. With "all-linear", a layer that is narrower trains all of
-            its features.
+        r: width of a slice, in features. None, the default, is 64, and in a layer of fewer than 256
+            features a quarter of them. With "all-linear", a layer that is narrower than a given r
+            trains all of its features.
         slice_type: "column" (input features; takes the least memory), "row" (output features),
             "block" (both) or "row_column" (alternating).
         r_out: height of a block, in output features; None means r.
@@ -50,8 +57,9 @@ class SliceConfig:
             gradient in the step before the move; that step keeps the whole layer input) or
             "magnitude" (Frobenius norm of the slice's weights).
         start_position: index of the first position, 0 to ceil(features / r) - 1.
-        contiguous: a slice is a run of neighboring features; False scatters it by a seeded
-            permutation.
+        contiguous: a slice is a run of neighboring features; False, the default, scatters it by a
+            seeded permutation, another one in each layer. Runs put the same features of the
+            residual stream into every layer.
         pool: beside a quantized (packed) weight, how many input features the slice moves between:
             the first ones, or scattered ones with contiguous=False. What has trained there is kept
             in 16 bits, so all features would cost more than the packed weight. None is 128, or r
@@ -73,7 +81,12 @@ class SliceConfig:
             them all, so [] leaves the head frozen. The head of a language model is not new and
             stays frozen.
         rank_pattern: module name or regular expression -> another r.
-        bias: which biases train too: "none", "all", or "slice_only" (those of the sliced layers).
+        bias: which biases train too: "none", "all", or "slice_only", the default (those of the
+            sliced layers).
+        norms: which normalization layers train too: "torch", the default (those of torch.nn: they
+            keep their input for the backward pass anyway, so that training them takes no more
+            memory), "all" (also those written in Python, as LlamaRMSNorm, which keep another copy
+            of the hidden states), or "none".
         fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which
             stores (in, out). It is found out per layer; a value that contradicts the model warns.
         tied_weights: "skip" layers whose weight another module uses too (with a warning), or
@@ -92,13 +105,13 @@ class SliceConfig:
         TypeError: a value is of the wrong type.
     """
 
-    r: int = 16
+    r: int | None = None
     slice_type: SliceType = "column"
     r_out: int | None = None
     switch_interval: int | None = 100
     switch_mode: SwitchMode = "ascending"
     start_position: int = 0
-    contiguous: bool = True
+    contiguous: bool = False
     pool: int | None = None
     state_on_switch: StatePolicy = "reset"
     target_modules: list[str] | str | None = "all-linear"
@@ -108,7 +121,8 @@ class SliceConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: BiasMode = "none"
+    bias: BiasMode = "slice_only"
+    norms: NormMode = "torch"
     fan_in_fan_out: bool = False
     tied_weights: TiedMode = "skip"
     keep_originals: bool = True
@@ -120,6 +134,7 @@ class SliceConfig:
         _one_of("switch_mode", self.switch_mode, SWITCH_MODES)
         _one_of("state_on_switch", self.state_on_switch, STATE_POLICIES)
         _one_of("bias", self.bias, BIAS_MODES)
+        _one_of("norms", self.norms, NORM_MODES)
         _one_of("unused_slices", self.unused_slices, UNUSED_MODES)
         _one_of("tied_weights", self.tied_weights, TIED_MODES)
         self._check_sizes()
@@ -133,7 +148,8 @@ class SliceConfig:
         self._check_layers()
 
     def _check_sizes(self) -> None:
-        _positive("r", self.r)
+        if self.r is not None:
+            _positive("r", self.r)
         if self.pool is not None:
             _positive("pool", self.pool)
         if self.r_out is not None:
@@ -204,6 +220,12 @@ class SliceConfig:
         for entry in value if name == "modules_to_save" else ():
             _regex(name, entry)
 
+    def width(self, features: int) -> int:
+        """r of a layer with so many features where the slice is cut."""
+        if self.r is not None:
+            return self.r
+        return max(1, min(DEFAULT_R, features // NARROW))
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
         return dataclasses.asdict(self)
@@ -220,7 +242,8 @@ class SliceConfig:
     def from_dict(cls, values: dict[str, Any]) -> SliceConfig:
         """A config of the given fields.
 
-        Unknown keys warn and are left out, so a file written by a newer version still loads.
+        Unknown keys warn and are left out, so a file written by a newer version still loads. In a
+        whole config that an older version wrote, norms stay frozen, as they did there.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         known = {}
@@ -233,6 +256,8 @@ class SliceConfig:
             warnings.warn(
                 f"SliceConfig has no key {key!r}{hint}; it is ignored", stacklevel=2
             )
+        if "norms" not in known and known.keys() >= _WRITTEN_BEFORE_NORMS:
+            known["norms"] = "none"
         return cls(**known)
 
     @classmethod

@@ -35,7 +35,14 @@ from slicefine.config import SliceConfig
 from slicefine.originals import Originals, check_complete, set_version
 from slicefine.registry import layers_of, register
 from slicefine.scores import GradientScores
-from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to, write_slice
+from slicefine.slices import (
+    SliceSchedule,
+    SliceSpec,
+    read_slice,
+    rounds_to,
+    width_features,
+    write_slice,
+)
 
 
 class Updater(Protocol):
@@ -121,6 +128,9 @@ class SliceLayer(nn.Module):
             r: overrides config.r.
         """
         weight = self.weight
+        r = r or config.width(
+            width_features(config.slice_type, self.out_features, self.in_features)
+        )
         _check_weight(weight, name)
         self.slice_name = name
         seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF
@@ -128,8 +138,8 @@ class SliceLayer(nn.Module):
             self.out_features,
             self.in_features,
             config.slice_type,
-            r or config.r,
-            config.r_out or r or config.r,
+            r,
+            config.r_out or r,
             config.contiguous,
             seed,
         )

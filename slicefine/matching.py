@@ -28,7 +28,6 @@ class Rules:
         self.entries = config.target_modules or []
         self._exclude = config.exclude_modules or []
         self._ranks = config.rank_pattern
-        self._r = config.r
         self.saved_by_entry = {
             entry: self._inside(entry) for entry in config.modules_to_save or ()
         }
@@ -75,13 +74,13 @@ class Rules:
         found = next((m for regex in regexes if (m := re.match(regex, name))), None)
         return None if found is None else int(found["index"])
 
-    def rank(self, name: str) -> tuple[int, bool]:
-        """(r of a layer, whether rank_pattern gives it)."""
+    def rank(self, name: str) -> int | None:
+        """r of a layer if rank_pattern gives it."""
         # the first pattern that fits wins, in the order of the config
         for pattern, r in self._ranks.items():
             if _ends_with(pattern, name):
-                return r, True
-        return self._r, False
+                return r
+        return None
 
     def without_effect(self, targets: list[str], candidates: Iterable[str]) -> list[str]:
         """What to say of entries that change nothing, most likely by a typing error.

@@ -27,6 +27,7 @@ from slicefine.state import ModelState, config_of, set_state, state_of
 from slicefine.swapping import (
     count_parameters,
     free_biases,
+    free_norms,
     named_slice_layers,
     plain_of,
     renew_hook,
@@ -105,13 +106,14 @@ def get_slice_model(
     for module in found.saved.values():
         module.requires_grad_(True)
     free_biases(model, config.bias)
+    free_norms(model, config, layers)
     sliced = _mix_in(model)
     state = sliced._slicefine
     state.config, state.trained_before = config, trained_before
     packed.mark_trainable(model)
-    live.register_slices(
-        model, adapter_name, trained_whole(model, found), config.keep_originals
-    )
+    whole = trained_whole(model, found)
+    state.saved = frozenset(key for key, in_base in whole.items() if not in_base)
+    live.register_slices(model, adapter_name, whole, config.keep_originals)
     _keep_from_ddp(model, [n for n, _ in model.named_buffers() if n.endswith(_POSITIONS)])
     checkpointing.let_inputs_carry_gradients(model)
     return sliced

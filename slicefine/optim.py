@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
@@ -336,6 +337,11 @@ class SliceAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
+            # On a CPU torch's default is a loop of small operators for every vector; and it reads
+            # the value of the step, which a plan's fake tensors have not.
+            fused=all(m.device.type == "cpu" and not is_sharded(m) for m in masters)
+            or any(map(is_fake, masters))
+            or None,
         )
         # the half-precision copy that the model computes with
         for p, master in zip(parameters, masters, strict=True):

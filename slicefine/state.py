@@ -20,6 +20,7 @@ class ModelState:
         trained_before: names of the parameters that required a gradient before the slices came.
         base: shape and version counter of the base's tensors when slices were made, by key.
         input_hooks: whether transformers' hooks were on the embeddings before.
+        saved: state-dict keys of what modules_to_save fully trains.
     """
 
     adapters: Any
@@ -27,6 +28,7 @@ class ModelState:
     trained_before: frozenset[str] = frozenset()
     base: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     input_hooks: bool = False
+    saved: frozenset[str] = frozenset()
 
 
 def state_of(model: Any) -> ModelState | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from slicefine.config import SliceConfig
 from slicefine.layer import SliceLayer
 from slicefine.linear import SliceLinear
+from slicefine.matching import means_everything
 from slicefine.modules.attention import SliceMultiheadAttention, is_attention
 from slicefine.modules.experts import SliceExperts
 from slicefine.modules.parameters import (
@@ -168,6 +170,54 @@ def trained_whole(model: nn.Module, found: Targets) -> dict[str, bool]:
         if id(value) in parameters or id(value) in running or (saved and key in buffers):
             whole[key] = not saved
     return whole
+
+
+def free_norms(model: nn.Module, config: SliceConfig, sliced: Iterable[str]) -> None:
+    """Let norms train: in a numbered block where it holds a slice, elsewhere where the config means
+    all linear layers. A norm below the first slice would lengthen the backward pass for nothing.
+    """
+    if config.norms == "none":
+        return
+    chosen = is_norm if config.norms == "all" else is_torch_norm
+    blocks = {_block_of(name) for name in sliced}
+    if means_everything(config):
+        blocks.add("")
+    for name, module in model.named_modules():
+        if _block_of(name) in blocks and chosen(module):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(True)
+
+
+def _block_of(name: str) -> str:
+    """The numbered module that a module is in, such as "encoder.layer.3"; "" outside of all."""
+    found = re.match(r"(?:.*\.)?\d+(?=\.)", name)
+    return "" if found is None else found.group()
+
+
+def is_torch_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization of torch.nn, or inherits its forward pass."""
+    return isinstance(module, _TORCH_NORMS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization, by its class: of torch.nn, or with vectors alone and
+    "norm" in its name.
+    """
+    own = [p for p in module._parameters.values() if p is not None]
+    return is_torch_norm(module) or (
+        bool(own)
+        and all(p.dim() == 1 for p in own)
+        and "norm" in type(module).__name__.lower()
+    )
+
+
+_TORCH_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
 
 
 def free_biases(model: nn.Module, mode: str) -> None:

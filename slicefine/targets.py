@@ -16,6 +16,7 @@ from slicefine.modules.experts import is_experts, why_not_experts
 from slicefine.modules.parameters import SlicedModule
 from slicefine.modules.quantized import packed_shape, packing_of
 from slicefine.obstacles import Place, is_linear, quantized, why_not
+from slicefine.slices import width_features
 
 __all__ = [
     "Target",
@@ -245,7 +246,7 @@ class _Search:
                 "'all-linear' leaves out the head;"
                 f" modules_to_save=[{head!r}] trains all of it, as a new head needs"
             )
-            r = self.config.r
+            r = self._width(shape_of(module))
             return [Target(name, module, r, r, reason, is_head=True)]
         return [self._layer(name, everything, of_attention)]
 
@@ -269,12 +270,16 @@ class _Search:
         skipped: str | None,
         everything: bool,
     ) -> Target:
-        r, of_its_own = self.rules.rank(name)
+        of_its_own = self.rules.rank(name)
+        r = of_its_own or self._width(shape_of(module, key))
         r_out = self.config.r_out or r
         # "all-linear" means narrow layers too; an r that is written down for a layer is not changed
-        if skipped is None and everything and not of_its_own:
+        if skipped is None and everything and of_its_own is None:
             r, r_out = self._fitting(shape_of(module, key), r, r_out)
         return Target(name, module, r, r_out, skipped, key)
+
+    def _width(self, shape: tuple[int, int]) -> int:
+        return self.config.width(width_features(self.config.slice_type, *shape))
 
     def _fitting(self, shape: tuple[int, int], r: int, r_out: int) -> tuple[int, int]:
         """The widths that a layer has room for: all of a layer that is narrower than r."""

@@ -41,9 +41,9 @@ def encoder_path() -> str:
 
 
 class SentenceClassifier(nn.Module):
-    """tokens (b, length) -> logits (b, 2)."""
+    """tokens (b, length) -> logits (b, classes)."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 2) -> None:
         super().__init__()
         from transformers import AutoModel
 
@@ -51,7 +51,7 @@ class SentenceClassifier(nn.Module):
         self.encoder = AutoModel.from_pretrained(
             encoder_path(), attn_implementation="eager", add_pooling_layer=False
         )
-        self.classifier = nn.Linear(self.encoder.config.hidden_size, 2)
+        self.classifier = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self.encoder(**batch).last_hidden_state

@@ -72,13 +72,18 @@ def masked_trainee(
 ) -> Trainee:
     """Full dW, mask, dense Adam: the same start, the same slices."""
     twin = get_slice_model(new_model(seed), config)
+    slices = {id(layer.slice_weight) for _, layer in named_slice_layers(twin)}
+    # biases, norms and the new head
+    whole = [
+        n for n, p in twin.named_parameters() if p.requires_grad and id(p) not in slices
+    ]
     specs = {name: layer.spec for name, layer in named_slice_layers(twin)}
     model = new_model(seed)
     features = lambda name, move: specs[name].features(
         "column", move % specs[name].positions("column")
     )
     masked = MaskedGradient(
-        model, list(specs), features, config.switch_interval, also=("classifier",)
+        model, list(specs), features, config.switch_interval, also=tuple(whole)
     )
     optimizer = torch.optim.AdamW(groups(model, LR), weight_decay=0.0)
     return Trainee(

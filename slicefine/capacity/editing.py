@@ -62,10 +62,16 @@ class Attempt:
             raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
         self.base, self.model, self.method, self.size = model, model, method, size
         # a slice that moves would not be the size that is asked about
-        given = config or SliceConfig()
-        # and a head that trains beside the slices would answer for them
-        saved = given.modules_to_save or []
-        self.config = replace(given, r=size, switch_interval=None, modules_to_save=saved)
+        given = config or SliceConfig(contiguous=True)
+        # and what trains beside the slices would answer for them: a head, biases, norms
+        self.config = replace(
+            given,
+            r=size,
+            switch_interval=None,
+            bias="none",
+            norms="none",
+            modules_to_save=given.modules_to_save or [],
+        )
         self.side: AdditiveSide | None = None
         # the caller's random numbers stay as they were
         with torch.random.fork_rng(devices=[]):

@@ -63,7 +63,7 @@ def predict_sizes(
     all sizes; memory is edits x slice, largest size. Raises ValueError for a slice type other than
     column or row.
     """
-    config = config or SliceConfig()
+    config = config or SliceConfig(contiguous=True)
     if config.slice_type not in ("column", "row"):
         raise ValueError(
             f"slice_type is {config.slice_type!r}; rho is defined for column and row slices here"

@@ -58,7 +58,7 @@ def advise(
     report: Annotated[
         Path | None, typer.Option(help="write an HTML report to this file")
     ] = None,
-    r: Annotated[int, typer.Option(min=1, help="width whose memory is the budget")] = 16,
+    r: Annotated[int, typer.Option(min=1, help="width whose memory is the budget")] = 64,
     epochs: Annotated[int, typer.Option(min=1, help="of the training to come")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="of the training to come")] = 32,
     max_length: Annotated[int, typer.Option(min=1, help="tokens")] = 64,

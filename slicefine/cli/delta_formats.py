@@ -34,7 +34,7 @@ def export(
     leave_out: Annotated[
         bool,
         typer.Option(
-            "--leave-out", help="drop heads and biases that the server's LoRA cannot hold"
+            "--leave-out", help="drop heads, biases, norms that the server cannot hold"
         ),
     ] = False,
     model: Annotated[

@@ -163,7 +163,7 @@ def _run(
         studying.read(held_file, task, "--held-out", labeled=False) if held_file else None
     )
     loaded = studying.trained_classifier(task, model_name)
-    config = SliceConfig(target_modules=target_modules or "all-linear")
+    config = SliceConfig(target_modules=target_modules or "all-linear", contiguous=True)
     edits = studying.encode(task, rows)
     keep = studying.unlabeled(task, keep_rows).inputs if keep_rows else None
     held = studying.unlabeled(task, held_rows).inputs if held_rows else None

@@ -64,7 +64,7 @@ def train(
     max_length: Annotated[int | None, _option("tokens (256)", _DATA)] = None,
     packing: Annotated[Switch, _option("texts in a row", _DATA, "--packing")] = None,
     config: Annotated[Path | None, _option("a SliceConfig as JSON", _CONFIG)] = None,
-    r: Annotated[int | None, _option("width of a slice (16)", _CONFIG)] = None,
+    r: Annotated[int | None, _option("width of a slice (64)", _CONFIG)] = None,
     slice_type: Annotated[
         str | None, _option("column, row, block, row_column", _CONFIG)
     ] = None,

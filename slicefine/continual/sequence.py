@@ -35,6 +35,7 @@ from slicefine.config import SliceConfig
 from slicefine.continual.heads import Heads
 from slicefine.continual.metrics import is_learned, majority_share, summary
 from slicefine.continual.task_deltas import TaskDeltas
+from slicefine.groups import HEAD_LR, LR
 from slicefine.model import get_slice_model, slice_layers
 from slicefine.optim import SliceAdamW
 
@@ -64,8 +65,8 @@ class TrainingOptions:
 
     epochs: int = 3
     batch_size: int = 32
-    lr: float = 1e-3
-    head_lr: float = 2e-3
+    lr: float = LR
+    head_lr: float = HEAD_LR
     optimizer: str = "adamw"
     warmup: float | None = None
     clip: float = 0.0
@@ -150,7 +151,12 @@ def run(
     started = time.perf_counter()
     model = make_model()
     learner = _Learner(
-        model, tasks, mode, size, recipe, config or SliceConfig(switch_interval=None)
+        model,
+        tasks,
+        mode,
+        size,
+        recipe,
+        config or SliceConfig(switch_interval=None, contiguous=True),
     )
     before = None if base_test is None else learner.accuracy(base_test)
     matrix = []
@@ -244,11 +250,16 @@ class _Learner:
     ) -> None:
         self.model, self.tasks, self.mode, self.recipe = model, tasks, mode, recipe
         whole = [recipe.head] if recipe.head else None
-        self.config = (
-            replace(config, r=size, modules_to_save=config.modules_to_save or whole)
-            if mode != "full"
-            else config
-        )
+        self.config = config
+        if mode != "full":
+            # biases and norms belong to no slice: tasks would share them, and undo each other's
+            self.config = replace(
+                config,
+                r=size,
+                bias="none",
+                norms="none",
+                modules_to_save=config.modules_to_save or whole,
+            )
         self.trainable, self.model_parameters = (
             0,
             sum(p.numel() for p in model.parameters()),

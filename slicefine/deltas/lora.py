@@ -96,11 +96,13 @@ def to_lora(
 
     server: "peft" gives each weight its own rank; "vllm" one common rank out of `VLLM_RANKS`,
     padded with zeros. max_rank: truncate larger ranks; None: none for peft, 512 for vLLM.
-    leave_out: drop what the server's LoRA cannot hold (biases, experts, nn.MultiheadAttention; for
-    vLLM new heads too) instead of raising. dtype: of the factors; float32 holds the differences of
+    leave_out: drop what the server's LoRA cannot hold (experts, nn.MultiheadAttention; for vLLM
+    biases, norms and new heads too) instead of raising. Biases and norms of the base go into peft's
+    file as they are, as those of its bias="all" do: peft loads them with the adapter, and
+    disable_adapter leaves them. dtype: of the factors; float32 holds the differences of
     lower precisions exactly (unless old and new are more than a factor of 8,000 apart). Raises
-    DeltaError for trained biases, for weights that no linear layer uses, and for heads where vLLM
-    is to serve it. Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
+    DeltaError for weights that no linear layer uses, and for biases, norms and heads where vLLM is
+    to serve it. Source: LoRA, arXiv 2106.09685; B A with a one-hot A is the slice itself.
     """
     if server not in ("peft", "vllm"):
         raise ValueError(f"server is {server!r}; expected 'peft' or 'vllm'")
@@ -148,7 +150,11 @@ def to_lora(
     for name, (B, A) in factors.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
-    tensors.update({_PREFIX + key: delta.whole[key].new.contiguous() for key in whole})
+    for key in whole:
+        name, _, last = key.rpartition(".")
+        # peft wraps the layer that has factors
+        place = f"{name}.base_layer.{last}" if name in factors else key
+        tensors[_PREFIX + place] = delta.whole[key].new.contiguous()
     ranks = {name: A.shape[0] for name, (_, A) in factors.items()}
     metadata = {"slicefine_delta_sha256": delta.sha256} if delta.sha256 else {}
     return LoraAdapter(tensors, _config(delta, ranks, whole), modules, left_out, metadata)
@@ -253,22 +259,24 @@ def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _whole(delta: Delta, server: str, leave_out: bool) -> tuple[list[str], list[str]]:
     """Keys of what was fully trained: (those that the adapter holds, those left out)."""
-    biases = [key for key, entry in delta.whole.items() if entry.replaces]
+    if server == "peft":
+        return list(delta.whole), []
+    changed = [key for key, entry in delta.whole.items() if entry.replaces]
     heads = [key for key, entry in delta.whole.items() if not entry.replaces]
-    refused = biases + (heads if server == "vllm" else [])
-    if biases and not leave_out:
+    if changed and not leave_out:
         raise DeltaError(
-            f"{len(biases)} biases or buffers of the base have changed, such as {biases[0]}, and a"
-            " LoRA adapter cannot hold them: export the merged model, or leave them out"
-            " (leave_out=True, --leave-out), which changes the outputs"
+            f"{len(changed)} biases, norms or buffers of the base have changed, such as"
+            f" {changed[0]}, and vLLM's LoRA cannot hold them: serve the merged model, train with"
+            ' SliceConfig(bias="none", norms="none"), or leave them out (leave_out=True,'
+            " --leave-out), which changes the outputs"
         )
-    if heads and server == "vllm" and not leave_out:
+    if heads and not leave_out:
         raise DeltaError(
             f"the head was fully trained ({', '.join(heads[:3])}), and vLLM takes no"
             " modules_to_save: serve the merged model, or leave the head out (leave_out=True, --leave-out) and put"
             " it into the base model"
         )
-    return [key for key in heads if key not in refused], refused
+    return [], changed + heads
 
 
 def _out_of_reach(delta: Delta) -> list[str]:
@@ -304,7 +312,8 @@ def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, 
     transposed = {
         _module_of(key) for key, weight in delta.weights.items() if weight.transposed
     }
-    heads = sorted({_module_of(key) for key in whole})
+    heads = sorted({_module_of(key) for key in whole if not delta.whole[key].replaces})
+    in_base = [key for key in whole if delta.whole[key].replaces]
     everything = {
         _module_of(key) for key in (*delta.base.get("tensors", ()), *delta.weights)
     } - set(heads)
@@ -326,7 +335,7 @@ def _config(delta: Delta, ranks: dict[str, int], whole: list[str]) -> dict[str, 
         # alpha = rank: the scale is 1
         "alpha_pattern": dict(pattern),
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if in_base else "none",
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,

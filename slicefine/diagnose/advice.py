@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from slicefine.config import SliceConfig
+from slicefine.config import DEFAULT_R, SliceConfig
 from slicefine.diagnose.capture import Batch, Track, quietly
 from slicefine.diagnose.trials import RangeTest, TrialOptions, lr_range_test, short_training
 from slicefine.diagnose.winning import Loss, loss_of_output
@@ -143,7 +143,12 @@ def candidates_of(survey: dict[str, Any], base: SliceConfig) -> dict[str, SliceC
         pick("out_features" if column else "in_features"),
         pick("in_features" if column else "out_features"),
     )
-    found = {"default": base, "scattered": _changed(base, contiguous=False)}
+    found = {"default": base}
+    # never the other way round: in whole trainings runs of features are behind, and a trial of a
+    # few steps does not show it (docs/quality.md)
+    if base.contiguous:
+        found["scattered"] = _changed(base, contiguous=False)
+    r = base.r or DEFAULT_R
     weights = {
         "scattered, r by k(0.9)": {
             row["name"]: float(row["energy"]["k"]["0.9"]) for row in rows
@@ -154,9 +159,9 @@ def candidates_of(survey: dict[str, Any], base: SliceConfig) -> dict[str, SliceC
     }
     for name, weight in weights.items():
         pattern = {
-            n: r
-            for n, r in allocate(weight, heights, widths, base.r).items()
-            if r != base.r
+            n: width
+            for n, width in allocate(weight, heights, widths, r).items()
+            if width != r
         }
         if pattern:
             found[name] = _changed(base, contiguous=False, rank_pattern=pattern)
@@ -191,7 +196,7 @@ def advise(
     bytes; candidates above the default's are left out.
     out: an `Advice`. The model is the same afterwards, bit for bit.
     """
-    base = base or SliceConfig()
+    base = base or SliceConfig(r=DEFAULT_R)
     if trial_steps < 10:
         raise ValueError(
             f"trial_steps is {trial_steps}; a trial of fewer than 10 steps says nothing"
@@ -302,7 +307,7 @@ def _interval(survey: dict[str, Any], base: SliceConfig, steps: int) -> int | No
         row["in_features" if base.slice_type == "column" else "out_features"]
         for row in survey["layers"]
     )
-    positions = -(-widths[len(widths) // 2] // base.r)
+    positions = -(-widths[len(widths) // 2] // (base.r or DEFAULT_R))
     return max(LEAST_INTERVAL, steps // positions)
 
 
@@ -407,7 +412,7 @@ def _lines(
 
 
 def _shape_of(config: SliceConfig) -> str:
-    widths = sorted({config.r, *config.rank_pattern.values()})
+    widths = sorted({config.r or DEFAULT_R, *config.rank_pattern.values()})
     width = (
         f"r = {widths[0]}"
         if len(widths) == 1

@@ -53,6 +53,7 @@ from slicefine.diagnose.winning import (
     loss_of_output,
     winning_report,
 )
+from slicefine.groups import LR
 from slicefine.slices import SliceSchedule, SliceSpec, planned_coverage
 
 NOTES = {
@@ -96,7 +97,7 @@ class Options:
     tried: int = 6
     positions: int = LEAST_POSITIONS
     steps: int = 3
-    lr: float = 1e-3
+    lr: float = LR
     rank: bool = False
     outputs: str | int = "logits"
     budget: int = 256 << 20

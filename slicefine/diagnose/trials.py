@@ -22,6 +22,7 @@ from torch import nn
 from slicefine.config import SliceConfig
 from slicefine.diagnose.capture import Batch, Track, quietly
 from slicefine.diagnose.winning import Loss, loss_of_output
+from slicefine.groups import HEAD_LR, parameter_groups
 from slicefine.model import get_slice_model, slice_layers
 from slicefine.optim import SliceAdamW
 
@@ -31,7 +32,7 @@ class TrialOptions:
     """How a short training runs. head_lr: of what is fully trained. warmup: share of the steps,
     linear decay to 0 after it. clip: gradient norm, 0 for none."""
 
-    head_lr: float = 2e-3
+    head_lr: float = HEAD_LR
     warmup: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -92,9 +93,7 @@ def short_training(
     modes = {name: module.training for name, module in model.named_modules()}
     still = SliceConfig.from_dict({**config.to_dict(), "switch_interval": None})
     get_slice_model(model, still)
-    slices = {layer.slice_weight: layer for layer in slice_layers(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    whole = [p for p in trained if p not in slices]
     # slices as well as whole modules; the weight outside of a slice is never written
     originals = {p: p.detach().clone() for p in trained}
     # batch statistics move in training mode; the slice indices do not, and belong to the layers
@@ -103,10 +102,8 @@ def short_training(
         for name, b in model.named_buffers()
         if not name.split(".")[-1].startswith("slice_")
     }
-    groups = [
-        {"params": list(slices), "lr": 1.0},
-        *([{"params": whole, "lr": 1.0}] if whole else []),
-    ]
+    groups = parameter_groups(model, lr=1.0, head_lr=2.0)
+    new = [group["lr"] == 2.0 for group in groups]
     losses: list[float] = []
     try:
         # a learning rate of 1: every step sets those of the groups
@@ -116,13 +113,11 @@ def short_training(
             range(steps), ticks if ticks is not None else range(steps), strict=False
         ):
             factor = _shape(step, steps, recipe.warmup)
-            optimizer.param_groups[0]["lr"] = lr(step) if callable(lr) else lr * factor
-            for group in optimizer.param_groups[1:]:
-                group["lr"] = recipe.head_lr * (
-                    min(1.0, (step + 1) / max(1, round(recipe.warmup * steps)))
-                    if callable(lr)
-                    else factor
-                )
+            warm = min(1.0, (step + 1) / max(1, round(recipe.warmup * steps)))
+            rate = lr(step) if callable(lr) else lr * factor
+            head_rate = recipe.head_lr * (warm if callable(lr) else factor)
+            for group, is_head in zip(optimizer.param_groups, new, strict=True):
+                group["lr"] = head_rate if is_head else rate
             # the same dropout for every candidate
             torch.manual_seed(recipe.seed + step)
             with recipe.context():
@@ -142,7 +137,7 @@ def short_training(
             for parameter, value in originals.items():
                 parameter.copy_(value)
                 parameter.grad = None
-            for layer in slices.values():
+            for layer in slice_layers(model):
                 # the weight follows its restored master, bit for bit
                 layer.write_through()
             for name, buffer in model.named_buffers():

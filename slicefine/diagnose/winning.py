@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slicefine.config import SliceConfig
 from slicefine.diagnose.capture import Batch, Layer, Track, evaluating, quietly
+from slicefine.groups import LR
 from slicefine.model import get_slice_model, named_slice_layers
 from slicefine.optim import SliceAdamW
 from slicefine.slices import SliceSpec, SliceType
@@ -195,7 +196,7 @@ def winning_report(
     tried: Sequence[str] = (),
     positions: int = LEAST_POSITIONS,
     steps: int = 3,
-    lr: float = 1e-3,
+    lr: float = LR,
     seed: int = 0,
     loss: Loss = loss_of_output,
     outliers: Mapping[str, Sequence[tuple[int, int, str]]] | None = None,
@@ -283,6 +284,9 @@ def _train_slice(
     config = SliceConfig(
         r=width,
         slice_type=cast(SliceType, axis),
+        contiguous=True,
+        bias="none",
+        norms="none",
         start_position=position,
         switch_interval=None,
         target_modules=[layer.name],

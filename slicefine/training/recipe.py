@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from slicefine.config import SliceConfig
+from slicefine.groups import HEAD_LR, LR
 from slicefine.training.chat import FORMS
 from slicefine.training.data import UserError
 from slicefine.training.tasks import TASKS, Columns
@@ -51,8 +52,8 @@ class Recipe:
     epochs: int = 3
     batch_size: int = 32
     accumulate: int = 1
-    lr: float = 1e-3
-    head_lr: float = 2e-3
+    lr: float = LR
+    head_lr: float = HEAD_LR
     warmup: float = 0.1
     clip: float = 1.0
     base: str | None = None

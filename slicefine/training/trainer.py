@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from slicefine.groups import parameter_groups
 from slicefine.integrations.transformers import SliceCallback
 from slicefine.layer import SliceLayer
 from slicefine.optim import SliceAdamW
-from slicefine.registry import layers_of
 from slicefine.training.data import UserError
 from slicefine.training.recipe import Recipe
 from slicefine.training.tasks import CausalLM, ImageClassification, Task
@@ -95,24 +95,9 @@ def refuse_sliced_head(model: Any) -> None:
 
 
 def slice_adamw(model: nn.Module, recipe: Recipe, args: Any) -> SliceAdamW:
-    """SliceAdamW with the slices at ``lr`` and what is fully trained at ``head_lr``; vectors
-    (biases, norms) without weight decay.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    slices = [p for p in trained if layers_of(p)]
-    whole = [p for p in trained if not layers_of(p)]
-    parts = (
-        (slices, recipe.lr, args.weight_decay),
-        ([p for p in whole if p.dim() > 1], recipe.head_lr, args.weight_decay),
-        ([p for p in whole if p.dim() <= 1], recipe.head_lr, 0.0),
-    )
-    groups = [
-        {"params": params, "lr": lr, "weight_decay": decay}
-        for params, lr, decay in parts
-        if params
-    ]
+    """SliceAdamW over `parameter_groups`, with the recipe's rates."""
     return SliceAdamW(
-        groups,
+        parameter_groups(model, recipe.lr, recipe.head_lr, args.weight_decay),
         lr=recipe.lr,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,

@@ -337,14 +337,14 @@ def test_lineage_differences_and_export(here):
         torch.testing.assert_close(
             served(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=2e-6
         )
-    assert "vLLM takes no modules_to_save" in run(
+    assert "vLLM's LoRA cannot hold them" in run(
         "delta export reviews:1 --output v --server vllm", 2
     )
     vllm = delta("export reviews:1 --output v --server vllm --leave-out --max-rank 8")
     assert (
         vllm["r"] == 8
         and 0 < vllm["error"] < 1
-        and set(vllm["left_out"]) == {"classifier.weight", "classifier.bias"}
+        and {"classifier.weight", "classifier.bias"} < set(vllm["left_out"])
     )
     assert (
         "relative error"

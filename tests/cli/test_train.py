@@ -345,7 +345,7 @@ def test_the_real_decoder_from_a_gguf_file(tmp_path):
         0.2,
     )
     assert (
-        "2 steps, interval 100, r 16: 1 position, 3 % of each 576-wide weight (180 layers)"
+        "2 steps, interval 100, r 64: 1 position, 11 % of each 576-wide weight (180 layers)"
         in printed
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

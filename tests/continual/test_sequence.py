@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from slicefine import SliceConfig
 from slicefine.capacity.samples import Samples, accuracy, joined, predict
 from slicefine.capacity.side_file import base_sha256
 from slicefine.continual import digits
@@ -32,8 +31,9 @@ from slicefine.continual.sequence import TaskSamples, TrainingOptions, run
 from slicefine.continual.sweep import sweep
 from slicefine.continual.task_deltas import TaskDeltas
 from slicefine.deltas.delta import Delta, DeltaError
+from tests.configs import slices_alone
 
-ROWS = SliceConfig(slice_type="row", target_modules=["0", "2"], switch_interval=None)
+ROWS = slices_alone(slice_type="row", target_modules=["0", "2"], switch_interval=None)
 SGD = TrainingOptions(epochs=20, lr=0.05, optimizer="sgd")
 SLICES = TrainingOptions(epochs=8, lr=3e-3)
 
@@ -226,7 +226,7 @@ def test_heads_are_each_tasks_own(rotated):
         Samples(rotated[0].test.inputs, 9 - rotated[0].test.labels),
     )
     make = lambda: digits.perceptron(128, 64, seed=1)
-    config = SliceConfig(slice_type="row", target_modules=["0", "2"], switch_interval=None)
+    config = slices_alone(slice_type="row", target_modules=["0", "2"], switch_interval=None)
     for mode in ("same", "attach"):
         found = run(
             make,

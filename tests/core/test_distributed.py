@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from slicefine import SliceAdamW, SliceConfig, SliceLayer, get_slice_model
+from tests.configs import slices_alone
 from tests.two_processes import pair
 
 pytestmark = pytest.mark.skipif(
@@ -54,7 +55,7 @@ def config(**kwargs: Any) -> SliceConfig:
     }
     if kwargs.get("slice_type", "column") != "column":
         kwargs.setdefault("rank_pattern", {"6": 1})
-    return SliceConfig(**kwargs)
+    return slices_alone(**kwargs)
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

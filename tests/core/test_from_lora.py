@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import slicefine
+from tests.configs import slices_alone
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-lora.md"
 
@@ -79,9 +80,7 @@ def test_trainable_parameters_are_counted_as_peft_counts_them():
     """
     model = slicefine.get_slice_model(
         bert(),
-        slicefine.SliceConfig(
-            r=4, target_modules=["query"], modules_to_save=["classifier"]
-        ),
+        slices_alone(r=4, target_modules=["query"], modules_to_save=["classifier"]),
     )
     trainable, total = model.get_nb_trainable_parameters()  # pyright: ignore[reportCallIssue]
     assert trainable == 2 * 4 * 32 + (32 * 3 + 3)
@@ -106,9 +105,7 @@ def test_unload_gives_the_base_back():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     slicefine.get_slice_model(
         model,
-        slicefine.SliceConfig(
-            r=4, target_modules=["query"], modules_to_save=["classifier"]
-        ),
+        slices_alone(r=4, target_modules=["query"], modules_to_save=["classifier"]),
     )
     optimizer = slicefine.SliceAdamW(model.parameters())
     model(torch.arange(6).view(1, 6), labels=torch.tensor([1])).loss.backward()

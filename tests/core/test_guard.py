@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from slicefine import SliceAdamW, get_slice_model
+from tests.configs import slices_alone
 
 
 class Net(nn.Module):
@@ -43,7 +44,7 @@ def sliced(mode="call", **kwargs):
     with warnings.catch_warnings():
         # that the weight is read is found in the code of Net too, before training
         warnings.filterwarnings("ignore", "head may train only at times")
-        config = SliceConfig(r=4, target_modules=["a", "b", "head"], **kwargs)
+        config = slices_alone(r=4, target_modules=["a", "b", "head"], **kwargs)
         return get_slice_model(Net(mode), config)
 
 
@@ -84,7 +85,7 @@ def test_a_weight_computed_by_something_else_is_an_error():
 
 def test_most_slices_untrained_is_an_error():
     model = get_slice_model(
-        nn.ModuleDict({name: nn.Linear(16, 16) for name in "abc"}), SliceConfig(r=4)
+        nn.ModuleDict({name: nn.Linear(16, 16) for name in "abc"}), slices_alone(r=4)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with pytest.raises(RuntimeError, match="its output does not reach the loss"):
@@ -130,4 +131,4 @@ def test_the_setting(mode, warned):
         train(model, 120)
     assert len(caught) == warned
     with pytest.raises(ValueError, match="unused_slices is 'no'"):
-        SliceConfig(unused_slices="no")
+        slices_alone(unused_slices="no")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from slicefine import SliceConfig, SliceLinear, get_slice_model, list_targets
+from slicefine import SliceLinear, get_slice_model, list_targets
 from slicefine.heads import find_heads
+from tests.configs import slices_alone
 
 TEXT = {
     "vocab_size": 40,
@@ -94,10 +95,10 @@ def check(model: nn.Module, names: list[str]) -> None:
         with pytest.warns(
             UserWarning, match="fully trained, as a new output head needs"
         ) as warned:
-            get_slice_model(model, SliceConfig(r=2))
+            get_slice_model(model, slices_alone(r=2))
         assert len(warned) == 1
     else:
-        get_slice_model(model, SliceConfig(r=2))
+        get_slice_model(model, slices_alone(r=2))
     for name in names:
         head = model.get_submodule(name)
         assert not any(isinstance(m, SliceLinear) for m in head.modules())
@@ -117,11 +118,11 @@ def test_the_head_of_a_language_model_is_not_new():
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
     heads = find_heads(model)
     assert heads.language is model.lm_head and heads.task == {}
-    get_slice_model(model, SliceConfig(r=2))
+    get_slice_model(model, slices_alone(r=2))
     assert type(model.lm_head) is nn.Linear and not model.lm_head.weight.requires_grad
     # named, it becomes a slice
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
-    get_slice_model(model, SliceConfig(r=2, target_modules=["lm_head"]))
+    get_slice_model(model, slices_alone(r=2, target_modules=["lm_head"]))
     assert isinstance(model.lm_head, SliceLinear)
 
 
@@ -149,13 +150,13 @@ def test_a_model_of_which_only_the_head_could_be_sliced_is_refused():
     with pytest.raises(
         ValueError, match=r"leaves no layer of Convolutions but its output head \(cl"
     ):
-        get_slice_model(Convolutions(), SliceConfig())
-    config = SliceConfig(r=2, target_modules=["classifier"])
+        get_slice_model(Convolutions(), slices_alone())
+    config = slices_alone(r=2, target_modules=["classifier"])
     assert [row.name for row in list_targets(Convolutions(), config)] == ["classifier"]
 
 
 def test_a_head_that_is_excluded_is_left_alone():
     transformers = pytest.importorskip("transformers")
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
-    get_slice_model(model, SliceConfig(r=2, exclude_modules=["classifier"]))
+    get_slice_model(model, slices_alone(r=2, exclude_modules=["classifier"]))
     assert type(model.classifier) is nn.Linear and not model.classifier.weight.requires_grad

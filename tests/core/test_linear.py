@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from slicefine import SliceAdamW, SliceConfig, SliceLinear, get_slice_model
+from slicefine import SliceAdamW, SliceLinear, get_slice_model
 from slicefine.slices import read_slice
+from tests.configs import slices_alone
 
 TYPES = ["column", "row", "block", "row_column"]
 
@@ -28,7 +29,7 @@ def make(
         11,
         8,
         dtype=dtype,
-        config=SliceConfig(r=r, slice_type=slice_type, switch_interval=interval, **kwargs),
+        config=slices_alone(r=r, slice_type=slice_type, switch_interval=interval, **kwargs),
     )
 
 
@@ -41,7 +42,7 @@ def dense_grad(layer: SliceLinear, x: torch.Tensor, weigh: torch.Tensor) -> torc
 
 def test_it_is_an_nn_linear_with_the_same_state_dict():
     plain = nn.Linear(11, 8)
-    layer = SliceLinear.from_linear(plain, SliceConfig(r=3))
+    layer = SliceLinear.from_linear(plain, slices_alone(r=3))
     assert isinstance(layer, nn.Linear)
     assert list(layer.state_dict()) == list(plain.state_dict()) == ["weight", "bias"]
     x = torch.randn(4, 11)
@@ -127,7 +128,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("slice_type", TYPES)
 def test_used_twice_in_one_forward(slice_type):
     layer = SliceLinear(
-        9, 9, config=SliceConfig(r=3, slice_type=slice_type, switch_interval=None)
+        9, 9, config=slices_alone(r=3, slice_type=slice_type, switch_interval=None)
     )
     x = torch.randn(5, 9)
     layer(layer(x)).square().sum().backward()
@@ -150,7 +151,7 @@ def test_activation_checkpointing(use_reentrant, in_bwd):
             nn.Sequential(
                 nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)
             ),
-            SliceConfig(r=2, switch_interval=2),
+            slices_alone(r=2, switch_interval=2),
         )
         optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=in_bwd)
         x = torch.randn(7, 6, requires_grad=True)
@@ -181,7 +182,7 @@ def test_reentrant_checkpointing_of_a_hugging_face_model_with_frozen_embeddings(
         vocab_size=50,
     )
     model = transformers.BertModel(config, add_pooling_layer=False).train()
-    get_slice_model(model, SliceConfig(r=4))
+    get_slice_model(model, slices_alone(r=4))
     name = (
         "activation_checkpointing_enable"
         if hasattr(model, "activation_checkpointing_enable")
@@ -321,7 +322,7 @@ def test_hooks_are_kept():
     plain, calls = nn.Linear(11, 8), []
     plain.register_forward_hook(lambda *_: calls.append("forward"))
     plain.register_forward_pre_hook(lambda *_: calls.append("pre"))
-    layer = SliceLinear.from_linear(plain, SliceConfig(r=3))
+    layer = SliceLinear.from_linear(plain, slices_alone(r=3))
     layer(torch.randn(2, 11))
     assert calls == ["pre", "forward"]
 
@@ -344,7 +345,7 @@ def test_moves_do_not_recompile():
     torch._dynamo.reset()
     model = get_slice_model(
         nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 40)),
-        SliceConfig(r=2, switch_interval=1),
+        slices_alone(r=2, switch_interval=1),
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     twin = copy.deepcopy(model)
@@ -381,12 +382,12 @@ def test_quantized_weights_are_refused(dtype):
     plain = nn.Linear(11, 8)
     plain.weight = nn.Parameter(torch.zeros(8, 11, dtype=dtype), requires_grad=False)
     with pytest.raises(TypeError, match="quantized weight"):
-        SliceLinear.from_linear(plain, SliceConfig(r=3), "layer.0")
+        SliceLinear.from_linear(plain, slices_alone(r=3), "layer.0")
 
 
 def test_meta_weights_are_refused():
     with pytest.raises(ValueError, match="meta device"):
-        SliceLinear(11, 8, device="meta", config=SliceConfig(r=3))
+        SliceLinear(11, 8, device="meta", config=slices_alone(r=3))
 
 
 def test_a_slice_wider_than_the_layer_is_refused():
@@ -394,9 +395,9 @@ def test_a_slice_wider_than_the_layer_is_refused():
         ValueError,
         match=r"width 12 does not fit a weight of shape \(8, 11\): it has 11 input features",
     ):
-        SliceLinear(11, 8, config=SliceConfig(r=12))
+        SliceLinear(11, 8, config=slices_alone(r=12))
     with pytest.raises(ValueError, match=r"it has 8 output features"):
-        SliceLinear(11, 8, config=SliceConfig(r=9, slice_type="row"))
+        SliceLinear(11, 8, config=slices_alone(r=9, slice_type="row"))
 
 
 def test_a_wrong_input_dtype_fails_as_in_nn_linear():
@@ -461,14 +462,14 @@ def test_a_failed_move_to_a_device_leaves_the_layer_whole(monkeypatch):
 
 def test_a_replaced_weight_is_noticed():
     """Also when the new parameter has been written to as often as the old one."""
-    layer = SliceLinear(8, 6, config=SliceConfig(r=2, switch_interval=None))
+    layer = SliceLinear(8, 6, config=slices_alone(r=2, switch_interval=None))
     layer.weight = nn.Parameter(torch.full((6, 8), 5.0), requires_grad=False)
     assert torch.equal(layer(torch.ones(1, 8)), torch.full((1, 6), 40.0) + layer.bias)
     assert torch.equal(layer.slice_weight, torch.full((6, 2), 5.0))
 
 
 def test_a_replica_of_data_parallel_runs_and_trains_the_original():
-    layer = SliceLinear(8, 6, config=SliceConfig(r=2, switch_interval=None))
+    layer = SliceLinear(8, 6, config=slices_alone(r=2, switch_interval=None))
     replica = layer._replicate_for_data_parallel()
     for name, parameter in layer._parameters.items():
         setattr(replica, name, parameter.clone())
@@ -499,7 +500,7 @@ def test_the_output_may_be_changed_in_place(slice_type, shape):
 def test_an_input_of_another_width_fails_as_in_nn_linear():
     make()(torch.randn(2, 11)).sum().backward()
     layer = SliceLinear.from_linear(
-        nn.Linear(400_000, 1), SliceConfig(r=16, start_position=24_999)
+        nn.Linear(400_000, 1), slices_alone(r=16, start_position=24_999)
     )
     for x in (torch.zeros(4, 8), torch.zeros(4, 8, requires_grad=True)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -522,7 +523,7 @@ def test_a_forward_without_gradients_copies_no_columns(monkeypatch):
 
 def test_to_meta_and_back_keeps_the_positions():
     model = get_slice_model(
-        nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)), SliceConfig(r=8)
+        nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)), slices_alone(r=8)
     )
     values = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
     model.to("meta").to_empty(device="cpu")
@@ -553,7 +554,7 @@ def test_an_average_of_alternating_slices():
 
     model = get_slice_model(
         nn.Sequential(nn.Linear(32, 32)),
-        SliceConfig(r=4, switch_interval=1, slice_type="row_column"),
+        slices_alone(r=4, switch_interval=1, slice_type="row_column"),
     )
     average, optimizer = AveragedModel(model), SliceAdamW(model.parameters())
     for _ in range(2):
@@ -564,7 +565,7 @@ def test_an_average_of_alternating_slices():
 
 def test_weights_of_another_model_loaded_in_training_are_noticed():
     model = get_slice_model(
-        nn.Sequential(nn.Linear(32, 32)), SliceConfig(r=4, switch_interval=2)
+        nn.Sequential(nn.Linear(32, 32)), slices_alone(r=4, switch_interval=2)
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
@@ -581,7 +582,7 @@ def test_weights_of_another_model_loaded_in_training_are_noticed():
 
 def test_every_attribute_of_a_slice_is_declared():
     plain = nn.Linear(11, 8)
-    layer = SliceLinear.from_linear(plain, SliceConfig(r=3, switch_mode="gradient"))
+    layer = SliceLinear.from_linear(plain, slices_alone(r=3, switch_mode="gradient"))
     added = {*layer.__dict__, *layer._parameters, *layer._buffers} - {*plain.__dict__}
     assert added - {"weight", "bias"} <= layer.own_attributes()
     assert set(layer.to_plain().__dict__) == set(plain.__dict__)
@@ -593,4 +594,4 @@ def test_weights_made_under_inference_mode_are_refused():
     with pytest.raises(
         ValueError, match=r"layer 'name' was made under torch.inference_mode"
     ):
-        SliceLinear.from_linear(plain, SliceConfig(r=3), "name")
+        SliceLinear.from_linear(plain, slices_alone(r=3), "name")

@@ -18,13 +18,13 @@ from torch import nn
 
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLinear,
     SliceModel,
     get_slice_model,
     list_targets,
 )
 from slicefine.model import slice_layers
+from tests.configs import slices_alone
 
 
 class Net(nn.Module):
@@ -64,7 +64,7 @@ with model.disable_adapter():
     shares: dict[str, float] = model.coverage()
 SliceConfig(slice_type="rows")
 """
-CONFIG = SliceConfig(r=3, switch_interval=2, modules_to_save=["classifier"])
+CONFIG = slices_alone(r=3, switch_interval=2, modules_to_save=["classifier"])
 
 
 def test_a_sliced_model_keeps_one_key_of_its_own():
@@ -194,7 +194,7 @@ def test_tied_weights_are_skipped_with_a_warning():
 
 
 def test_tied_weights_can_share_one_slice():
-    config = SliceConfig(
+    config = slices_alone(
         r=3, switch_interval=2, modules_to_save=["classifier"], tied_weights="share"
     )
     model = get_slice_model(Net(tied=True), config)
@@ -220,7 +220,7 @@ def test_a_failing_config_changes_nothing():
     with pytest.raises(
         ValueError, match=r"width 7 does not fit a weight of shape \(12, 6\)"
     ):
-        get_slice_model(model, SliceConfig(r=7, target_modules=["0", "2", "twin"]))
+        get_slice_model(model, slices_alone(r=7, target_modules=["0", "2", "twin"]))
     assert (
         type(model) is Net
         and all(type(m) is not SliceLinear for m in model.modules())
@@ -239,16 +239,16 @@ def test_mistakes_are_named():
             " alias"
         ),
     ):
-        get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["head"]))
+        get_slice_model(Net(), slices_alone(r=3, modules_to_save=["head"]))
     with pytest.warns(UserWarning, match="fan_in_fan_out is True, but no target"):
         get_slice_model(
-            Net(), SliceConfig(r=3, fan_in_fan_out=True, modules_to_save=["classifier"])
+            Net(), slices_alone(r=3, fan_in_fan_out=True, modules_to_save=["classifier"])
         )
 
 
 @pytest.mark.parametrize("bias", ["none", "slice_only", "all"])
 def test_biases(bias):
-    model = get_slice_model(Net(), SliceConfig(r=3, bias=bias, target_modules=["0"]))
+    model = get_slice_model(Net(), slices_alone(r=3, bias=bias, target_modules=["0"]))
     free = {
         n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")
     }
@@ -266,7 +266,7 @@ def test_a_hugging_face_model_saves_and_loads_as_usual(tmp_path):
         num_labels=2,
     )
     model = transformers.BertForSequenceClassification(config).eval()
-    get_slice_model(model, SliceConfig(r=4, modules_to_save=["classifier"]))
+    get_slice_model(model, slices_alone(r=4, modules_to_save=["classifier"]))
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.self.query.slice_weight.add_(1.0)
     ids = torch.arange(8).view(2, 4)
@@ -282,9 +282,9 @@ def test_a_new_head_trains_whole_by_default_and_that_is_said():
         r"\['classifier'\] says so without this warning, modules_to_save=\[\] keeps it frozen$"
     )
     with pytest.warns(UserWarning, match=said) as warned:
-        model = get_slice_model(Net(), SliceConfig(r=3))
+        model = get_slice_model(Net(), slices_alone(r=3))
     assert len(warned) == 1
-    explicit = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["classifier"]))
+    explicit = get_slice_model(Net(), slices_alone(r=3, modules_to_save=["classifier"]))
     trainable = lambda m: {n for n, p in m.named_parameters() if p.requires_grad}
     assert (
         trainable(model) == trainable(explicit) >= {"classifier.weight", "classifier.bias"}
@@ -293,7 +293,7 @@ def test_a_new_head_trains_whole_by_default_and_that_is_said():
 
 
 def test_a_head_that_is_to_stay_frozen_is_no_slice():
-    model = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=[]))
+    model = get_slice_model(Net(), slices_alone(r=3, modules_to_save=[]))
     assert type(model.classifier) is nn.Linear
     assert not model.classifier.weight.requires_grad
     with pytest.warns(
@@ -303,7 +303,7 @@ def test_a_head_that_is_to_stay_frozen_is_no_slice():
             r" modules_to_save=\['classifier'\]"
         ),
     ):
-        get_slice_model(Net(), SliceConfig(r=3, modules_to_save=["twin"]))
+        get_slice_model(Net(), slices_alone(r=3, modules_to_save=["twin"]))
 
 
 def test_a_narrow_layer_takes_all_of_itself_by_default():
@@ -312,7 +312,7 @@ def test_a_narrow_layer_takes_all_of_itself_by_default():
     )
     for slice_type, widths in (("column", [4, 16, 16]), ("row", [16, 16, 5])):
         model = net()
-        config = SliceConfig(slice_type=slice_type)
+        config = slices_alone(r=16, slice_type=slice_type)
         assert [match.r for match in list_targets(model, config)] == widths
         get_slice_model(model, config)
         assert [layer.spec.r for layer in slice_layers(model)] == widths
@@ -320,12 +320,13 @@ def test_a_narrow_layer_takes_all_of_itself_by_default():
         (model(x).square().sum()).backward()
         assert all(layer.slice_weight.grad is not None for layer in slice_layers(model))
         assert torch.equal(plain.merge_and_unload()(x), model(x))
-    block = SliceConfig(slice_type="block", r=16, r_out=8)
+    block = slices_alone(slice_type="block", r=16, r_out=8)
     get_slice_model(model := net(), block)
     shapes = [layer.spec.shape("block") for layer in slice_layers(model)]
     assert shapes == [(8, 4), (8, 16), (5, 16)]
     assert [
-        match.r for match in list_targets(net(), SliceConfig(slice_type="row_column"))
+        match.r
+        for match in list_targets(net(), slices_alone(r=16, slice_type="row_column"))
     ] == [
         4,
         16,
@@ -333,12 +334,12 @@ def test_a_narrow_layer_takes_all_of_itself_by_default():
     ]
     # a width that was asked for is not changed
     with pytest.raises(ValueError, match="0: a column slice of width 16 does not fit"):
-        get_slice_model(net(), SliceConfig(rank_pattern={"0": 16}))
+        get_slice_model(net(), slices_alone(rank_pattern={"0": 16}))
 
 
 def test_every_layer_that_does_not_fit_is_named():
     with pytest.raises(ValueError) as error:
-        get_slice_model(Net(), SliceConfig(r=13, target_modules=["0", "2", "twin"]))
+        get_slice_model(Net(), slices_alone(r=13, target_modules=["0", "2", "twin"]))
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
         "body.0",
         "body.2",
@@ -349,7 +350,7 @@ def test_every_layer_that_does_not_fit_is_named():
     with pytest.raises(
         ValueError, match="the model is a single Linear; use SliceLinear.from_linear"
     ):
-        get_slice_model(nn.Linear(8, 8), SliceConfig(r=2))
+        get_slice_model(nn.Linear(8, 8), slices_alone(r=2))
 
 
 def test_the_class_of_a_sliced_model_makes_ordinary_models():
@@ -384,7 +385,7 @@ def test_one_warning_for_many_layers():
     for i in range(0, 24, 2):
         model[i].weight = model[i + 1].weight
     with pytest.warns(UserWarning, match="stays as it is") as warned:
-        get_slice_model(model, SliceConfig(r=2))
+        get_slice_model(model, slices_alone(r=2))
     (message,) = [str(w.message) for w in warned]
     assert message.splitlines()[-1].startswith("and 16 more (list_targets(model, config)")
 
@@ -394,7 +395,7 @@ def test_slices_of_next_to_nothing_are_pointed_out():
     with pytest.warns(
         UserWarning, match=r"the 1 sliced weights are 0\.33 % of this ModuleDict"
     ):
-        get_slice_model(model, SliceConfig())
+        get_slice_model(model, slices_alone())
 
 
 def test_layers_in_a_plain_list_train_and_come_back():
@@ -413,7 +414,7 @@ def test_layers_in_a_plain_list_train_and_come_back():
                 x = layer(x)
             return x
 
-    model = get_slice_model(Listed(), SliceConfig(r=2))
+    model = get_slice_model(Listed(), slices_alone(r=2))
     model(torch.randn(3, 8)).sum().backward()
     layers = list(slice_layers(model))
     assert len(layers) == 2 and all(layer.slice_weight.grad is not None for layer in layers)
@@ -475,7 +476,7 @@ def test_reentrant_checkpoints_behind_frozen_embeddings(inplace, give_tuple):
             model: Any = Body()
             if enable_first:
                 model.gradient_checkpointing_enable(use_reentrant)
-            model = get_slice_model(model, SliceConfig(r=2))
+            model = get_slice_model(model, slices_alone(r=2))
             if not enable_first:
                 model.gradient_checkpointing_enable(use_reentrant)
             model(torch.arange(4)).sum().backward()
@@ -487,11 +488,11 @@ def test_weights_that_can_never_train_are_named():
     with pytest.raises(
         ValueError, match="0 is a LazyLinear, whose weight gets its shape from the"
     ):
-        get_slice_model(nn.Sequential(nn.LazyLinear(8)), SliceConfig(r=2))
+        get_slice_model(nn.Sequential(nn.LazyLinear(8)), slices_alone(r=2))
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"0 was made under torch\.inference_mode\(\)"):
-        get_slice_model(model, SliceConfig(r=2))
+        get_slice_model(model, slices_alone(r=2))
 
 
 def test_a_delta_that_is_only_used_freezes_its_base_until_it_is_taken_off(tmp_path):
@@ -517,10 +518,10 @@ def test_a_delta_that_is_only_used_freezes_its_base_until_it_is_taken_off(tmp_pa
 
 def test_training_goes_on_with_the_heads_that_trained_before(tmp_path):
     with pytest.warns(UserWarning, match="classifier is fully trained"):
-        model = get_slice_model(Net(), SliceConfig(r=3))
+        model = get_slice_model(Net(), slices_alone(r=3))
     train(model)
     model.save_pretrained(tmp_path / "new")
-    frozen = get_slice_model(Net(), SliceConfig(r=3, modules_to_save=[]))
+    frozen = get_slice_model(Net(), slices_alone(r=3, modules_to_save=[]))
     train(frozen)
     frozen.slice_config.modules_to_save = (
         None  # as a delta of a version that trained no head

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from slicefine import SliceAdamW, get_slice_model
+from tests.configs import slices_alone
 
 
 def make(interval=4, **kwargs):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32))
-    return get_slice_model(model, SliceConfig(r=4, switch_interval=interval, **kwargs))
+    return get_slice_model(model, slices_alone(r=4, switch_interval=interval, **kwargs))
 
 
 def trainable(model):
@@ -103,7 +104,7 @@ def test_a_resumed_optimizer_without_the_slices_warns_once_right_after_a_move():
     def fresh(seed=0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-        get_slice_model(model, SliceConfig(r=4, switch_interval=2))
+        get_slice_model(model, slices_alone(r=4, switch_interval=2))
         return model, torch.optim.SGD(trainable(model), lr=0.1)
 
     model, optimizer = fresh()

@@ -13,12 +13,12 @@ from torch import nn
 
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLinear,
     get_slice_model,
     load_slice_state_dict,
     slice_state_dict,
 )
+from tests.configs import slices_alone
 
 TYPES = ["column", "row", "block", "row_column"]
 
@@ -29,7 +29,7 @@ def make(slice_type="column", dtype=torch.float32, interval=3, **kwargs):
         nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
     ).to(dtype)
     return get_slice_model(
-        net, SliceConfig(r=3, slice_type=slice_type, switch_interval=interval, **kwargs)
+        net, slices_alone(r=3, slice_type=slice_type, switch_interval=interval, **kwargs)
     )
 
 
@@ -277,7 +277,7 @@ def test_a_state_of_other_slices_is_refused():
 
 def test_remembered_moments_come_back():
     layer = SliceLinear(
-        6, 4, config=SliceConfig(r=3, switch_interval=2, state_on_switch="remember")
+        6, 4, config=slices_alone(r=3, switch_interval=2, state_on_switch="remember")
     )
     optimizer = SliceAdamW(layer.parameters(), lr=1e-2)
     seen = []
@@ -335,7 +335,7 @@ def test_in_bwd_with_a_weight_used_several_times(checkpointing):
     from torch.utils.checkpoint import checkpoint
 
     models = [
-        get_slice_model(Twice(), SliceConfig(r=3, switch_interval=2, tied_weights="share"))
+        get_slice_model(Twice(), slices_alone(r=3, switch_interval=2, tied_weights="share"))
         for _ in range(2)
     ]
     optimizers = [
@@ -482,7 +482,7 @@ def test_a_move_to_the_same_place_changes_nothing(config):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4)).bfloat16()
         model = get_slice_model(
-            net, SliceConfig(**{"r": 3, **config, "switch_interval": interval})
+            net, slices_alone(**{"r": 3, **config, "switch_interval": interval})
         )
         optimizer = SliceAdamW(model.parameters(), lr=1e-4)
         for i in range(20):
@@ -510,7 +510,7 @@ def test_in_bwd_zero_grad_drops_what_waits():
     models = [
         get_slice_model(
             Twice(),
-            SliceConfig(r=3, tied_weights="share", target_modules=["inner", "other"]),
+            slices_alone(r=3, tied_weights="share", target_modules=["inner", "other"]),
         )
         for _ in range(2)
     ]
@@ -530,7 +530,7 @@ def test_gradient_scores_of_a_skipped_step_are_forgotten():
     torch.manual_seed(0)
     layers = [
         SliceLinear(
-            12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1)
+            12, 5, config=slices_alone(r=3, switch_mode="gradient", switch_interval=1)
         )
         for _ in range(2)
     ]
@@ -591,7 +591,7 @@ def test_a_copied_optimizer_goes_on(in_bwd):
 def test_a_shared_slice_trains_as_one_dense_weight(contiguous):
     model = get_slice_model(
         Twice(),
-        SliceConfig(r=3, tied_weights="share", contiguous=contiguous, switch_interval=2),
+        slices_alone(r=3, tied_weights="share", contiguous=contiguous, switch_interval=2),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
     for i in range(5):
@@ -619,7 +619,7 @@ def test_a_shared_slice_trains_as_one_dense_weight(contiguous):
 def test_a_shared_slice_needs_one_r():
     with pytest.raises(ValueError, match="give them the same r in rank_pattern"):
         get_slice_model(
-            Twice(), SliceConfig(r=3, tied_weights="share", rank_pattern={"other": 2})
+            Twice(), slices_alone(r=3, tied_weights="share", rank_pattern={"other": 2})
         )
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from slicefine import SliceAdamW, get_slice_model
 from slicefine.linear import SliceLinear
+from tests.configs import slices_alone
 from tests.oracle import DenseOracle, mask_of
 
 STEPS, INTERVAL = 50, 4
@@ -66,7 +67,7 @@ def features_by_hand(spec, name, move, mode):
 def test_float64_follows_the_oracle(slice_type, mode, policy):
     if slice_type == "row_column" and policy == "keep":
         pytest.skip("moments of a column mean nothing for a row: documented as reset")
-    config = SliceConfig(
+    config = slices_alone(
         r=4,
         slice_type=slice_type,
         switch_interval=INTERVAL,
@@ -113,7 +114,7 @@ def test_chosen_positions_train_as_the_oracle_does(slice_type, mode, policy, con
     """
     if slice_type == "row_column" and policy == "keep":
         pytest.skip("moments of a column mean nothing for a row: documented as reset")
-    config = SliceConfig(
+    config = slices_alone(
         r=4,
         slice_type=slice_type,
         switch_interval=INTERVAL,
@@ -163,7 +164,7 @@ LOW = {
 def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(
     slice_type, dtype, backend
 ):
-    config = SliceConfig(r=4, slice_type=slice_type, switch_interval=10)
+    config = slices_alone(r=4, slice_type=slice_type, switch_interval=10)
     original = make_net(dtype)
     plain, model = copy.deepcopy(original), get_slice_model(copy.deepcopy(original), config)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
@@ -209,7 +210,7 @@ def test_low_precision_follows_the_oracle_and_leaves_the_rest_bit_equal(
 @pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
 def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
     """torch's optimizers follow a dense run of themselves on the masked gradient."""
-    config = SliceConfig(r=4, slice_type=slice_type, switch_interval=INTERVAL)
+    config = slices_alone(r=4, slice_type=slice_type, switch_interval=INTERVAL)
     plain, model = make_net(torch.float64), get_slice_model(make_net(torch.float64), config)
     make = {
         "foreach": lambda ps: torch.optim.AdamW(
@@ -257,7 +258,7 @@ def test_other_optimizers_train_the_same_slices(slice_type, optimizer):
 def test_gradient_mode_goes_to_the_strongest_gradient():
     torch.manual_seed(0)
     layer = SliceLinear(
-        12, 5, config=SliceConfig(r=3, switch_mode="gradient", switch_interval=1)
+        12, 5, config=slices_alone(r=3, switch_mode="gradient", switch_interval=1)
     )
     optimizer = SliceAdamW(layer.parameters(), lr=0.0)
     x, target = (
@@ -280,7 +281,7 @@ def test_gradient_mode_goes_to_the_strongest_gradient():
 
 def test_magnitude_mode_goes_to_the_largest_weights():
     layer = SliceLinear(
-        12, 5, config=SliceConfig(r=3, switch_mode="magnitude", switch_interval=1)
+        12, 5, config=slices_alone(r=3, switch_mode="magnitude", switch_interval=1)
     )
     with torch.no_grad():
         layer.weight.copy_(

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slicefine import SliceConfig, SliceLinear, get_slice_model, list_targets
+from slicefine import SliceLinear, get_slice_model, list_targets
 from slicefine.past import linear_forward, reads_past
+from tests.configs import slices_alone
 
 
 class Reads(nn.Module):
@@ -66,7 +67,7 @@ def test_a_branch_that_this_module_does_not_take_is_left_out():
 def test_all_linear_leaves_them_out_and_says_so_once():
     model = nn.Sequential(Reads(), Reads())
     with pytest.warns(UserWarning) as warned:
-        get_slice_model(model, SliceConfig(r=2))
+        get_slice_model(model, slices_alone(r=2))
     (message,) = [str(w.message) for w in warned]
     assert message.splitlines() == [
         "0.read, 1.read stay as they are: it is not called: Reads.forward reads its weight itself,"
@@ -84,12 +85,12 @@ def test_naming_such_a_layer_is_an_error_unless_it_is_called_too():
     with pytest.raises(
         ValueError, match=r"^0.read is not called: Reads.forward reads its weight"
     ):
-        list_targets(nn.Sequential(Reads()), SliceConfig(r=2, target_modules=["read"]))
+        list_targets(nn.Sequential(Reads()), slices_alone(r=2, target_modules=["read"]))
     with pytest.warns(
         UserWarning, match="0.either may train only at times: Reads.forward also"
     ):
         model = get_slice_model(
-            nn.Sequential(Reads()), SliceConfig(r=2, target_modules=["either"])
+            nn.Sequential(Reads()), slices_alone(r=2, target_modules=["either"])
         )
     assert isinstance(model.get_submodule("0.either"), SliceLinear)
 
@@ -101,7 +102,7 @@ def test_qkv_of_timm(name, read):
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     model = timm.create_model(name, num_classes=0, **sizes)
-    rows = {row.name: row.skipped for row in list_targets(model, SliceConfig(r=2))}
+    rows = {row.name: row.skipped for row in list_targets(model, slices_alone(r=2))}
     assert (rows["blocks.1.attn.qkv"] is not None) is read
     assert rows["blocks.1.attn.proj"] is None
 
@@ -164,7 +165,7 @@ def test_a_forward_that_is_linear_becomes_a_slice(kind, bias):
     assert linear_forward(model[0]) and torch.equal(torch.get_rng_state(), state)
     x = torch.randn(3, 6)
     before = model(x)
-    get_slice_model(model, SliceConfig(r=2))
+    get_slice_model(model, slices_alone(r=2))
     assert isinstance(model[0], SliceLinear)
     torch.testing.assert_close(model(x), before)
     model(x).sum().backward()
@@ -179,7 +180,7 @@ def test_a_forward_that_computes_something_else_is_named(kind):
     with pytest.raises(
         ValueError, match=f"0 is a {kind.__name__} with a forward of its own"
     ):
-        list_targets(nn.Sequential(kind(6, 4)), SliceConfig(r=2, target_modules=["0"]))
+        list_targets(nn.Sequential(kind(6, 4)), slices_alone(r=2, target_modules=["0"]))
     model = nn.Sequential(kind(6, 4), nn.Linear(4, 4))
-    skipped = {row.name: row.skipped for row in list_targets(model, SliceConfig(r=2))}
+    skipped = {row.name: row.skipped for row in list_targets(model, slices_alone(r=2))}
     assert skipped["1"] is None and "computes something else than nn.Linear" in skipped["0"]

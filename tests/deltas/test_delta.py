@@ -25,6 +25,7 @@ from slicefine import (
 from slicefine.deltas.delta import CONFIG_FILE, FILE
 from slicefine.layer import SliceLayer
 from slicefine.model import named_slice_layers
+from tests.configs import slices_alone
 
 ROOT = Path(__file__).parents[2]
 SLICE_TYPES = ["column", "row", "block", "row_column"]
@@ -72,7 +73,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def config(**options) -> SliceConfig:
-    return SliceConfig(
+    return slices_alone(
         **{
             "r": 3,
             "switch_interval": 2,
@@ -145,7 +146,7 @@ def test_what_the_ledger_holds_is_what_trained_and_nothing_else(slice_type):
 
 def test_a_delta_is_as_large_as_its_values(tmp_path):
     wide = nn.Sequential(nn.Linear(512, 512, bias=False))
-    get_slice_model(wide, SliceConfig(r=16, switch_interval=1))
+    get_slice_model(wide, slices_alone(r=16, switch_interval=1))
     optimizer = SliceAdamW(wide.parameters())
     for _ in range(3):
         wide(torch.randn(2, 512)).sum().backward()
@@ -346,7 +347,7 @@ def test_conv1d_and_tied_weights(tmp_path):
     plain = Tied()
     before = state(plain)
     model = get_slice_model(
-        copy.deepcopy(plain), SliceConfig(r=2, switch_interval=2, tied_weights="share")
+        copy.deepcopy(plain), slices_alone(r=2, switch_interval=2, tied_weights="share")
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     for _ in range(5):
@@ -394,7 +395,7 @@ def two_deltas(
         model.body[2].requires_grad_(False)
         get_slice_model(
             model,
-            SliceConfig(
+            slices_alone(
                 r=3,
                 switch_interval=2,
                 start_position=first,
@@ -461,7 +462,7 @@ def test_slices_in_training_are_an_adapter_too(tmp_path):
     before, a, _ = two_deltas(tmp_path, 2)
     model = get_slice_model(
         base(),
-        SliceConfig(r=3, start_position=2, target_modules=["body.0"]),
+        slices_alone(r=3, start_position=2, target_modules=["body.0"]),
         adapter_name="mine",
     )
     assert model.adapters == ["mine"]
@@ -506,7 +507,7 @@ def test_a_second_task_on_top_of_a_first(tmp_path):
     _, a, _ = two_deltas(tmp_path, 1)
     model = SliceModel.from_pretrained(base(), tmp_path / "a", "a")
     get_slice_model(
-        model, SliceConfig(r=3, target_modules=["body.0"]), adapter_name="second"
+        model, slices_alone(r=3, target_modules=["body.0"]), adapter_name="second"
     )
     train(model, 3)
     both = state(model)
@@ -722,7 +723,7 @@ for attempt in range(4):
 
 def test_kill_9_during_save_leaves_a_whole_file(tmp_path):
     wide = nn.Sequential(nn.Linear(1024, 1024, bias=False))
-    get_slice_model(wide, SliceConfig(r=256))
+    get_slice_model(wide, slices_alone(r=256))
     wide.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     script = KILLED.format(root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import slicefine
-from slicefine import Delta, DeltaError, SliceAdamW, SliceConfig, SliceModel
+from slicefine import Delta, DeltaError, SliceAdamW, SliceModel
 from slicefine.atomic import replacing, tensor_sha256
 from slicefine.deltas.delta import FILE, FullDelta, SliceValues, WeightDelta
 from slicefine.deltas.format import delta_path, write_file
@@ -25,6 +25,7 @@ from slicefine.layer import SliceLayer
 from slicefine.model import named_slice_layers
 from slicefine.originals import Originals
 from slicefine.slices import SliceSpec, read_slice
+from tests.configs import slices_alone
 from tests.deltas import test_delta
 
 # the methods of a model with slices are mixed into its class, where no type checker sees them
@@ -72,7 +73,7 @@ def test_any_run_reverts_to_its_base(tmp_path, seed):
     before = state(pristine)
 
     def fresh() -> tuple[Any, SliceAdamW]:
-        model = get_slice_model(copy.deepcopy(pristine), SliceConfig(**options))
+        model = get_slice_model(copy.deepcopy(pristine), slices_alone(**options))
         return model, SliceAdamW(model.parameters(), lr=0.1)
 
     model, optimizer = fresh()
@@ -135,7 +136,7 @@ def test_many_blocks_fit_in_a_file(tmp_path):
     """
     model = get_slice_model(
         nn.Sequential(nn.Linear(64, 64, bias=False)),
-        SliceConfig(r=1, slice_type="block", switch_interval=1),
+        slices_alone(r=1, slice_type="block", switch_interval=1),
     )
     layer = model[0]
     for _ in range(64 * 64):
@@ -232,7 +233,7 @@ def test_nan_and_minus_zero_are_bits_like_others(tmp_path):
     with torch.no_grad():
         model.body[0].weight[0, :2] = torch.tensor([float("nan"), -0.0])
     plain = copy.deepcopy(model)
-    get_slice_model(model, SliceConfig(r=3, target_modules=["body.0"]))
+    get_slice_model(model, slices_alone(r=3, target_modules=["body.0"]))
     model.save_pretrained(tmp_path)
     Delta.load(tmp_path).apply_to(plain)
     Delta.load(tmp_path).revert_from(plain)
@@ -293,7 +294,7 @@ def test_an_update_in_backward_is_refused_while_disabled():
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 5))
     before = state(model)
-    get_slice_model(model, SliceConfig(r=2))
+    get_slice_model(model, slices_alone(r=2))
     optimizer = SliceAdamW(model.parameters(), optimizer_in_bwd=True)
     loss = model(torch.randn(4, 6)).square().sum()
     with (
@@ -317,7 +318,7 @@ def on_top(tmp_path) -> SliceModel:
     model = SliceModel.from_pretrained(base(), tmp_path / "a", "a")
     get_slice_model(
         model,
-        SliceConfig(r=3, switch_interval=1, target_modules=["body.0"]),
+        slices_alone(r=3, switch_interval=1, target_modules=["body.0"]),
         adapter_name="second",
     )
     train(model, 5)
@@ -421,7 +422,7 @@ def test_an_error_in_the_middle_of_a_switch_leaves_what_was(
 
 def test_a_delta_that_its_config_does_not_fit_leaves_the_model_plain(tmp_path):
     for name in ("body.0", "body.2"):
-        model = get_slice_model(base(), SliceConfig(r=3, target_modules=[name]))
+        model = get_slice_model(base(), slices_alone(r=3, target_modules=[name]))
         train(model, 3)
         model.save_pretrained(tmp_path / name)
     model = SliceModel.from_pretrained(base(), tmp_path / "body.0", "a")
@@ -445,7 +446,7 @@ def test_merging_deltas_of_blocks(tmp_path):
     for name, start in (("a", 0), ("b", 1)):
         model = get_slice_model(
             base(),
-            SliceConfig(
+            slices_alone(
                 r=4,
                 r_out=5,
                 slice_type="block",
@@ -736,7 +737,7 @@ def test_fake_tensors_have_no_originals():
     with FakeTensorMode():
         model = get_slice_model(
             nn.Sequential(nn.Linear(8, 8)),
-            SliceConfig(r=2, slice_type="row_column", switch_interval=1),
+            slices_alone(r=2, slice_type="row_column", switch_interval=1),
         )
         optimizer = SliceAdamW(model.parameters())
         for _ in range(2):

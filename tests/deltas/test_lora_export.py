@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from slicefine import DeltaError, SliceAdamW, SliceConfig, get_slice_model
+from slicefine import DeltaError, SliceAdamW, get_slice_model
 from slicefine.deltas.delta import Delta, FullDelta, SliceValues, WeightDelta
 from slicefine.deltas.lora import VLLM_RANKS, to_lora
+from tests.configs import slices_alone
 from tests.models.test_real_model import minilm
 
 peft = pytest.importorskip("peft")
@@ -36,7 +37,7 @@ class Small(nn.Module):
 def trained(model, steps=7, seed=0, **config):
     """(base, merged, delta) of a run with moving slices."""
     base = copy.deepcopy(model)
-    get_slice_model(model, SliceConfig(**{"r": 3, "switch_interval": 2, **config}))
+    get_slice_model(model, slices_alone(**{"r": 3, "switch_interval": 2, **config}))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(seed)
     width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
@@ -161,7 +162,7 @@ def test_faq_27_a_moving_slice_run_of_a_real_model_serves_as_lora(tmp_path):
     whole = ["classifier", "pooler"]
     get_slice_model(
         model,
-        SliceConfig(r=16, switch_interval=2, exclude_modules=whole, modules_to_save=whole),
+        slices_alone(r=16, switch_interval=2, exclude_modules=whole, modules_to_save=whole),
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(1000, 20_000, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -238,7 +239,7 @@ def test_conv1d_is_transposed_for_peft(tmp_path):
     )
     model = transformers.GPT2LMHeadModel(config)
     base = copy.deepcopy(model).eval()
-    get_slice_model(model, SliceConfig(r=4, switch_interval=1, slice_type="row_column"))
+    get_slice_model(model, slices_alone(r=4, switch_interval=1, slice_type="row_column"))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     ids = torch.randint(0, 50, (2, 8))
     for _ in range(5):
@@ -332,24 +333,42 @@ def test_bfloat16_differences_are_exact_in_float32():
         )
 
 
-def test_what_lora_cannot_hold_is_refused_or_left_out(tmp_path):
-    base, merged, delta = trained(Small(), exclude_modules=["head"], bias="slice_only")
-    with pytest.raises(
-        DeltaError,
-        match=(
-            "2 biases or buffers of the base have changed, such as proj.bias.*export the merged"
-            " model"
-        ),
-    ):
-        to_lora(delta)
-    adapter = to_lora(delta, leave_out=True)
-    assert adapter.left_out == ["proj.bias", "inner.proj.bias"]
-    adapter.save(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    with_biases = copy.deepcopy(base)
-    assert torch.equal(loaded.base_model.model.proj.base_layer.bias, with_biases.proj.bias)
+class WithNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm = nn.Linear(24, 24), nn.LayerNorm(24)
+        self.out = nn.Linear(24, 6)
+
+    def forward(self, x):
+        return self.out(self.norm(torch.relu(self.proj(x))))
+
+
+def test_biases_and_norms_travel_with_the_adapter_or_are_left_out(tmp_path):
+    torch.manual_seed(0)
+    base, merged, delta = trained(WithNorm(), **{"bias": "slice_only", "norms": "torch"})
+    changed = {"proj.bias", "out.bias", "norm.weight", "norm.bias"}
+    assert delta.whole.keys() == changed
     x = torch.randn(4, 24)
-    assert (loaded(x) - merged(x)).abs().max() > 1e-4  # what left_out warns of
+    adapter = to_lora(delta)
+    assert not adapter.left_out and adapter.config["bias"] == "all"
+    adapter.save(tmp_path / "peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft")
+    assert (loaded(x) - merged(x)).abs().max() < 1e-6
+    for key, value in loaded.merge_and_unload().state_dict().items():
+        exact = key in changed
+        assert torch.allclose(
+            value, merged.state_dict()[key], rtol=0, atol=0 if exact else 1e-6
+        )
+    with pytest.raises(
+        DeltaError, match='4 biases, norms or buffers .*bias="none", norms="none"'
+    ):
+        to_lora(delta, server="vllm")
+    adapter = to_lora(delta, server="vllm", leave_out=True)
+    assert set(adapter.left_out) == changed
+    adapter.save(tmp_path / "vllm")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "vllm")
+    # what left_out warns of
+    assert (loaded(x) - merged(x)).abs().max() > 1e-4
 
 
 class Encoder(nn.Module):
@@ -368,7 +387,7 @@ def test_attention_that_uses_its_weights_itself_is_refused(tmp_path):
     """
     model = Encoder()
     base = copy.deepcopy(model).eval()
-    get_slice_model(model, SliceConfig(r=4, switch_interval=1))
+    get_slice_model(model, slices_alone(r=4, switch_interval=1))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         model(torch.randn(2, 5, 16)).sin().sum().backward()

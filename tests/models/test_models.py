@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLayer,
     SliceLinear,
     SliceModel,
     get_slice_model,
 )
+from tests.configs import slices_alone
 from tests.families import FAMILIES, SUPPORT, Family, committed_table, table
 
 STEPS, INTERVAL, LR = 5, 2, 1e-2
@@ -120,7 +120,7 @@ def test_family(family: Family, slice_type: str, tmp_path):
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     model = get_slice_model(
         copy.deepcopy(plain),
-        SliceConfig(
+        slices_alone(
             r=family.r,
             slice_type=slice_type,
             switch_interval=INTERVAL,
@@ -205,7 +205,7 @@ def test_faq_18_tied_weights_share_one_slice_and_survive_merging():
     plain = TwoUses().requires_grad_(False)
     model = get_slice_model(
         copy.deepcopy(plain),
-        SliceConfig(r=3, switch_interval=INTERVAL, tied_weights="share"),
+        slices_alone(r=3, switch_interval=INTERVAL, tied_weights="share"),
     )
     assert model.first.slice_weight is model.second.slice_weight
     oracle = DenseMasked(
@@ -248,13 +248,13 @@ def test_faq_18_a_head_tied_to_the_embedding_is_skipped_or_refused_by_name(tmp_p
     ):
         get_slice_model(
             model,
-            SliceConfig(r=3, target_modules=["c_attn", "lm_head"], tied_weights="share"),
+            slices_alone(r=3, target_modules=["c_attn", "lm_head"], tied_weights="share"),
         )
     with pytest.warns(
         UserWarning,
         match="lm_head stays as it is: its weight is tied to transformer.wte; untie them",
     ):
-        get_slice_model(model, SliceConfig(r=3, target_modules=["c_attn", "lm_head"]))
+        get_slice_model(model, slices_alone(r=3, target_modules=["c_attn", "lm_head"]))
     optimizer = SliceAdamW(model.parameters(), lr=LR)
     loss_of(model, family, 0).backward()
     optimizer.step()
@@ -319,8 +319,8 @@ def test_faq_20_other_quantized_layers_are_refused_by_name(how):
                 r" \(exclude_modules\)"
             ),
         ):
-            get_slice_model(model, SliceConfig(r=4, target_modules=targets))
-    get_slice_model(model, SliceConfig(r=4, exclude_modules=["0"]))
+            get_slice_model(model, slices_alone(r=4, target_modules=targets))
+    get_slice_model(model, slices_alone(r=4, exclude_modules=["0"]))
     assert isinstance(model[1], SliceLinear)
 
 
@@ -333,7 +333,7 @@ def test_faq_20_float8_weights_are_refused_by_name():
         ValueError,
         match="has a torch.float8_e4m3fn weight; expected one of torch.float32, torch.bfloat16",
     ):
-        get_slice_model(model, SliceConfig(r=4))
+        get_slice_model(model, slices_alone(r=4))
 
 
 @pytest.mark.parametrize(
@@ -363,13 +363,13 @@ def test_what_is_no_linear_layer_is_named_with_what_to_do(module, message):
         r" trains all of it\.$"
     )
     with pytest.raises(ValueError, match=pattern):
-        get_slice_model(model, SliceConfig(r=4, target_modules=["0", "1"]))
-    get_slice_model(model, SliceConfig(r=4))  # 'all-linear' passes it by
+        get_slice_model(model, slices_alone(r=4, target_modules=["0", "1"]))
+    get_slice_model(model, slices_alone(r=4))  # 'all-linear' passes it by
     assert not any(p.requires_grad for p in module.parameters()) and isinstance(
         model[1], SliceLinear
     )
     model.merge_and_unload()
-    get_slice_model(model, SliceConfig(r=4, modules_to_save=["0"]))
+    get_slice_model(model, slices_alone(r=4, modules_to_save=["0"]))
     assert all(p.requires_grad for p in module.parameters())
 
 
@@ -378,7 +378,7 @@ def test_a_module_that_holds_linear_layers_is_answered_with_their_names():
     with pytest.raises(
         ValueError, match="0 is a Sequential; .* Linear layers inside: 0, 2"
     ):
-        get_slice_model(model, SliceConfig(r=4, target_modules=["0"]))
+        get_slice_model(model, slices_alone(r=4, target_modules=["0"]))
 
 
 def test_a_subclass_of_linear_comes_back_as_what_it_was():
@@ -386,7 +386,7 @@ def test_a_subclass_of_linear_comes_back_as_what_it_was():
         """A subclass with nn.Linear's forward."""
 
     model = nn.Sequential(Named(8, 8))
-    assert type(get_slice_model(model, SliceConfig(r=4)).merge_and_unload()[0]) is Named
+    assert type(get_slice_model(model, slices_alone(r=4)).merge_and_unload()[0]) is Named
 
 
 def test_the_support_matrix_is_the_registry():
@@ -455,7 +455,9 @@ def test_the_messages_of_the_support_matrix_are_the_ones_given():
     for what, (make, options) in REFUSED.items():
         model = nn.Sequential(make(), nn.Linear(8, 8))
         with pytest.raises(ValueError) as error:
-            get_slice_model(model, SliceConfig(r=4, **{"target_modules": ["0"], **options}))
+            get_slice_model(
+                model, slices_alone(r=4, **{"target_modules": ["0"], **options})
+            )
         assert said[what] in str(error.value)
         assert not hasattr(model, "slice_config") and not any(
             isinstance(m, SliceLayer) for m in model.modules()

@@ -64,7 +64,7 @@ def test_every_linear_layer_of_the_encoder_becomes_a_slice_and_back():
     model = minilm(6).eval()
     ids = torch.arange(1000, 1012).view(2, 6)
     before = model(input_ids=ids).last_hidden_state
-    get_slice_model(model, SliceConfig(r=16))
+    get_slice_model(model, SliceConfig(r=16, bias="none", norms="none"))
     assert sum(isinstance(m, SliceLinear) for m in model.modules()) == 36
     assert (
         model.get_nb_trainable_parameters()[0] == 331_776

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLayer,
     SliceLinear,
     SliceModel,
@@ -21,6 +20,7 @@ from slicefine import (
     list_targets,
     track_memory,
 )
+from tests.configs import slices_alone
 
 E, HEADS, L, S, N = 12, 3, 5, 7, 2
 
@@ -99,7 +99,7 @@ def same(a: Any, b: Any) -> None:
 def test_the_outputs_are_those_of_pytorch(kind, mask, options):
     for batch_first in (False, True):
         plain = Net(batch_first=batch_first, **options)
-        model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+        model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4))
         q, k, v = inputs(kind, batch_first)
         arguments = masks(mask, L if kind == "self" else S)
         for weights in (
@@ -122,10 +122,10 @@ def test_the_outputs_are_those_of_pytorch(kind, mask, options):
 
 def test_unbatched_input_and_separate_widths():
     plain = Net()
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+    model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4))
     same(model(*inputs("unbatched")), plain(*inputs("unbatched")))
     plain = Net(kdim=8, vdim=10)
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+    model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4))
     names = {n for n, m in model.named_modules() if isinstance(m, SliceLayer)}
     assert names == {
         f"attention.{n}"
@@ -136,7 +136,7 @@ def test_unbatched_input_and_separate_widths():
 
 def test_dropout_draws_as_pytorch_does():
     plain = Net(dropout=0.5)
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+    model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4))
     for need_weights in (False, True):
         results = []
         for module in (model, plain):
@@ -152,7 +152,7 @@ def test_it_trains_as_the_masked_gradient_does(kind, slice_type, mode):
     plain = Net()
     model = get_slice_model(
         copy.deepcopy(plain),
-        SliceConfig(r=4, slice_type=slice_type, switch_interval=2, switch_mode=mode),
+        slices_alone(r=4, slice_type=slice_type, switch_interval=2, switch_mode=mode),
     )
     layers = {
         "in_proj_weight": model.attention.slice_of("in_proj_weight"),
@@ -205,7 +205,7 @@ def test_update_in_backward(kind):
     """The same weights as by the default path, whichever of query, key and value are one tensor."""
     states = []
     for in_bwd in (False, True):
-        model = get_slice_model(Net(), SliceConfig(r=4, switch_interval=2))
+        model = get_slice_model(Net(), slices_alone(r=4, switch_interval=2))
         optimizer = SliceAdamW(model.parameters(), lr=1e-2, optimizer_in_bwd=in_bwd)
         for _ in range(5):
             optimizer.zero_grad()
@@ -219,7 +219,7 @@ def test_update_in_backward(kind):
 def test_it_is_nn_multihead_attention_before_while_and_after():
     plain = Net()
     keys = list(plain.state_dict())
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4, bias="slice_only"))
+    model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4, bias="slice_only"))
     assert isinstance(model.attention, nn.MultiheadAttention) and isinstance(
         model.attention.out_proj, SliceLinear
     )
@@ -243,7 +243,7 @@ def test_it_is_nn_multihead_attention_before_while_and_after():
             1.0
         )  # its own, not the original's
     same(model(*inputs("self")), trained)
-    fresh = get_slice_model(Net(), SliceConfig(r=4))
+    fresh = get_slice_model(Net(), slices_alone(r=4))
     assert (
         str(fresh.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
     )
@@ -276,7 +276,7 @@ def test_bit_equal_to_pytorch_with_frozen_weights(kind, batch_first):
     a frozen one, as slices have.
     """
     plain = Net(batch_first=batch_first).requires_grad_(False)
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4))
+    model = get_slice_model(copy.deepcopy(plain), slices_alone(r=4))
     for need_weights in (False, True):
         ours, theirs = (
             m(*inputs(kind, batch_first), need_weights=need_weights) for m in (model, plain)
@@ -298,7 +298,7 @@ def test_one_compilation_for_all_moves():
             y, _ = self.attention(y, m, m)
             return self.linear(y)
 
-    model = get_slice_model(Both(), SliceConfig(r=4, switch_interval=1))
+    model = get_slice_model(Both(), slices_alone(r=4, switch_interval=1))
     counter = torch._dynamo.testing.CompileCounter()
     compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
     optimizer, x, m = (
@@ -326,7 +326,7 @@ def _saved(model: nn.Module) -> nn.Module:
 )
 def test_interrupted_training_goes_on_bit_for_bit(options):
     make = lambda: get_slice_model(
-        Net().float(), SliceConfig(r=4, switch_interval=2, state_on_switch="remember")
+        Net().float(), slices_alone(r=4, switch_interval=2, state_on_switch="remember")
     )
 
     def steps(model, optimizer, count):
@@ -355,7 +355,8 @@ def test_interrupted_training_goes_on_bit_for_bit(options):
 @pytest.mark.parametrize("slice_type", ["column", "row", "block", "row_column"])
 def test_a_delta_goes_to_a_file_and_back(slice_type, tmp_path):
     model = get_slice_model(
-        Net(), SliceConfig(r=4, slice_type=slice_type, switch_interval=2, bias="slice_only")
+        Net(),
+        slices_alone(r=4, slice_type=slice_type, switch_interval=2, bias="slice_only"),
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
@@ -384,9 +385,9 @@ def test_a_single_attention_and_one_that_trains_whole():
             " model"
         ),
     ):
-        get_slice_model(nn.MultiheadAttention(E, HEADS), SliceConfig(r=4))
+        get_slice_model(nn.MultiheadAttention(E, HEADS), slices_alone(r=4))
     model = nn.Sequential(nn.MultiheadAttention(E, HEADS), nn.Linear(E, E))
-    get_slice_model(model, SliceConfig(r=4, modules_to_save=["0"]))
+    get_slice_model(model, slices_alone(r=4, modules_to_save=["0"]))
     x, attention = torch.randn(L, N, E), model[0]
     attention(x, x, x)[0].sum().backward()
     assert isinstance(
@@ -402,7 +403,7 @@ def test_a_single_attention_and_one_that_trains_whole():
 
 
 def test_casting_and_names():
-    model = get_slice_model(Net(), SliceConfig(r=4)).to(torch.bfloat16)
+    model = get_slice_model(Net(), slices_alone(r=4)).to(torch.bfloat16)
     child = model.attention.slice_of("in_proj_weight")
     assert (
         child.weight.dtype == torch.bfloat16 and child.slice_weight.dtype == torch.float32
@@ -412,14 +413,14 @@ def test_casting_and_names():
     assert child.slice_weight.grad.shape == (3 * E, 4)
     rows = {
         m.name: (m.out_features, m.in_features, m.r)
-        for m in list_targets(Net(), SliceConfig(r=4, rank_pattern={"out_proj": 2}))
+        for m in list_targets(Net(), slices_alone(r=4, rank_pattern={"out_proj": 2}))
     }
     assert rows == {
         "attention.in_proj_weight": (3 * E, E, 4),
         "attention.out_proj": (E, E, 2),
     }
     sliced = lambda **names: {
-        m.name for m in list_targets(Net(), SliceConfig(r=4, **names)) if m.skipped is None
+        m.name for m in list_targets(Net(), slices_alone(r=4, **names)) if m.skipped is None
     }
     assert sliced(target_modules=["attention"]) == {
         "attention.in_proj_weight",
@@ -455,7 +456,7 @@ def test_no_gradient_of_the_whole_projection_exists():
             module.attention = nn.MultiheadAttention(width, 4)
             module.forward = lambda *args, m=module: m.attention(*args)
             dense = peak(torch.optim.AdamW, copy.deepcopy(module.attention), cross)
-            sliced = get_slice_model(module, SliceConfig(r=4, slice_type=slice_type))
+            sliced = get_slice_model(module, slices_alone(r=4, slice_type=slice_type))
             assert dense > whole and peak(SliceAdamW, sliced.attention, cross) < whole / 4
 
 
@@ -484,7 +485,9 @@ def test_the_fast_paths_of_the_encoder_do_not_bypass_slices(excluded):
         "self_attn": r".*self_attn.*",
         "layers.0": r".*layers\.0\..*|layers\.0\..*",
     }[excluded[0] if excluded else None]
-    model = get_slice_model(copy.deepcopy(plain), SliceConfig(r=4, exclude_modules=exclude))
+    model = get_slice_model(
+        copy.deepcopy(plain), slices_alone(r=4, exclude_modules=exclude)
+    )
     layers = [m for m in model.modules() if isinstance(m, SliceLayer)]
     assert (
         len(layers)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLayer,
     get_slice_model,
     list_targets,
@@ -25,6 +24,8 @@ from tests.families import MOE
 
 transformers: Any = pytest.importorskip("transformers", minversion="5.0")
 from transformers.integrations.moe import use_experts_implementation
+
+from tests.configs import slices_alone
 
 EXPERTS, WIDTH, INNER, TOKENS, K = 4, 12, 10, 9, 2
 NAMES = ["experts.gate_up_proj", "experts.down_proj"]
@@ -113,7 +114,7 @@ def test_it_trains_as_the_masked_gradient_of_a_plain_loop_does(options, mode):
     first = "gate_up_proj" if options.get("gate", True) else "up_proj"
     model = copy.deepcopy(plain)
     model.forward = lambda *args: model.experts(*args)
-    config = SliceConfig(
+    config = slices_alone(
         r=4,
         switch_interval=2,
         switch_mode=mode,
@@ -181,7 +182,7 @@ def qwen3(dtype: torch.dtype = torch.float32) -> Any:
 
 
 IDS = torch.arange(1, 13).view(2, 6)
-CONFIG = SliceConfig(r=4, switch_interval=2, target_parameters=NAMES)
+CONFIG = slices_alone(r=4, switch_interval=2, target_parameters=NAMES)
 
 
 def train(model: Any, steps: int = 5, **options: Any) -> list[float]:
@@ -264,7 +265,7 @@ def test_no_gradient_of_all_experts_exists():
         model.requires_grad_(False)
         if slices:
             get_slice_model(
-                model, SliceConfig(r=4, target_modules=[], target_parameters=NAMES)
+                model, slices_alone(r=4, target_modules=[], target_parameters=NAMES)
             )
         else:
             for name in NAMES:
@@ -312,7 +313,7 @@ def test_what_is_refused():
     for message, options in cases:
         model = qwen3()
         with refuse(message):
-            get_slice_model(model, SliceConfig(**{"r": 4, **options}))
+            get_slice_model(model, slices_alone(**{"r": 4, **options}))
         assert (
             all(p.requires_grad for p in model.parameters())
             and type(model) is transformers.Qwen3MoeForCausalLM
@@ -320,15 +321,16 @@ def test_what_is_refused():
     with refuse("store their weights transposed"):
         get_slice_model(
             make_experts(transposed=True),
-            SliceConfig(r=4, target_modules=[], target_parameters=["down_proj"]),
+            slices_alone(r=4, target_modules=[], target_parameters=["down_proj"]),
         )
     with pytest.raises(
         TypeError,
         match="target_parameters is 'experts'; expected a list of parameter names",
     ):
-        SliceConfig(target_parameters="experts")  # pyright: ignore[reportArgumentType]
+        slices_alone(target_parameters="experts")  # pyright: ignore[reportArgumentType]
     parallel = get_slice_model(
-        make_experts(), SliceConfig(r=4, target_modules=[], target_parameters=["down_proj"])
+        make_experts(),
+        slices_alone(r=4, target_modules=[], target_parameters=["down_proj"]),
     )
     parallel.experts._is_expert_parallel = True
     with pytest.raises(RuntimeError, match="expert parallelism"):
@@ -348,15 +350,15 @@ def test_experts_that_no_entry_names_are_pointed_out():
         r" 'experts.down_proj'\]"
     )
     with pytest.warns(UserWarning, match=message):
-        get_slice_model(qwen3(), SliceConfig(r=4))
+        get_slice_model(qwen3(), slices_alone(r=4))
     with pytest.warns(UserWarning, match=r"target_parameters=\['experts.gate_up_proj'\]"):
         model = get_slice_model(
-            qwen3(), SliceConfig(r=4, target_parameters=["experts.down_proj"])
+            qwen3(), slices_alone(r=4, target_parameters=["experts.down_proj"])
         )
     assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
     assert train(model)[-1] < train(get_slice_model(qwen3(), CONFIG), 1)[0]
     for deliberate in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["experts"]}):
-        get_slice_model(qwen3(), SliceConfig(r=4, **deliberate))  # no warning
+        get_slice_model(qwen3(), slices_alone(r=4, **deliberate))  # no warning
     rows = {
         m.name: (m.out_features, m.in_features, m.parameters)
         for m in list_targets(qwen3(), CONFIG)

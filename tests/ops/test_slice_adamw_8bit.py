@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, get_slice_model, ops
+from slicefine import SliceAdamW, get_slice_model, ops
 from slicefine.backends import reference
 from slicefine.backends.operands import AdamWOptions, AdamWSlice8bit
 from slicefine.slices import read_slice, write_slice
+from tests.configs import slices_alone
 from tests.ops.test_ops import (
     DTYPES,
     FEATURES,
@@ -172,7 +173,7 @@ def train(
 ):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).to(dtype)
-    config = SliceConfig(
+    config = slices_alone(
         r=16,
         slice_type=slice_type,
         switch_interval=15,
@@ -246,7 +247,7 @@ def test_8_bits_resume_bit_for_bit(tmp_path):
 
 def test_what_8_bits_cannot_do_is_said():
     net = lambda dtype: get_slice_model(
-        nn.Sequential(nn.Linear(8, 8)).to(dtype), SliceConfig(r=2, target_modules=["0"])
+        nn.Sequential(nn.Linear(8, 8)).to(dtype), slices_alone(r=2, target_modules=["0"])
     )
     with pytest.raises(ValueError, match="optim_bits is 4; expected 32"):
         SliceAdamW(net(torch.float32).parameters(), optim_bits=4)
@@ -276,7 +277,7 @@ def test_small_gradients_beside_a_large_one_take_no_huge_steps(name):
     for bits in (8, 32):
         layer = get_slice_model(
             nn.Sequential(nn.Linear(16, 16, bias=False)),
-            SliceConfig(r=16, switch_interval=None, target_modules=["0"]),
+            slices_alone(r=16, switch_interval=None, target_modules=["0"]),
         )
         optimizer = SliceAdamW(layer.parameters(), lr=1e-3, optim_bits=bits)
         slice_weight, generator = layer[0].slice_weight, torch.Generator().manual_seed(0)

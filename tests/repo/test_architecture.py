@@ -27,7 +27,7 @@ LAYERS = [
     {"linear"},
     {"modules"},
     {"obstacles"},
-    {"optim", "targets", "plan.tracker", "deltas"},
+    {"optim", "groups", "targets", "plan.tracker", "deltas"},
     {"swapping", "dry_run"},
     {"notes"},
     {"model"},
@@ -171,6 +171,7 @@ def test_the_public_names():
         "lean",
         "list_targets",
         "load_slice_state_dict",
+        "parameter_groups",
         "slice_state_dict",
         "track_memory",
         "use_backend",
@@ -229,7 +230,7 @@ def test_a_bare_slice_linear_trains_and_moves_under_torchs_optimizers(how):
     code = f"""
         import torch
         from slicefine import SliceConfig, SliceLinear
-        layer = SliceLinear(8, 8, config=SliceConfig(r=2, switch_interval=2))
+        layer = SliceLinear(8, 8, config=SliceConfig(r=2, switch_interval=2, contiguous=True))
         before = layer.weight.clone()
         optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, {how}=True)
         for _ in range(5):
