@@ -82,11 +82,11 @@ class SliceConfig:
             stays frozen.
         rank_pattern: module name or regular expression -> another r.
         bias: which biases train too: "none", "all", or "slice_only", the default (those of the
-            sliced layers).
+            sliced layers, but for float16, of which torch's GradScaler takes no gradients).
         norms: which normalization layers train too: "torch", the default (those of torch.nn: they
             keep their input for the backward pass anyway, so that training them takes no more
             memory), "all" (also those written in Python, as LlamaRMSNorm, which keep another copy
-            of the hidden states), or "none".
+            of the hidden states), or "none". "torch" leaves out float16, as bias does.
         fan_in_fan_out: expected storage of the weights: True for Hugging Face's Conv1D, which
             stores (in, out). It is found out per layer; a value that contradicts the model warns.
         tied_weights: "skip" layers whose weight another module uses too (with a warning), or

@@ -185,7 +185,9 @@ def free_norms(model: nn.Module, config: SliceConfig, sliced: Iterable[str]) -> 
     for name, module in model.named_modules():
         if _block_of(name) in blocks and chosen(module):
             for parameter in module._parameters.values():
-                if parameter is not None:
+                # torch's GradScaler takes no gradients in float16
+                half = parameter is not None and parameter.dtype == torch.float16
+                if parameter is not None and not (half and config.norms == "torch"):
                     parameter.requires_grad_(True)
 
 
@@ -227,10 +229,15 @@ def free_biases(model: nn.Module, mode: str) -> None:
                 parameter.requires_grad_(True)
     elif mode == "slice_only":
         for layer in slice_layers(model):
-            if layer.bias is not None:
+            if layer.bias is not None and layer.bias.dtype != torch.float16:
                 layer.bias.requires_grad_(True)
         for module in model.modules():
-            if isinstance(module, SlicedModule):
+            half = any(
+                p.dtype == torch.float16
+                for p in module._parameters.values()
+                if p is not None
+            )
+            if isinstance(module, SlicedModule) and not half:
                 module.free_biases()
 
 

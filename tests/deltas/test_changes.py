@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
-from slicefine import DeltaError, SliceAdamW, SliceConfig, get_slice_model
+from slicefine import DeltaError, SliceAdamW, get_slice_model
 from slicefine.deltas.changes import apply_changes, pack_changes, unpack_changes
+from tests.configs import slices_alone
 
 
 def train(model, optimizer, steps, seed=0):
@@ -38,7 +39,7 @@ def assert_same(model, other):
 def test_a_second_model_follows_bit_for_bit(slice_type, contiguous, dtype):
     model = net(dtype)
     follower, reads = copy.deepcopy(model), random.Random(1)
-    config = SliceConfig(
+    config = slices_alone(
         r=5, slice_type=slice_type, contiguous=contiguous, switch_interval=3, bias="all"
     )
     get_slice_model(model, config)
@@ -57,7 +58,7 @@ def test_a_second_model_follows_bit_for_bit(slice_type, contiguous, dtype):
 def test_the_five_fields_address_the_flat_tensor():
     model = net()
     before = copy.deepcopy(model).state_dict()
-    get_slice_model(model, SliceConfig(r=3, switch_interval=4, contiguous=False))
+    get_slice_model(model, slices_alone(r=3, switch_interval=4, contiguous=False))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, 6)
     for name, shape, dtype, values, indices in model.changed_since(0):
@@ -72,7 +73,7 @@ def test_the_five_fields_address_the_flat_tensor():
 
 def test_only_what_was_active_is_sent():
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False))
-    get_slice_model(model, SliceConfig(r=4, switch_interval=10))
+    get_slice_model(model, slices_alone(r=4, switch_interval=10))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     x = torch.randn(4, 64)
     for _ in range(15):
@@ -90,7 +91,7 @@ def test_only_what_was_active_is_sent():
 
 def test_weights_that_were_written_are_sent_whole():
     model = net()
-    get_slice_model(model, SliceConfig(r=3, switch_interval=4))
+    get_slice_model(model, slices_alone(r=3, switch_interval=4))
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, 6)
     follower = net()
@@ -123,7 +124,7 @@ def test_a_resumed_model_knows_where_it_has_been(tmp_path):
 
     def start():
         model = net()
-        get_slice_model(model, SliceConfig(r=3, switch_interval=4))
+        get_slice_model(model, slices_alone(r=3, switch_interval=4))
         return model, SliceAdamW(model.parameters(), lr=1e-2)
 
     model, optimizer = start()
@@ -166,7 +167,7 @@ def test_names_are_those_of_the_checkpoint(tmp_path):
     model = transformers.LlavaForConditionalGeneration(config)
     follower = copy.deepcopy(model)
     get_slice_model(
-        model, SliceConfig(r=4, target_modules=r"model\.language_model\..*_proj")
+        model, slices_alone(r=4, target_modules=r"model\.language_model\..*_proj")
     )
     optimizer = SliceAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model(
@@ -196,7 +197,7 @@ def test_experts_that_a_checkpoint_holds_one_by_one_are_refused():
     )
     model = transformers.MixtralForCausalLM(config)
     experts = ["experts.gate_up_proj", "experts.down_proj"]
-    get_slice_model(model, SliceConfig(r=4, target_parameters=experts))
+    get_slice_model(model, slices_alone(r=4, target_parameters=experts))
     optimizer = SliceAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.randint(0, 32, (2, 8))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -207,7 +208,7 @@ def test_experts_that_a_checkpoint_holds_one_by_one_are_refused():
 
 def test_bad_input_is_refused_and_nothing_is_written():
     model = net()
-    get_slice_model(model, SliceConfig(r=3))
+    get_slice_model(model, slices_alone(r=3))
     with pytest.raises(ValueError, match="step is 3; the slices have taken 0 steps"):
         model.changed_since(3)
     with pytest.raises(ValueError, match="step is -1; expected a number"):

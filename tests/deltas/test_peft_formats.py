@@ -16,11 +16,11 @@ from slicefine import (
     Delta,
     DeltaError,
     SliceAdamW,
-    SliceConfig,
     SliceModel,
     get_slice_model,
 )
 from slicefine.deltas.peft_formats import read_adapter, to_paca, to_shira
+from tests.configs import slices_alone
 
 peft = pytest.importorskip("peft")
 # torch, of the sparse tensors that PEFT makes
@@ -52,7 +52,9 @@ def trained(config, dtype=torch.float32, steps=5):
 
 def columns(**more):
     settings = {"r": 3, "target_modules": ["first", "second"], "modules_to_save": []}
-    return SliceConfig(**{**settings, "contiguous": False, "switch_interval": None, **more})
+    return slices_alone(
+        **{**settings, "contiguous": False, "switch_interval": None, **more}
+    )
 
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(9))

@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 import slicefine
 from slicefine import (
     SliceAdamW,
-    SliceConfig,
     SliceLayer,
     SliceLinear,
     get_slice_model,
@@ -39,6 +38,7 @@ from slicefine import (
     ops,
     track_memory,
 )
+from tests.configs import slices_alone
 from tests.repo.test_architecture import ENV, TRAIN, run_without
 from tests.two_processes import pair
 
@@ -89,7 +89,7 @@ def sliced(
     options = {"modules_to_save": ["classifier"], **options}
     return get_slice_model(
         Net(dropout=dropout).to(dtype),
-        SliceConfig(r=4, switch_interval=interval, **options),
+        slices_alone(r=4, switch_interval=interval, **options),
     )
 
 
@@ -330,7 +330,7 @@ def test_faq_09_no_table_of_architectures():
     def matched(targets: Any) -> list[str]:
         return [
             match.name
-            for match in list_targets(Unheard(), SliceConfig(r=2, target_modules=targets))
+            for match in list_targets(Unheard(), slices_alone(r=2, target_modules=targets))
         ]
 
     assert matched("all-linear") == ["zeta", "stack.eta_in", "stack.eta"]
@@ -360,7 +360,7 @@ def test_faq_11_column_slices_keep_only_their_columns():
     kept = {}
     for kind in ("column", "row"):
         layer = SliceLinear.from_linear(
-            nn.Linear(64, 64), SliceConfig(r=4, slice_type=kind)
+            nn.Linear(64, 64), slices_alone(r=4, slice_type=kind)
         )
         kept[kind] = kept_for_backward(lambda layer=layer: layer(x))
     lora = peft.get_peft_model(
@@ -472,7 +472,7 @@ def test_faq_16_checkpointing_with_frozen_embeddings(reentrant):
     )
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).train()
-    get_slice_model(model, SliceConfig(r=4, modules_to_save=["classifier"]))
+    get_slice_model(model, slices_alone(r=4, modules_to_save=["classifier"]))
     plain = copy.deepcopy(model)
     old, new = (
         "gradient_checkpointing_enable",
@@ -511,7 +511,8 @@ def test_faq_17_checkpointing_compile_and_dropout():
 def test_faq_19_target_modules():
     model = Net()
     names = [
-        m.name for m in list_targets(model, SliceConfig(r=2, target_modules=["0.0", "1.3"]))
+        m.name
+        for m in list_targets(model, slices_alone(r=2, target_modules=["0.0", "1.3"]))
     ]
     assert names == [
         "blocks.0.0",
@@ -519,14 +520,16 @@ def test_faq_19_target_modules():
     ]  # a list is suffixes, a string one regular expression for the whole name
     assert [
         m.name
-        for m in list_targets(model, SliceConfig(r=2, target_modules=r"blocks\.1\..*3"))
+        for m in list_targets(model, slices_alone(r=2, target_modules=r"blocks\.1\..*3"))
     ] == ["blocks.1.3"]
-    everything = list_targets(model, SliceConfig(r=2))
+    everything = list_targets(model, slices_alone(r=2))
     assert [m.name for m in everything if m.skipped is None] == [
         f"blocks.{i}.{j}" for i in (0, 1) for j in (0, 3)
     ]
     with pytest.raises(ValueError) as error:
-        list_targets(model, SliceConfig(r=2, target_modules=["0.0", "clasifier", "q_proj"]))
+        list_targets(
+            model, slices_alone(r=2, target_modules=["0.0", "clasifier", "q_proj"])
+        )
     assert "'clasifier': nothing matches; nearest names: classifier" in str(
         error.value
     ) and "'q_proj'" in str(error.value)
@@ -592,7 +595,7 @@ def test_faq_25_more_than_one_device(both):
     )
     before = dispatched(batch()[0])
     get_slice_model(
-        dispatched, SliceConfig(r=4, switch_interval=3, modules_to_save=["classifier"])
+        dispatched, slices_alone(r=4, switch_interval=3, modules_to_save=["classifier"])
     )  # and the other order
     assert torch.equal(dispatched(batch()[0]), before)
     layer: Any = dispatched.blocks[0][0]
@@ -615,7 +618,7 @@ def test_faq_25_more_than_one_device(both):
         ValueError, match="has its weight on the meta device.*a device map that offloads"
     ):
         get_slice_model(
-            accelerate.cpu_offload(Net()), SliceConfig(r=4, modules_to_save=["classifier"])
+            accelerate.cpu_offload(Net()), slices_alone(r=4, modules_to_save=["classifier"])
         )
 
 
@@ -630,7 +633,7 @@ def test_faq_26_hooks_and_keys_are_kept():
     )
     layers[1].register_full_backward_hook(lambda *_: calls.append("backward"))
     layers[2].register_forward_pre_hook(lambda module, inputs: calls.append("pre"))
-    model = get_slice_model(plain, SliceConfig(r=4, modules_to_save=["classifier"]))
+    model = get_slice_model(plain, slices_alone(r=4, modules_to_save=["classifier"]))
     loss_of(model, *batch()).backward()
     assert calls == [SliceLinear, "pre", "backward"]
     assert list(model.state_dict()) == keys
@@ -831,7 +834,7 @@ def test_faq_35_amd():
 def test_faq_36_the_loss_is_never_touched():
     plain = Net()
     expected = loss_of(plain, *batch())
-    model = get_slice_model(plain, SliceConfig(r=4, modules_to_save=["classifier"]))
+    model = get_slice_model(plain, slices_alone(r=4, modules_to_save=["classifier"]))
     SliceAdamW(model.parameters())
     assert torch.equal(loss_of(model, *batch()), expected)
     whole, parts = copy.deepcopy(model), copy.deepcopy(model)
@@ -866,7 +869,7 @@ def test_faq_37_new_heads_train_all_the_time():
     with pytest.warns(
         UserWarning, match="classifier is fully trained, as a new output head"
     ):
-        model = get_slice_model(Net(), SliceConfig(r=4))
+        model = get_slice_model(Net(), slices_alone(r=4))
     assert all(p.requires_grad for p in model.classifier.parameters())
 
 
