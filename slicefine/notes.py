@@ -51,7 +51,9 @@ def notes_on(
             f" {type(model).__name__}: the rest is frozen and no linear layer, so little can be"
             " learned"
         )
-    cut = all(layer.spec.r < config.r and _whole(layer) for layer in layers.values())
+    cut = config.r and all(
+        layer.spec.r < config.r and _whole(layer) for layer in layers.values()
+    )
     if means_everything(config) and cut:
         notes.append(
             f"r={config.r} is wider than every layer: all of each weight trains, which is full"

@@ -232,12 +232,10 @@ def free_biases(model: nn.Module, mode: str) -> None:
             if layer.bias is not None and layer.bias.dtype != torch.float16:
                 layer.bias.requires_grad_(True)
         for module in model.modules():
-            half = any(
-                p.dtype == torch.float16
-                for p in module._parameters.values()
-                if p is not None
-            )
-            if isinstance(module, SlicedModule) and not half:
+            if not isinstance(module, SlicedModule):
+                continue
+            tensors = [p for p in module._parameters.values() if p is not None]
+            if not any(p.dtype == torch.float16 for p in tensors):
                 module.free_biases()
 
 

@@ -56,6 +56,7 @@ class AdapterRegister:
         parents: the delta that the slices in training resumed from.
         disabled: what `disable_adapters` took off, None where it was not called.
         counting: whether an optimizer has taken a step with this model.
+        resumes: whether the slices in training started from a delta.
     """
 
     deltas: dict[str, Delta] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class AdapterRegister:
     parents: list[dict[str, Any]] = field(default_factory=list)
     disabled: list[str] | None = None
     counting: bool = False
+    resumes: bool = False
 
     @property
     def active(self) -> list[str]:
@@ -86,7 +88,7 @@ def register_slices(
     """
     register: AdapterRegister = model._adapters
     register.trainable = name
-    register.full, register.parents = {}, []
+    register.full, register.parents, register.resumes = {}, [], False
     for key, replaces in full.items() if keep_originals else ():
         value = tensor_of(model, key).detach().to("cpu", copy=True)
         # one tensor for both, until a snapshot puts another in the place of `new`
@@ -121,9 +123,15 @@ def record_beside(model: Any, trained: set[int]) -> None:
         if id(p) in trained
     ]
     resumed = any(layer.schedule.steps for layer in layers) and not register.counting
+    # weights that were loaded after the slices were made, and before anything trained, are the base
+    fresh = not (register.counting or resumed or register.resumes)
     register.counting = register.counting or bool(mine)
     for key, parameter in mine:
-        known = id(parameter) in sliced or key in register.full or key in register.lost
+        entry = register.full.get(key)
+        if fresh and entry is not None and entry.replaces and not is_sharded(parameter):
+            value = parameter.detach().to("cpu", copy=True)
+            register.full[key] = FullDelta(value, value, True)
+        known = id(parameter) in sliced or entry is not None or key in register.lost
         if known or is_sharded(parameter):
             continue
         shape, version = state.base.get(key, (None, 0))
@@ -142,6 +150,7 @@ def resume_from(model: Any, delta: Delta) -> None:
         DeltaError: the delta changes a weight that has no slices here.
     """
     register: AdapterRegister = model._adapters
+    register.resumes = True
     layers = {layer.state_key(name): layer for name, layer in named_layers(model)}
     if missing := delta.weights.keys() - layers.keys():
         raise DeltaError(

@@ -540,9 +540,9 @@ def test_an_r_that_is_wider_than_every_layer_is_said_to_be_full_fine_tuning():
     with pytest.warns(
         UserWarning, match="r=5000 is wider than every layer: all of each"
     ) as w:
-        model = get_slice_model(net(), SliceConfig(r=5000))
+        model = get_slice_model(net(), slices_alone(r=5000))
     assert len(w) == 1 and [layer.spec.r for layer in (model[0], model[2])] == [16, 8]
     # one layer has room for more than its slice
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        get_slice_model(net(), SliceConfig(r=12))
+        get_slice_model(net(), slices_alone(r=12))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from tests.configs import ALONE
 
 TYPES = ["column", "row", "block", "row_column"]
 
@@ -21,7 +22,7 @@ def net():
 
 
 def sliced(**options):
-    options = {"r": 4, "switch_interval": None, "target_modules": ["0"], **options}
+    options = {"r": 4, "switch_interval": None, "target_modules": ["0"], **ALONE, **options}
     return get_slice_model(net(), SliceConfig(**options))
 
 

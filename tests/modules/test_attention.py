@@ -518,7 +518,7 @@ def test_the_state_dict_keeps_its_order(kdim):
         nn.MultiheadAttention(16, 2, kdim=kdim, add_bias_kv=True), nn.Linear(16, 16)
     )
     plain = net()
-    model = get_slice_model(net(), SliceConfig(r=4))
+    model = get_slice_model(net(), slices_alone(r=4))
     assert list(model.state_dict()) == list(plain.state_dict())
     # inside of a model, as checkpoints of optimizers count parameters
     assert list(nn.ModuleList([model]).state_dict()) == list(
