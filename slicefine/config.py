@@ -32,7 +32,7 @@ TIED_MODES: tuple[str, ...] = get_args(TiedMode)
 # fields that take names; those of the second group take a regular expression instead, too
 _NAMES = ("target_parameters", "modules_to_save")
 _NAMES_OR_REGEX = ("target_modules", "exclude_modules", "layers_pattern")
-# docs/quality.md: wider gains nothing there, narrower loses
+# docs/quality.md
 DEFAULT_R, NARROW = 64, 4
 # what to_dict has always written; a dict by hand seldom has all of it
 _WRITTEN_BEFORE_NORMS = {"r", "slice_type", "contiguous", "bias", "seed"}

@@ -22,6 +22,7 @@ from slicefine.deltas.lora import to_lora
 from slicefine.layer import SliceLayer
 from slicefine.model import SliceModel
 from slicefine.modules.quantized import PoolSlice, QuantizedLinear, packing_of
+from tests.configs import slices_alone
 from tests.modules.packed import KINDS, Body, available, pack, pack_linear, train
 
 CONFIG = {"r": 4, "pool": 16, "switch_interval": 3, "exclude_modules": ["head"]}
@@ -42,7 +43,7 @@ def nf4() -> str:
 
 
 def config(**changes: Any) -> SliceConfig:
-    return SliceConfig(**{**CONFIG, **changes})
+    return slices_alone(**{**CONFIG, **changes})
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -170,9 +171,9 @@ def test_the_slice_moves_inside_the_pool_and_coverage_is_of_the_pool(kind):
 
 def test_a_pool_that_is_not_sized_is_128_columns_or_r_or_the_layer(nf4):
     model = pack(nn.Sequential(nn.Linear(256, 32), nn.Linear(32, 256)), nf4)
-    matches = list_targets(model, SliceConfig(r=8))
+    matches = list_targets(model, slices_alone(r=8))
     assert [(m.quantized, m.pool) for m in matches] == [("nf4", 128), ("nf4", 32)]
-    assert [m.pool for m in list_targets(model, SliceConfig(r=160))] == [160, 32]
+    assert [m.pool for m in list_targets(model, slices_alone(r=160))] == [160, 32]
     plain = list_targets(Body(), config(r=8))
     assert {(m.quantized, m.pool) for m in plain} == {(None, None)}
 
