@@ -46,7 +46,7 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch):
             writer.writerow([text, "good" if i % 2 else "bad"])
     page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for language, block in blocks:
         if language == "python":
@@ -59,7 +59,8 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch):
         torch.equal(a[k], b[k]) for k in a.keys() & b.keys() if "classifier" not in k
     )
     base, served, out = (
-        load_file(f"{folder}/model.safetensors") for folder in ("base-again", "served", "out")
+        load_file(f"{folder}/model.safetensors")
+        for folder in ("base-again", "served", "out")
     )
     plain = {f"bert.{k}": v for k, v in load_file("base/model.safetensors").items()}
     assert same(plain, base) and not same(plain, served)
