@@ -75,11 +75,21 @@ def ftc_bounds(
     )
 
 
-def _two(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
+def _two(
+    N: int,
+    K: int,
+    layers: int,
+    outputs: int,
+) -> tuple[int, int]:
     return max(0, min(3 * N, K - 2)), max(1, min(3 * N + 1, K - 1))
 
 
-def _three(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
+def _three(
+    N: int,
+    K: int,
+    layers: int,
+    outputs: int,
+) -> tuple[int, int]:
     low = math.sqrt(2 * max(0, min(3 * N, K - 2)) + 0.25) - 0.5
     if outputs == 1:
         high = min(
@@ -91,13 +101,24 @@ def _three(N: int, K: int, layers: int, outputs: int) -> tuple[int, int]:
     return math.ceil(low), math.ceil(high)
 
 
-def _deep(N: int, K: int, layers: int, outputs: int) -> tuple[None, int]:
+def _deep(
+    N: int,
+    K: int,
+    layers: int,
+    outputs: int,
+) -> tuple[None, int]:
     width = 4 * min(math.sqrt(3 * N / ((layers - 1) // 2) + 5), math.sqrt(K)) + 2
     # one network per output, side by side
     return None, math.ceil(width) * outputs * (layers - 1)
 
 
-def _parameters(neurons: int, layers: int, outputs: int, features: int, N: int) -> int:
+def _parameters(
+    neurons: int,
+    layers: int,
+    outputs: int,
+    features: int,
+    N: int,
+) -> int:
     """Of the construction, whose first layer is one direction."""
     if layers == 2:
         return features + neurons * (1 + outputs) + outputs

@@ -134,7 +134,12 @@ def _measure(
     )
 
 
-def relabeled(samples: Samples, N: int, classes: int, seed: int) -> Samples:
+def relabeled(
+    samples: Samples,
+    N: int,
+    classes: int,
+    seed: int,
+) -> Samples:
     """N samples, the first of a seeded order, get another label, uniformly chosen."""
     if not 1 <= N <= len(samples):
         raise ValueError(f"N is {N}; there are {len(samples)} samples")

@@ -208,7 +208,12 @@ class Line:
         return float(beside.min() / spread) if len(beside) and spread > 0 else math.inf
 
 
-def project(features: Tensor, direction: Tensor, index: Tensor, value: Tensor) -> Line:
+def project(
+    features: Tensor,
+    direction: Tensor,
+    index: Tensor,
+    value: Tensor,
+) -> Line:
     """Sort samples by direction . x and merge equal ones.
 
     features: (K, d) float64. index: (N,) the edits. value: (N, outputs) what they need.
@@ -382,7 +387,12 @@ def _zigzags(
     return heights
 
 
-def _widest_gaps(position: Tensor, left: Tensor, right: Tensor, count: int) -> Tensor:
+def _widest_gaps(
+    position: Tensor,
+    left: Tensor,
+    right: Tensor,
+    count: int,
+) -> Tensor:
     """(count,) midpoints of the widest gaps between samples inside [left, right], halved again
     where there are too few.
     """

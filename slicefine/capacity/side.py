@@ -156,7 +156,12 @@ class AdditiveSide(nn.Module):
         finally:
             self._on = before
 
-    def _see_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _see_input(
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
         found = (
             args[0]
             if args
@@ -169,13 +174,23 @@ class AdditiveSide(nn.Module):
             )
         self._seen = found
 
-    def _see_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _see_call(
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
         if self._on:
             # the callable may well run the model
             with self.disabled():
                 self._seen = cast(Callable[..., Tensor], self.feature)(*args, **kwargs)
 
-    def _add(self, module: nn.Module, args: tuple, result: Any) -> Any:
+    def _add(
+        self,
+        module: nn.Module,
+        args: tuple,
+        result: Any,
+    ) -> Any:
         if not self._on:
             return None
         # taken once: a second call without new features must not reuse old ones
@@ -299,7 +314,12 @@ def exact_side(
     return AdditiveSide.of(network, feature, output)
 
 
-def _change(row: int, wanted: Tensor | int, logits: Tensor | None, margin: float) -> Tensor:
+def _change(
+    row: int,
+    wanted: Tensor | int,
+    logits: Tensor | None,
+    margin: float,
+) -> Tensor:
     """What must be added to f's logits; for a class: to its logit alone, so that it wins by the
     margin.
     """
@@ -377,7 +397,12 @@ def features_of(
     return torch.cat(seen), torch.cat(logits)
 
 
-def _relu_network(features: int, outputs: int, layers: int, width: int) -> nn.Sequential:
+def _relu_network(
+    features: int,
+    outputs: int,
+    layers: int,
+    width: int,
+) -> nn.Sequential:
     if layers not in (2, 3):
         raise ValueError(f"layers is {layers}; expected 2 or 3")
     if width < layers - 1:

@@ -161,7 +161,12 @@ def _plot(verdict: Verdict) -> str:
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     left, bottom = _MARGIN, _HEIGHT - _MARGIN
 
-    def place(value: float, values: list[float], start: float, stop: float) -> float:
+    def place(
+        value: float,
+        values: list[float],
+        start: float,
+        stop: float,
+    ) -> float:
         low, high = min(values), max(values)
         share = 0.5 if high == low else (value - low) / (high - low)
         return start + share * (stop - start)

@@ -240,7 +240,13 @@ class _Study:
             for seed in range(1, self.options.seeds)
         ]
 
-    def _key(self, method: Method, factor: float, rung: int, seed: int = 0) -> str:
+    def _key(
+        self,
+        method: Method,
+        factor: float,
+        rung: int,
+        seed: int = 0,
+    ) -> str:
         return f"{method.name}-{factor:g}-{'third' if rung == 0 else 'whole'}-{seed}"
 
     def _best(
@@ -259,7 +265,12 @@ class _Study:
         reasons = [budget.exceeded(look) for budget in self.options.budgets]
         return next((reason for reason in reasons if reason), None)
 
-    def _do(self, key: str, method: Method, work: Callable[[Method], tuple]) -> bool:
+    def _do(
+        self,
+        key: str,
+        method: Method,
+        work: Callable[[Method], tuple],
+    ) -> bool:
         """Do one piece, unless another process has it."""
         if not self.results.claim(key):
             return False
@@ -281,7 +292,12 @@ class _Study:
         except torch.OutOfMemoryError as error:
             return {"error": f"a step does not fit the device: {error}"[:300]}, None, None
 
-    def _piece(self, factor: float, rung: int, seed: int = 0) -> Callable[[Method], tuple]:
+    def _piece(
+        self,
+        factor: float,
+        rung: int,
+        seed: int = 0,
+    ) -> Callable[[Method], tuple]:
         def train(method: Method) -> tuple:
             trial = Trial(method, self.recipe, self.task, factor, self.seed + seed)
             share = _FIRST_SHARE if rung == 0 else 1.0
@@ -344,7 +360,12 @@ class _Study:
         ]
         return f"every rate failed: {errors[0]}" if errors else "every rate failed"
 
-    def _contender(self, method: Method, factor: float, done: dict[str, Any]) -> Contender:
+    def _contender(
+        self,
+        method: Method,
+        factor: float,
+        done: dict[str, Any],
+    ) -> Contender:
         keys = [self._key(method, factor, 1, s) for s in range(self.options.seeds)]
         kept = [k for k in keys if k in done and not done[k].get("error")]
         arrays = [self.results.answers(key) for key in kept]

@@ -193,7 +193,12 @@ class Trial:
 
     # The training
 
-    def train(self, rows: list[Row], share: float, folder: Path) -> float:
+    def train(
+        self,
+        rows: list[Row],
+        share: float,
+        folder: Path,
+    ) -> float:
         """Train on rows for a share of the recipe's steps; returns the seconds it took.
 
         Raises:

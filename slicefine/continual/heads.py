@@ -11,7 +11,12 @@ from torch import nn
 class Heads:
     """One head per task in the place of the model's own; all start alike."""
 
-    def __init__(self, model: nn.Module, name: str, tasks: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        tasks: int,
+    ) -> None:
         path, _, self.name = name.rpartition(".")
         try:
             self.parent = model.get_submodule(path)

@@ -480,7 +480,12 @@ def _place(
     return matrix, rows, cols
 
 
-def _read(model: nn.Module, key: str, weight: WeightDelta, patch: SliceValues) -> Tensor:
+def _read(
+    model: nn.Module,
+    key: str,
+    weight: WeightDelta,
+    patch: SliceValues,
+) -> Tensor:
     if weight.added and packed.plain(model, key):
         # nothing is added so far
         return torch.zeros_like(patch.old)
@@ -507,7 +512,12 @@ def _load_in(dtype: torch.dtype) -> str:
     return f". Load the model with dtype={dtype}"
 
 
-def _between(key: str, old: Tensor, new: Tensor, alpha: float) -> Tensor:
+def _between(
+    key: str,
+    old: Tensor,
+    new: Tensor,
+    alpha: float,
+) -> Tensor:
     # Copies, so the ends are exact also for float64, NaN and infinities.
     if alpha in (0, 1):
         return (new if alpha else old).clone()

@@ -195,7 +195,12 @@ def _statistics(
     }
 
 
-def _gram_of_group(matrix: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:
+def _gram_of_group(
+    matrix: Tensor,
+    start: int,
+    stop: int,
+    order: Tensor | None,
+) -> Tensor:
     """Inner products of the features of a group: (n, n), float64."""
     group = (
         matrix[start:stop] if order is None else matrix[order[start:stop].to(matrix.device)]

@@ -34,7 +34,12 @@ CHUNK_BYTES = 64 << 20
 PASS_BYTES = 256 << 20
 
 
-def slice_of(layer: Layer, r: int, axis: str = "column", position: int = 0) -> Slice:
+def slice_of(
+    layer: Layer,
+    r: int,
+    axis: str = "column",
+    position: int = 0,
+) -> Slice:
     """The slice of width r at a position of a layer, as `SliceSpec` numbers them."""
     return SliceSpec(layer.out_features, layer.in_features, axis, r, r).features(
         axis, position

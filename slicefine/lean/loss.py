@@ -288,7 +288,16 @@ class ChunkedCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, steps, rows, options):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        target,
+        steps,
+        rows,
+        options,
+    ):
         needs = ctx.needs_input_grad[:3]
         trained = [t for t, need in zip((hidden, weight, bias), needs, strict=True) if need]
         grads = [torch.zeros_like(t) for t in trained]

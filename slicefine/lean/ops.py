@@ -102,7 +102,12 @@ def _direct(op: str, *tensors: Tensor) -> Any:
 # Checks
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor, internal: torch.dtype) -> None:
+def _check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    internal: torch.dtype,
+) -> None:
     if x.shape[-1:] != weight.shape:
         raise ValueError(
             f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (..., d)"
@@ -139,7 +144,14 @@ def _check_alike(op: str, **tensors: Tensor) -> None:
 # What the dispatcher calls
 
 
-def _rms_norm(x, weight, eps, offset, late_cast, internal):
+def _rms_norm(
+    x,
+    weight,
+    eps,
+    offset,
+    late_cast,
+    internal,
+):
     _check_norm("rms_norm", x, weight, internal)
     module = backend_for(x.device.type, {x.dtype}, "rms_norm")
     y, rstd = module.rms_norm(x, weight, eps, offset, late_cast, internal)
@@ -147,7 +159,13 @@ def _rms_norm(x, weight, eps, offset, late_cast, internal):
     return y.contiguous(), rstd.contiguous()
 
 
-def _rms_norm_backward(grad, x, rstd, weight, offset):
+def _rms_norm_backward(
+    grad,
+    x,
+    rstd,
+    weight,
+    offset,
+):
     op = "rms_norm_backward"
     _check_norm(op, x, weight, rstd.dtype)
     _check_alike(op, x=x, grad=grad)
@@ -161,7 +179,12 @@ def _gated_activation(gate, up, kind):
     return module.gated_activation(gate, up, kind).contiguous()
 
 
-def _gated_activation_backward(grad, gate, up, kind):
+def _gated_activation_backward(
+    grad,
+    gate,
+    up,
+    kind,
+):
     op = "gated_activation_backward"
     _check_gate(op, kind, gate=gate, up=up, grad=grad)
     module = backend_for(gate.device.type, {gate.dtype}, op)
@@ -169,11 +192,23 @@ def _gated_activation_backward(grad, gate, up, kind):
     return grads[0].contiguous(), grads[1].contiguous()
 
 
-def _fake_rms_norm(x, weight, eps, offset, late_cast, internal):
+def _fake_rms_norm(
+    x,
+    weight,
+    eps,
+    offset,
+    late_cast,
+    internal,
+):
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=internal)
 
 
-def _fake_gate_gradients(grad, gate, up, kind):
+def _fake_gate_gradients(
+    grad,
+    gate,
+    up,
+    kind,
+):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 

@@ -74,7 +74,12 @@ class _KeepsInput(PackedProduct):
     """bitsandbytes' own function for 8 bits keeps its input."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        layer: Any,
+    ) -> Tensor:
         ctx.save_for_backward(input)
         return PackedProduct.forward(ctx, input, bias, layer)
 

@@ -66,7 +66,12 @@ def method(
     )
 
 
-def _config(kind: Any, r: int, targets: str | list[str], options: dict[str, Any]) -> Any:
+def _config(
+    kind: Any,
+    r: int,
+    targets: str | list[str],
+    options: dict[str, Any],
+) -> Any:
     arguments: dict[str, Any] = {"target_modules": targets, **options}
     if kind is not peft.IA3Config:
         arguments["r"] = r

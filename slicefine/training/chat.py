@@ -84,7 +84,12 @@ def form_of(row: Row, text_column: str) -> str:
     )
 
 
-def example_of(row: Row, form: str, text_column: str, where: str) -> Example:
+def example_of(
+    row: Row,
+    form: str,
+    text_column: str,
+    where: str,
+) -> Example:
     """A row in its form, every part of it checked. Raises UserError naming the row."""
     if form == "text":
         return Example(completion=_filled(row, text_column, where))
@@ -188,7 +193,12 @@ class Chat:
         self.template: str | None = None
         self._chosen = False
 
-    def render(self, example: Example, answers_only: bool, where: str) -> Rendered:
+    def render(
+        self,
+        example: Example,
+        answers_only: bool,
+        where: str,
+    ) -> Rendered:
         """A row as text with what is learned of it. Raises UserError naming the row."""
         if example.messages and (self.tokenizer.chat_template or not example.completion):
             return self._conversation(example, answers_only, where)
@@ -212,7 +222,12 @@ class Chat:
         whole = not example.prompt or not answers_only
         return Rendered(text, ((len(example.prompt), len(text)),), True, whole)
 
-    def _conversation(self, example: Example, answers_only: bool, where: str) -> Rendered:
+    def _conversation(
+        self,
+        example: Example,
+        answers_only: bool,
+        where: str,
+    ) -> Rendered:
         messages = list(example.messages)
         text = self._text(messages, where, example.tools)
         if not answers_only:

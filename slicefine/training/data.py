@@ -151,7 +151,12 @@ def _check_header(header: list[str], place: str) -> None:
         )
 
 
-def _row_of(header: list[str], values: list[str], place: str, number: int) -> Row:
+def _row_of(
+    header: list[str],
+    values: list[str],
+    place: str,
+    number: int,
+) -> Row:
     if len(values) != len(header):
         raise UserError(
             f"{place}: row {number} has {len(values)} values for {len(header)} columns; a value"

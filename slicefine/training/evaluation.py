@@ -209,7 +209,12 @@ def _as_text(value: Any) -> str:
     )
 
 
-def data_sha256(data: str, rows: list[Row], evaluated: list[Row], task: Task) -> str:
+def data_sha256(
+    data: str,
+    rows: list[Row],
+    evaluated: list[Row],
+    task: Task,
+) -> str:
     """`file_sha256`; for images the SHA-256 of it with the bytes of the evaluated images behind it."""
     own = file_sha256(data, rows)
     if not isinstance(task, ImageClassification):

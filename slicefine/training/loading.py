@@ -54,7 +54,12 @@ def pretrained(kind: Any, model: str, dtype: Dtype | None, **options: Any) -> An
         ) from error
 
 
-def packing(base: str | None, dtype: Dtype, device: Any, model: str) -> dict[str, Any]:
+def packing(
+    base: str | None,
+    dtype: Dtype,
+    device: Any,
+    model: str,
+) -> dict[str, Any]:
     """What from_pretrained needs to pack a model's weights while it reads them.
 
     Args:

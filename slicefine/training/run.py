@@ -59,7 +59,12 @@ def fine_tune(
 class _Run:
     """A training in the order in which it happens: `look`, `load`, `train`."""
 
-    def __init__(self, recipe: Recipe, resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: bool,
+        say: Callable[[str], None],
+    ) -> None:
         self.recipe, self.resume, self._say = recipe, resume, say
         recipe.require("model", "data", "task", "output")
         self.output = Path(str(recipe.output)).expanduser()

@@ -400,7 +400,12 @@ class CausalLM(_TextTask):
         return math.exp(mean) if mean < 700 else math.inf
 
 
-def _notes(what: str, limit: int, encoded: list[Any], kept: list[int]) -> list[str]:
+def _notes(
+    what: str,
+    limit: int,
+    encoded: list[Any],
+    kept: list[int],
+) -> list[str]:
     """What was done to rows, for the user to read."""
     cut = [i for i, row in enumerate(encoded, 1) if row[2]]
     left_out = sorted(set(range(1, len(encoded) + 1)) - {i + 1 for i in kept})
@@ -501,7 +506,12 @@ class ImageClassification(Task):
         self.processor.save_pretrained(folder)
 
 
-def _classifier(kind: Any, model: str, dtype: Dtype, labels: list[str]) -> tuple[Any, Any]:
+def _classifier(
+    kind: Any,
+    model: str,
+    dtype: Dtype,
+    labels: list[str],
+) -> tuple[Any, Any]:
     """(a classifier of these labels, what was loaded of it)."""
     names = dict(enumerate(labels))
     loaded, info = pretrained(
