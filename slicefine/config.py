@@ -220,10 +220,13 @@ class SliceConfig:
         for entry in value if name == "modules_to_save" else ():
             _regex(name, entry)
 
-    def width(self, features: int) -> int:
-        """r of a layer with so many features where the slice is cut."""
+    def width(self, out_features: int, in_features: int) -> int:
+        """r of a layer of this shape."""
         if self.r is not None:
             return self.r
+        sides = {"column": in_features, "row": out_features}
+        # where r serves both sides, the smaller one decides
+        features = sides.get(self.slice_type, min(out_features, in_features))
         return max(1, min(DEFAULT_R, features // NARROW))
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,14 +35,7 @@ from slicefine.config import SliceConfig
 from slicefine.originals import Originals, check_complete, set_version
 from slicefine.registry import layers_of, register
 from slicefine.scores import GradientScores
-from slicefine.slices import (
-    SliceSchedule,
-    SliceSpec,
-    read_slice,
-    rounds_to,
-    width_features,
-    write_slice,
-)
+from slicefine.slices import SliceSchedule, SliceSpec, read_slice, rounds_to, write_slice
 
 
 class Updater(Protocol):
@@ -128,9 +121,7 @@ class SliceLayer(nn.Module):
             r: overrides config.r.
         """
         weight = self.weight
-        r = r or config.width(
-            width_features(config.slice_type, self.out_features, self.in_features)
-        )
+        r = r or config.width(self.out_features, self.in_features)
         _check_weight(weight, name)
         self.slice_name = name
         seed = (config.seed + zlib.crc32(name.encode())) & 0x7FFFFFFF

@@ -142,12 +142,6 @@ def pool_features(features: int, size: int, contiguous: bool, seed: int) -> Tens
     return _permutation(features, seed)[:size].sort().values
 
 
-def width_features(slice_type: str, out_features: int, in_features: int) -> int:
-    """Features that a width r is a part of: the smaller side where r serves both."""
-    sides = {"column": in_features, "row": out_features}
-    return sides.get(slice_type, min(out_features, in_features))
-
-
 def _permutation(count: int, seed: int) -> Tensor:
     """(count,) int64, on the host whatever the default device is: the generator is there."""
     generator = torch.Generator(HOST).manual_seed(seed)

@@ -16,7 +16,6 @@ from slicefine.modules.experts import is_experts, why_not_experts
 from slicefine.modules.parameters import SlicedModule
 from slicefine.modules.quantized import packed_shape, packing_of
 from slicefine.obstacles import Place, is_linear, quantized, why_not
-from slicefine.slices import width_features
 
 __all__ = [
     "Target",
@@ -279,7 +278,7 @@ class _Search:
         return Target(name, module, r, r_out, skipped, key)
 
     def _width(self, shape: tuple[int, int]) -> int:
-        return self.config.width(width_features(self.config.slice_type, *shape))
+        return self.config.width(*shape)
 
     def _fitting(self, shape: tuple[int, int], r: int, r_out: int) -> tuple[int, int]:
         """The widths that a layer has room for: all of a layer that is narrower than r."""
