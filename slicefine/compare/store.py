@@ -47,8 +47,10 @@ class Results:
         else:
             atomic.write_text(path, json.dumps(setup, indent=2) + "\n")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal = folder / "journal.log"
+        _drop_torn_line(journal)
         self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
+            storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name="compare",
             direction="maximize",
             load_if_exists=True,
@@ -96,6 +98,15 @@ class Results:
         with os.fdopen(handle, "w") as file:
             file.write(mine)
         return True
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cut off the line that a power cut has left half written: Optuna would append to it."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def _take_over(path: Path, mine: str) -> bool:
