@@ -42,7 +42,11 @@ def stack() -> nn.Sequential:
 
 def sliced(kind: str, interval: int | None = None) -> Any:
     config = SliceConfig(
-        r=R, slice_type=kind, switch_interval=interval, target_modules=r"\d+"
+        r=R,
+        slice_type=kind,
+        contiguous=True,
+        switch_interval=interval,
+        target_modules=r"\d+",
     )
     return get_slice_model(stack(), config)
 

@@ -46,7 +46,7 @@ PARTS = (
     Part("lean", "benchmarks.gpu.lean:lean", 15),
     Part("layers", "benchmarks.gpu.layer_steps:layers", 55, least=10),
     Part("kernels", "benchmarks.gpu.kernels:kernels", 55, least=10),
-    Part("model", "benchmarks.gpu.model:model", 105, least=20),
+    Part("model", "benchmarks.gpu.model:model", 90, least=20),
     Part("sanitizer", "benchmarks.gpu.build:sanitizer", 40, least=20, on_cpu=False),
 )
 

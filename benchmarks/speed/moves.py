@@ -28,7 +28,13 @@ class Stepper:
             nn.Linear(i, o, bias=False) for _ in range(case.depth) for i, o in SHAPES
         )
         self.interval = None if method.kind == "static" else int(method.name.split()[-1])
-        config = SliceConfig(r=case.r, switch_interval=self.interval, target_modules=r"\d+")
+        # in a row, so that what has not been visited can be looked at as one part
+        config = SliceConfig(
+            r=case.r,
+            contiguous=True,
+            switch_interval=self.interval,
+            target_modules=r"\d+",
+        )
         self.model: Any = get_slice_model(
             nn.Sequential(*linears).to(device, DTYPES[case.dtype]), config
         )

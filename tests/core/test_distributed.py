@@ -381,7 +381,8 @@ class Attends(nn.Module):
 def fsdp_attention() -> dict[str, Any]:
     torch.manual_seed(0)
     model = get_slice_model(
-        Attends(), SliceConfig(r=3, switch_interval=2, target_modules=["attention", "out"])
+        Attends(),
+        slices_alone(r=3, switch_interval=2, target_modules=["attention", "out"]),
     )
     alone = copy.deepcopy(model)
     shard(model)

@@ -368,7 +368,7 @@ def test_preferences_and_rewards_improve_with_trl(tmp_path, decoder):
     from examples import train_with_dpo, train_with_grpo
     from slicefine import Delta
 
-    common = ["--model", decoder, "--switch-interval", "2", "--r", "8"]
+    common = ["--model", str(decoder), "--switch-interval", "2", "--r", "8"]
     preferring = train_with_dpo.main(
         [*common, "--steps", "5", "--lr", "1e-3", "--output", str(tmp_path / "dpo")],
         disable_tqdm=True,
