@@ -301,15 +301,18 @@ class SliceAdamW(Optimizer):
                     " embedding (sparse=False)"
                 )
             half = p.dtype in (torch.bfloat16, torch.float16)
-            state = self.state[p]
+            state, precise = self.state[p], torch.float32 if half else p.dtype
             if not state:
-                precise = torch.float32 if half else p.dtype
                 state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = (
-                    torch.zeros_like(p, dtype=precise) for _ in range(2)
+            for name in ("exp_avg", "exp_avg_sq"):
+                # the model may have been cast since the last step
+                moment = state.get(name)
+                new = moment is None
+                state[name] = (
+                    torch.zeros_like(p, dtype=precise) if new else moment.to(precise)
                 )
-                if half:
-                    state["master"] = p.detach().to(precise, copy=True)
+            if half and "master" not in state:
+                state["master"] = p.detach().to(precise, copy=True)
             elif half:
                 # follow whoever else has written to the parameter; by element, so that no device
                 # waits for an answer

@@ -22,6 +22,7 @@ from slicefine.backends import cpu
 from slicefine.model import slice_layers
 from slicefine.moves import _WRITES
 from slicefine.slices import read_slice
+from tests.configs import slices_alone
 
 KINDS = ("column", "row", "block", "row_column")
 
@@ -190,7 +191,7 @@ def test_the_transposed_weight_of_conv1d_in_other_memory():
     from transformers.pytorch_utils import Conv1D
 
     model = get_slice_model(
-        nn.Sequential(Conv1D(12, 12)), SliceConfig(r=3, target_modules="0")
+        nn.Sequential(Conv1D(12, 12)), slices_alone(r=3, target_modules="0")
     )
     optimizer = SliceAdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, 2)
@@ -203,7 +204,7 @@ def test_the_transposed_weight_of_conv1d_in_other_memory():
 @pytest.mark.parametrize("ours", [True, False])
 def test_an_optimizer_that_outlives_its_model_keeps_no_weights(ours):
     model = build()
-    slices = [p for p in model.parameters() if p.requires_grad]
+    slices = [layer.slice_weight for layer in slice_layers(model)]
     kind: Any = SliceAdamW if ours else torch.optim.AdamW
     optimizer = kind(slices, lr=1e-2)
     train(model, optimizer, 2)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from slicefine import SliceAdamW, SliceConfig, get_slice_model
+from slicefine import SliceAdamW, get_slice_model
+from tests.configs import slices_alone
 from tests.two_processes import pair
 
 
@@ -24,7 +25,7 @@ def attention() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     return get_slice_model(
-        nn.TransformerDecoder(layer, 2), SliceConfig(r=4, switch_interval=2)
+        nn.TransformerDecoder(layer, 2), slices_alone(r=4, switch_interval=2)
     )
 
 
@@ -38,7 +39,7 @@ def experts(count: int = 4) -> nn.Module:
     model = transformers.Qwen3MoeForCausalLM(config).eval()
     return get_slice_model(
         model,
-        SliceConfig(
+        slices_alone(
             r=4,
             switch_interval=2,
             target_parameters=["experts.gate_up_proj", "experts.down_proj"],
