@@ -299,7 +299,8 @@ class SliceSchedule:
         score modes call it.
         """
         here = self.position[self.axis]
-        if self.visited[self.axis][here]:
+        # not asked of a tensor: a plan's have no values. After a load it is not known: count it
+        if self._noted in (None, self.moves):
             self.left[self.axis][here] = self.steps
         axis = self.next_axis
         self.moves += 1

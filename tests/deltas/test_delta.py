@@ -101,9 +101,9 @@ def trained(
 def test_save_revert_and_load_are_bit_exact(tmp_path, slice_type, contiguous, dtype):
     before, model = trained(dtype=dtype, slice_type=slice_type, contiguous=contiguous)
     after = state(model)
-    assert (
-        sum(not torch.equal(before[k], after[k]) for k in before) == 6
-    )  # two weights and biases, the head's
+    # two weights and biases, the head's; biases in float16 stay frozen
+    changed = 4 if dtype == torch.float16 else 6
+    assert sum(not torch.equal(before[k], after[k]) for k in before) == changed
     model.save_pretrained(tmp_path)
 
     fresh = SliceModel.from_pretrained(base(dtype=dtype), tmp_path)

@@ -425,7 +425,7 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
         {},
     ),
-    "a quantized layer": (lambda: quantized_by("int8 parameter")[0], {}),
+    "a quantized layer of another kind": (lambda: quantized_by("int8 parameter")[0], {}),
     "a weight on the meta device": (lambda: nn.Linear(8, 8, device="meta"), {}),
     "a pruned or parameterized weight": (pruned, {}),
     "a layer whose forward was replaced": (replaced, {}),
