@@ -88,6 +88,16 @@ def check_whole(layer: Any) -> None:
     """
     parameters = layer._parameters
     master = parameters.get("slice_weight")
+    # DeepSpeed trains a flat copy of all parameters, in an optimizer that has no slice among its own:
+    # no step would be counted and no weight written. Stage 3 marks parameters by the first name, the
+    # other two by the second.
+    if hasattr(master, "ds_id") or hasattr(master, "_hp_mapping"):
+        raise RuntimeError(
+            "DeepSpeed ZeRO has taken the slice_weight of this layer into a flat copy, which the"
+            " weight would never follow. Use ZeRO stage 0 with float32 weights,"
+            " DistributedDataParallel, or fully_shard (FSDP2), which shards the frozen weights as"
+            " ZeRO-3 does"
+        )
     # FSDP1 replaces parameters by views of one flat parameter
     if type(master) is Tensor and master._is_view():
         raise RuntimeError(

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from slicefine import SliceAdamW, SliceConfig, get_slice_model
-from tests.configs import ALONE
+from tests.configs import ALONE, slices_alone
 
 TYPES = ["column", "row", "block", "row_column"]
 
@@ -217,3 +217,12 @@ def test_weights_without_values_may_be_read():
     model = sliced().to("meta")
     assert model[0].weight.is_meta
     model(torch.empty(2, 16, device="meta"))
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_a_slice_in_deepspeeds_flat_copy_is_refused(mark):
+    """DeepSpeed is not installed here; these are the marks that its stages leave on a parameter."""
+    model = get_slice_model(nn.Sequential(nn.Linear(8, 8)), slices_alone(r=2))
+    setattr(model[0].slice_weight, mark, object())
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO has taken the slice_weight"):
+        model(torch.randn(2, 8))
