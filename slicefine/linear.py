@@ -14,6 +14,7 @@ from slicefine.agreement import agreed
 from slicefine.config import SliceConfig
 from slicefine.function import slice_linear, source_of
 from slicefine.layer import SliceLayer
+from slicefine.sharding import check_whole
 
 
 class SliceLinear(SliceLayer, nn.Linear):
@@ -110,6 +111,8 @@ class SliceLinear(SliceLayer, nn.Linear):
             weight: Tensor = parameters["weight"]  # pyright: ignore[reportAssignmentType]
             weight = weight.t() if self.fan_in_fan_out else weight
             if self.watch is not None:
+                # until the slice has been seen to train
+                check_whole(self)
                 self.watch.called = True
             if not is_grad_enabled():
                 # casts under autocast as nn.Linear does
