@@ -49,6 +49,9 @@ CONFIG = SliceConfig(
     switch_interval=100,
     target_modules="all-linear",
     modules_to_save=["classifier"],
+    # slices and the head alone, as LoRA of the same number of parameters beside them
+    bias="none",
+    norms="none",
 )
 LR = 2e-3
 # The 60 steps beside the masked baseline move twice, so that moves are compared too.
