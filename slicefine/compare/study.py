@@ -28,7 +28,7 @@ from slicefine.training.tasks import CausalLM, Task
 # Successive halving: every rate for a third of the steps, then the better ones for all of them.
 _FIRST_SHARE = 1 / 3
 _KEPT = 2
-_UNITS = {"memory": ("B", "KiB", "MiB", "GiB"), "params": (), "seconds": ()}
+_KINDS = ("memory", "params", "seconds")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Budget:
             limit = float(number) * scale
         except ValueError:
             limit = 0.0
-        if kind not in _UNITS or not limit > 0:
+        if kind not in _KINDS or not limit > 0:
             raise UserError(
                 f"--budget {text}: expected memory=600MiB, params=400000 or seconds=120"
             )

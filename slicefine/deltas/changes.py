@@ -187,9 +187,9 @@ def _whole_tensors(model: nn.Module, slices: set[int]) -> list[WeightChange]:
     }
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-            saved = module._buffers.items() - {(n, None) for n in module._buffers}
+            buffers = module._buffers.items()
             found.update(
-                {f"{name}.{key}".lstrip("."): b for key, b in saved if b is not None}
+                {f"{name}.{key}".lstrip("."): b for key, b in buffers if b is not None}
             )
     for key, tensor in found.items():
         if sharding.is_sharded(tensor):

@@ -224,3 +224,14 @@ def test_bad_input_is_refused_and_nothing_is_written():
     for broken in (data[:50], b"", b"x" * 100, data[:-1]):
         with pytest.raises(DeltaError, match="no changes of pack_changes"):
             unpack_changes(broken)
+
+
+def test_running_statistics_of_batch_norms_are_sent():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 6))
+    follower = copy.deepcopy(model)
+    get_slice_model(model, slices_alone(r=3, switch_interval=2, norms="all"))
+    train(model, SliceAdamW(model.parameters(), lr=1e-2), 5)
+    assert not torch.equal(model[1].running_mean, follower[1].running_mean)
+    apply_changes(follower, unpack_changes(pack_changes(model.changed_since(0))))
+    assert_same(model, follower)
